@@ -1,0 +1,60 @@
+"""docs/benchmarks.md: one section per benchmark, each replaced by its own run."""
+
+import platform
+import re
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import psutil
+
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
+SECTIONS = ("packs", "utilisation")  # in the order of the document
+HEADER = "# Benchmarks\n\nEach section is written by the command that it names.\n"
+
+
+def write_section(name: str, title: str, command: str, body: str) -> None:
+    """Print a section and put it into the document in place of its predecessor."""
+    section = f"## {title}\n\n`{command}` on {machine()}.\n\n{body.strip()}\n"
+    print(section)
+    text = DOCUMENT.read_text() if DOCUMENT.exists() else ""
+    sections = {key: found.group(1) for key in SECTIONS if (found := _marked(key).search(text))}
+    sections[name] = section
+    parts = [f"<!-- {key} -->\n{sections[key]}<!-- /{key} -->\n" for key in SECTIONS if key in sections]
+    DOCUMENT.write_text("\n".join([HEADER, *parts]))
+
+
+def _marked(name: str) -> re.Pattern[str]:
+    return re.compile(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", re.DOTALL)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def machine() -> str:
+    """The machine and the software in words, without names and paths."""
+    memory = psutil.virtual_memory().total / 2**30
+    software = ", ".join(f"{name} {version(name)}" for name in ("torch", "ray"))
+    return (
+        f"{_processor()}, {psutil.cpu_count()} cores, {memory:.0f} GiB of memory, {_system()}, "
+        f"Python {platform.python_version()}, {software}"
+    )
+
+
+def _processor() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        return platform.processor() or platform.machine()
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found.group(1) if found else platform.machine()
+
+
+def _system() -> str:
+    try:
+        return platform.freedesktop_os_release()["PRETTY_NAME"]
+    except OSError:  # not Linux
+        return f"{platform.system()} {platform.release()}"

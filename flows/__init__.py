@@ -1,0 +1,32 @@
+"""What drives a study: the plan, the driver loop, progress, and the command line."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def run(
+    study: str | Path,
+    out: str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    address: str | None = None,
+    in_process: bool = False,
+) -> int:
+    """``lossray run`` for a notebook: run or resume a study.
+
+    Args:
+        study: a study file, or the name of a ready-made study.
+        out: the store, a folder or a URI.
+        overrides: settings as in ``--set``, e.g. ``"training.steps=200"``.
+        address: of a running Ray cluster ("auto" finds it); None starts an embedded Ray.
+        in_process: run everything in this process, without Ray.
+
+    Returns:
+        The exit code: 0 done, 1 some runs failed, 130 interrupted.
+
+    Raises:
+        LossrayError: bad input; nothing was written.
+    """
+    from flows.study import run_study  # keeps torch and ray out of `import flows`
+
+    return run_study(str(study), str(out), overrides=overrides, address=address, in_process=in_process)

@@ -1,0 +1,99 @@
+"""The command line. Heavy imports are inside the commands: ``lossray --help`` loads neither torch nor ray."""
+
+import sys
+from importlib import resources
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lossray.errors import LossrayError, StudyError
+
+app = typer.Typer(
+    name="lossray",
+    help="The empirical geometry of neural-network loss surfaces.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+STUDY = typer.Argument(help="A study file, or the name of a ready-made study (see `lossray studies`).")
+OUT = typer.Argument(help="The store of a study: a folder or a URI.")
+
+
+@app.command()
+def run(
+    study: Annotated[str, STUDY],
+    out: Annotated[
+        str | None, typer.Option(help="The store: a folder, or a URI such as s3://bucket/study.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting, e.g. training.steps=200; may be repeated.")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="A Ray cluster; `auto` finds it. Default: embedded.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show packs, time and disk; do nothing.")
+    ] = False,
+    in_process: Annotated[
+        bool, typer.Option("--in-process", help="No Ray: everything here, for a debugger.")
+    ] = False,
+    dashboard: Annotated[
+        bool, typer.Option("--dashboard", help="Give the embedded Ray a dashboard.")
+    ] = False,
+) -> None:
+    """Run a study, or resume it: what is committed is not computed again."""
+    if dry_run:
+        from flows.estimate import dry_run as describe
+
+        typer.echo(describe(study, out, overrides=overrides or ()))
+        return
+    if out is None:
+        raise StudyError("--out is missing: name the folder or URI that receives the tables")
+    from flows.study import run_study
+
+    code = run_study(
+        study, out, overrides=overrides or (), address=address, in_process=in_process, dashboard=dashboard
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
+def status(out: Annotated[str, OUT]) -> None:
+    """What is done, running, failed."""
+    from flows.status import describe
+
+    typer.echo(describe(out))
+
+
+@app.command()
+def tables(
+    out: Annotated[str, OUT],
+    table: Annotated[str | None, typer.Argument(help="Show the head of this table.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="How many rows to show.")] = 10,
+) -> None:
+    """List the tables, or show the head of one."""
+    from flows.status import head, list_tables
+
+    typer.echo(head(out, table, rows) if table else list_tables(out))
+
+
+@app.command()
+def studies() -> None:
+    """List the ready-made studies."""
+    for path in sorted(resources.files("flows.studies").iterdir(), key=lambda entry: entry.name):
+        if path.name.endswith(".toml"):
+            first_line = path.read_text().splitlines()[0].lstrip("# ")
+            typer.echo(f"{Path(path.name).stem:24} {first_line}")
+
+
+def run_command() -> None:
+    """Run the command line; every mistake of the user's is said in a line, with exit code 2."""
+    try:
+        app()
+    except LossrayError as error:
+        for line in str(error).splitlines():
+            print(f"lossray: {line}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,171 @@
+"""``--dry-run``: what a study would do, what it would cost, and what of it is done. Writes nothing.
+
+The costs come from a few steps and products timed here, on the CPU, one setting at a time.
+"""
+
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from flows.freeze import decide
+from flows.plan import Plan, make_plan
+from flows.progress import duration
+from flows.study import Request, check_request
+from lossray.curvature.operators import StackHessian
+from lossray.study import Pack, Study, partition
+from lossray.training.datasets import Dataset, analysis_set
+from lossray.training.loop import checkpoint_steps, train
+from tasks.context import loss_of, stack_of
+from tasks.curvature import pairs_needed
+
+TIMED_STEPS = 5
+TIMED_PRODUCTS = 2
+PRODUCTS_PER_PAIR = 10  # observed: 46 to 140 products for ten pairs at tolerance 1e-3
+NO_STORE = "memory://dry-run"  # empty, and gone with the process
+STARTUP_SECONDS = 10.0  # Ray, and the first import of torch in every worker
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Estimated cost of one pack."""
+
+    n_params: int
+    products: int  # Hessian-vector products, each for all members at once
+    training_seconds: float
+    curvature_seconds: float
+    disk_bytes: int
+
+    @property
+    def seconds(self) -> float:
+        """On one core."""
+        return self.training_seconds + self.curvature_seconds
+
+
+def dry_run(study: str, out: str | None, overrides: Sequence[str] = ()) -> str:
+    """Packs, runs, products, estimated time and disk of a study.
+
+    Args:
+        study: a study file or the name of a ready-made one.
+        out: its store, if what is done already is to be counted; None for a new one.
+        overrides: as in ``--set``.
+
+    Raises:
+        LossrayError: bad input.
+    """
+    request = check_request(study, out or NO_STORE, overrides)
+    settings = request.loaded.study
+    rule = partial(decide, settings, request.dataset, "cpu")
+    frozen = request.manifest.packs if request.manifest else ()
+    plan = make_plan(request.context, partition(settings, frozen, rule), request.inputs)
+    costs = _costs(plan, request.dataset)
+    lines = [*_packs(plan, costs), "", *_totals(plan, costs), *_done(request, plan)]
+    return "\n".join([*lines, *settings.not_computed()])
+
+
+def _costs(plan: Plan, dataset: Dataset) -> list[Cost]:
+    """The cost of each pack; packs of one setting and size cost the same."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, int(plan.study.resources.train.cpus)))  # as a worker has
+    try:
+        alike = {(pack.pack.setting_id, len(pack.pack.seeds)): pack.pack for pack in plan.packs}
+        costs = {key: estimate(pack, plan, dataset) for key, pack in alike.items()}
+    finally:
+        torch.set_num_threads(threads)
+    return [costs[pack.pack.setting_id, len(pack.pack.seeds)] for pack in plan.packs]
+
+
+def estimate(pack: Pack, plan: Plan, dataset: Dataset) -> Cost:
+    """The cost of one pack, from a few timed steps and products."""
+    study = plan.study
+    steps = checkpoint_steps(study.training)
+    n_params, step_seconds, state_bytes = _time_training(pack, study, dataset)
+    top = pairs_needed(study, dataset.n_outputs, n_params)
+    products = len(steps) * (PRODUCTS_PER_PAIR * top + len(study.angles.directions))
+    vectors = 4 * len(pack.seeds) * top * n_params * study.curvature.vectors
+    return Cost(
+        n_params=n_params,
+        products=products,
+        training_seconds=step_seconds * study.training.steps,
+        curvature_seconds=products * _time_product(pack, plan, dataset),
+        disk_bytes=len(steps) * (state_bytes + vectors),
+    )
+
+
+def _time_training(pack: Pack, study: Study, dataset: Dataset) -> tuple[int, float, int]:
+    """Parameters, seconds per step, and bytes of a checkpoint."""
+    dtype = getattr(torch, study.training.dtype)
+    stack, theta, buffers = stack_of(pack, dataset, dtype=dtype, device=torch.device("cpu"))
+    few = {"steps": TIMED_STEPS, "checkpoints": {"steps": [0, 1, TIMED_STEPS]}}
+    training = type(study.training).model_validate({**study.training.plain(), **few})
+    names: dict[str, Any] = {"pack_id": pack.pack_id, "seeds": pack.seeds}
+    segments = list(train(stack, theta, buffers, pack.optimizer, training, dataset, **names))
+    last = segments[-1]
+    groups = (last.parameters, last.buffers, last.optimizer)
+    size = sum(tensor.numel() * tensor.element_size() for group in groups for tensor in group.values())
+    evaluation = segments[0].seconds
+    per_step = max(0.0, last.seconds - evaluation) / (TIMED_STEPS - 1)  # the first step warms up
+    return stack.dim, per_step, size
+
+
+def _time_product(pack: Pack, plan: Plan, dataset: Dataset) -> float:
+    """Seconds of a Hessian-vector product for all members."""
+    settings = plan.study.curvature
+    dtype = getattr(torch, settings.dtype)
+    stack, theta, buffers = stack_of(pack, dataset, dtype=dtype, device=torch.device("cpu"))
+    examples = analysis_set(dataset, settings.examples)
+    batch = (examples.inputs, examples.targets)
+    hessian = StackHessian(
+        stack, theta, buffers, loss_of(plan.context), [batch], mode=pack.product_mode, dtype=dtype
+    )
+    hessian.apply(theta)
+    started = time.perf_counter()
+    for _ in range(TIMED_PRODUCTS):
+        hessian.apply(theta)
+    return (time.perf_counter() - started) / TIMED_PRODUCTS
+
+
+def _packs(plan: Plan, costs: Sequence[Cost]) -> list[str]:
+    """One line for each setting."""
+    lines = [f"{'setting':36} {'parameters':>10} {'runs':>5} {'packs':>5}  executor  products       cost"]
+    packs = [(plan.pack, cost) for plan, cost in zip(plan.packs, costs, strict=True)]
+    for setting in dict.fromkeys(pack.setting_id for pack, _ in packs):
+        own = [(pack, cost) for pack, cost in packs if pack.setting_id == setting]
+        (pack, cost), runs = own[0], sum(len(pack.seeds) for pack, _ in own)
+        lines.append(
+            f"{setting:36} {cost.n_params:10,} {runs:5} {len(own):5}  {pack.executor:8}  "
+            f"{pack.product_mode:9} {duration(sum(cost.seconds for _, cost in own)):>8}"
+        )
+    return lines
+
+
+def _totals(plan: Plan, costs: Sequence[Cost]) -> list[str]:
+    study = plan.study
+    runs = sum(len(pack.pack.seeds) for pack in plan.packs)
+    training, curvature = sum(c.training_seconds for c in costs), sum(c.curvature_seconds for c in costs)
+    cpus = max(study.resources.train.cpus, study.resources.curvature.cpus)
+    slots = max(1, int((os.cpu_count() or 1) / cpus))
+    wall = STARTUP_SECONDS + max((training + curvature) / slots, max(c.training_seconds for c in costs))
+    return [
+        f"{len(plan.packs)} packs, {runs} runs, {len(checkpoint_steps(study.training))} checkpoints each, "
+        f"about {sum(c.products for c in costs):,} products",
+        f"time: about {duration(training)} of training and {duration(curvature)} of curvature, one after the "
+        f"other; about {duration(wall)} with the {slots} tasks at a time that this machine runs",
+        f"disk: about {_bytes(sum(c.disk_bytes for c in costs))}",
+    ]
+
+
+def _done(request: Request, plan: Plan) -> list[str]:
+    keys = list(plan.keys())
+    done = len(request.store.committed_keys().intersection(keys))
+    return [f"done already: {done} of {len(keys)} tasks"] if done else []
+
+
+def _bytes(number: int) -> str:
+    unit = min(4, int(math.log(max(number, 1), 1000)))
+    return f"{number / 1000**unit:.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[unit]}"

@@ -1,0 +1,59 @@
+"""What is decided once per setting and frozen in the manifest: executor, product mode, partition."""
+
+from functools import partial
+
+import torch
+
+from lossray.curvature.operators import ProductMode, choose_product_mode
+from lossray.errors import LossrayError, ModelError
+from lossray.networks.losses import get_loss
+from lossray.networks.models import build_model
+from lossray.networks.stack import build_stack, choose_executor
+from lossray.plugins import failure
+from lossray.study import Setting, Study
+from lossray.study.packs import AUTO_SIZE
+from lossray.training.datasets import Dataset, analysis_set
+
+TRIAL_EXAMPLES = 4
+
+
+def study_device(study: Study, *, gpus: bool) -> str:
+    """Where the study will train: "cuda" where its training asks for GPUs and there are some."""
+    return "cuda" if gpus and study.resources.train.gpus != 0 else "cpu"
+
+
+def decide(study: Study, dataset: Dataset, device: str, setting: Setting) -> tuple[str, ProductMode]:
+    """Executor and product mode of a setting, by rules that do not measure time: every machine decides alike.
+
+    Args:
+        study: the study's settings.
+        dataset: in the training dtype.
+        device: "cpu" or "cuda", where the study will train.
+        setting: a model with an optimizer.
+
+    Raises:
+        ModelError: the model, or the loss, cannot be differentiated twice.
+    """
+    try:
+        return _decided(study, dataset, device, setting)
+    except LossrayError:
+        raise
+    except Exception as error:  # a user's model may raise anything
+        raise ModelError(
+            f"model {setting.model.name!r} with loss {study.training.loss!r}: a trial of training and of a "
+            f"Hessian-vector product failed: {failure(error)}"
+        ) from error
+
+
+def _decided(study: Study, dataset: Dataset, device: str, setting: Setting) -> tuple[str, ProductMode]:
+    build = partial(build_model, setting.model, dataset.input_shape, dataset.n_outputs)
+    loss = get_loss(study.training.loss)
+    few = (dataset.train.inputs[:TRIAL_EXAMPLES], dataset.train.targets[:TRIAL_EXAMPLES])
+    executor = choose_executor(build, *few, loss, device=device)
+    size = AUTO_SIZE[executor] if study.resources.pack == "auto" else study.resources.pack
+    dtype = getattr(torch, study.curvature.dtype)
+    seeds = study.seeds[:size]
+    stack, theta, buffers = build_stack(build, seeds, executor=executor, dtype=dtype)
+    n_examples = len(analysis_set(dataset, study.curvature.examples).targets)
+    mode = choose_product_mode(stack, theta, buffers, loss, few, n_examples=n_examples, dtype=dtype)
+    return executor, mode

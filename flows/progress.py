@@ -1,0 +1,141 @@
+"""How far a study is: a display in the terminal (plain lines elsewhere), and OUT/progress.json."""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from lossray.storage.store import Store
+
+PUBLISH_SECONDS = 2.0  # between two versions of progress.json
+LINE_SECONDS = 10.0  # between two plain lines
+
+
+@dataclass
+class Counts:
+    """What there is to do and what is done; resumed work counts as done from the start."""
+
+    runs: int = 0
+    runs_done: int = 0
+    runs_failed: int = 0
+    checkpoints: int = 0  # of packs
+    checkpoints_trained: int = 0
+    checkpoints_analysed: int = 0
+    checkpoints_failed: int = 0
+    units: int = 0  # checkpoints trained plus checkpoints analysed: the measure of time left
+    units_done: int = 0
+
+
+@dataclass
+class Progress:
+    """Shows and publishes the counts.
+
+    Args:
+        store: whose progress.json is written.
+        counts: mutated by the driver, then shown by `refresh`.
+        running: names what runs at this moment.
+    """
+
+    store: Store
+    counts: Counts
+    running: Callable[[], list[str]] = list
+    state: str = "starting"
+    started: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        """Choose the display: live in a terminal, lines elsewhere."""
+        self._console = Console(file=sys.stderr)
+        self._live = Live(console=self._console, auto_refresh=False) if self._console.is_terminal else None
+        self._units_before = self.counts.units_done
+        self._published = -PUBLISH_SECONDS
+        self._printed = -LINE_SECONDS
+        self._line = ""
+
+    def __enter__(self) -> "Progress":
+        """Start the display."""
+        if self._live:
+            self._live.start()
+        self.refresh(force=True)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Show and publish the last state, and give the terminal back."""
+        self.refresh(force=True)
+        if self._live:
+            self._live.stop()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since this driver started."""
+        return time.monotonic() - self.started
+
+    def note(self, text: str) -> None:
+        """Print one line that stays."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def refresh(self, *, force: bool = False) -> None:
+        """Show the counts, and publish them where the last version is old enough."""
+        now = time.monotonic()
+        if force or now - self._published >= PUBLISH_SECONDS:
+            self._published = now
+            self.store.write_json("progress.json", self.snapshot())
+        if self._live:
+            self._live.update(self._table(), refresh=True)
+        elif (force or now - self._printed >= LINE_SECONDS) and self._text() != self._line:
+            self._printed = now
+            self._line = self._text()
+            self.note(self._line)
+
+    def snapshot(self) -> dict[str, Any]:
+        """What progress.json holds."""
+        return {
+            "state": self.state,
+            **asdict(self.counts),
+            "units_per_minute": self._rate(),
+            "seconds_left": self._seconds_left(),
+            "elapsed_seconds": round(self.elapsed, 1),
+            "running": self.running(),
+            "updated": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+
+    def _rate(self) -> float | None:
+        """Units per minute since this driver started; None before the first."""
+        done = self.counts.units_done - self._units_before
+        return round(60 * done / self.elapsed, 2) if done and self.elapsed else None
+
+    def _seconds_left(self) -> float | None:
+        rate = self._rate()
+        return round(60 * (self.counts.units - self.counts.units_done) / rate, 1) if rate else None
+
+    def _text(self) -> str:
+        c = self.counts
+        failed = f", {c.runs_failed} failed" if c.runs_failed else ""
+        rate, left = self._rate(), self._seconds_left()
+        return (
+            f"{self.state}: runs {c.runs_done}/{c.runs}{failed}; "
+            f"checkpoints trained {c.checkpoints_trained}/{c.checkpoints}, "
+            f"analysed {c.checkpoints_analysed}/{c.checkpoints}"
+            + (f"; {rate:.0f} a minute" if rate else "")
+            + (f"; about {duration(left)} left" if left else "")
+        )
+
+    def _table(self) -> Table:
+        table = Table.grid(padding=(0, 1))
+        table.add_row(self._text())
+        for name in self.running()[:8]:
+            table.add_row(f"  {name}", style="dim")
+        return table
+
+
+def duration(seconds: float) -> str:
+    """Seconds for a reader: "45 s", "12 min", "3 h 20 min"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

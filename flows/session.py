@@ -1,0 +1,168 @@
+"""Ray for one study: an embedded one, or a connection to a cluster; and how much of it the study may use."""
+
+import os
+import socket
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+
+from lossray.errors import StudyError
+from lossray.imports import USER_FOLDERS_VARIABLE
+from lossray.study import Resources, TaskResources
+
+DRIVER_VARIABLE = "LOSSRAY_DRIVER"  # in workers: which driver they belong to
+CONNECT_SECONDS = 5.0  # Ray itself keeps trying for many minutes to reach a head that is not there
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one task of a kind takes."""
+
+    cpus: float
+    gpus: float
+
+    def options(self) -> dict[str, float]:
+        """As keywords of ``.options``."""
+        return {"num_cpus": self.cpus, "num_gpus": self.gpus}
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """How a study divides a cluster."""
+
+    train: Share
+    curvature: Share
+    trainers: int  # training actors at a time; leaves one curvature slot wherever two tasks fit
+    curvatures: int  # curvature tasks at a time when nothing trains
+
+
+@contextmanager
+def ray_session(
+    address: str | None, user_folders: Sequence[str], *, dashboard: bool = False
+) -> Iterator[None]:
+    """Start or join Ray, and leave it at the end.
+
+    A Ray that is already initialised (a notebook's) is used and left running.
+
+    Args:
+        address: of a cluster; "auto" finds it; None starts an embedded Ray, unless a job or the environment
+            (``RAY_ADDRESS``) names a cluster.
+        user_folders: appended to the workers' import path.
+        dashboard: whether an embedded Ray has a dashboard.
+
+    Raises:
+        StudyError: no Ray at ``address``.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if ray.is_initialized():
+        yield
+        return
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    _check_reachable(address)
+    own = {"include_dashboard": dashboard} if address == "local" else {}
+    environment = {
+        "env_vars": {USER_FOLDERS_VARIABLE: os.pathsep.join(user_folders)},
+        "worker_process_setup_hook": "lossray.imports.worker_setup",
+    }
+    try:
+        ray.init(
+            address,
+            namespace="lossray",
+            runtime_env=environment,
+            log_to_driver=False,
+            logging_level="ERROR",
+            **own,
+        )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise _no_ray(address, error) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def worker_options(user_folders: Sequence[str]) -> dict[str, Any]:
+    """What a task or actor needs as ``.options`` to find the user's modules, beside its `Share`.
+
+    Nothing where `ray_session` has started this session, whose workers are all set up alike. In a session
+    that somebody else has started (a notebook) the tasks bring their set-up along. It is new for each driver,
+    so that no worker goes on with a user's module that it had imported before the user edited it.
+    """
+    if USER_FOLDERS_VARIABLE in (ray.get_runtime_context().runtime_env.get("env_vars") or {}):
+        return {}
+    folders = os.pathsep.join(user_folders)
+    return {"runtime_env": {"env_vars": {USER_FOLDERS_VARIABLE: folders, DRIVER_VARIABLE: uuid.uuid4().hex}}}
+
+
+def has_gpus(*, in_process: bool) -> bool:
+    """Whether the study has GPUs: the cluster's, or this machine's where it runs without Ray."""
+    return torch.cuda.is_available() if in_process else ray.cluster_resources().get("GPU", 0) > 0
+
+
+def capacity(resources: Resources) -> Capacity:
+    """Divide the cluster's CPUs and GPUs between training and curvature.
+
+    With "auto" a GPU is shared by two tasks where the cluster has GPUs, and not asked for where it has none.
+
+    Raises:
+        StudyError: a task asks for more than any node has; it would wait for ever.
+    """
+    cluster = ray.cluster_resources()
+    cpus, gpus = cluster.get("CPU", 0.0), cluster.get("GPU", 0.0)
+    train, curvature = _share(resources.train, gpus), _share(resources.curvature, gpus)
+    for name, share in (("train", train), ("curvature", curvature)):
+        _check_fits(name, share)
+    trainers = min(_slots(cpus - curvature.cpus, train.cpus), _slots(gpus - curvature.gpus, train.gpus))
+    curvatures = min(_slots(cpus, curvature.cpus), _slots(gpus, curvature.gpus))
+    return Capacity(train, curvature, trainers=max(1, trainers), curvatures=max(1, curvatures))
+
+
+def _check_reachable(address: str) -> None:
+    """Find out at once that nobody listens at HOST:PORT; other forms of address are Ray's to judge."""
+    if address.startswith("ray://"):
+        raise StudyError(
+            f"--address {address}: found a Ray Client address; allowed: `auto`, or HOST:PORT of the head as "
+            "`ray start --head` prints it"
+        )
+    host, colon, port = address.rpartition(":")
+    if not (host and colon and port.isdecimal()):
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise _no_ray(address, error) from error
+
+
+def _no_ray(address: str, error: Exception) -> StudyError:
+    if address == "local":
+        return StudyError(f"Ray cannot start on this machine: {error}")
+    return StudyError(
+        f"--address {address}: no Ray cluster answers there ({error}); start one with `ray start --head`"
+    )
+
+
+def _share(asked: TaskResources, gpus: float) -> Share:
+    if asked.gpus == "auto":
+        return Share(asked.cpus, 0.5 if gpus else 0.0)
+    return Share(asked.cpus, float(asked.gpus))
+
+
+def _slots(available: float, each: float) -> int:
+    """How many tasks fit; a resource that is not asked for sets no limit."""
+    return max(0, int(available / each + 1e-9)) if each else 10**6
+
+
+def _check_fits(kind: str, share: Share) -> None:
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if any(n.get("CPU", 0) >= share.cpus and n.get("GPU", 0) >= share.gpus for n in nodes):
+        return
+    there = ", ".join(f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in nodes)
+    raise StudyError(
+        f"resources.{kind}: found cpus = {share.cpus:g}, gpus = {share.gpus:g}; allowed: what one node of "
+        f"the cluster has ({there})"
+    )

@@ -1,0 +1,71 @@
+"""What `lossray status` and `lossray tables` print, from any machine that reads the store."""
+
+import pandas as pd
+
+from flows.progress import duration
+from lossray.results import open_study
+from lossray.storage.lease import is_free, read_holder
+
+CELL_WIDTH = 32  # characters of a cell that `lossray tables` shows
+SILENCE_SECONDS = 60.0  # heartbeat age after which a driver on another machine counts as gone
+
+
+def describe(out: str) -> str:
+    """State, counts, what runs now, and what failed."""
+    study = open_study(out)
+    store = study.store
+    lines = [f"{study.study.name}: {store.url}"]
+    if store.exists("progress.json"):
+        lines += _progress(
+            store.read_json("progress.json"), driven=not is_free(read_holder(store), SILENCE_SECONDS)
+        )
+    tasks = study.table("tasks")
+    if len(tasks):
+        counts = tasks.groupby(["kind", "status"]).size().unstack(fill_value=0)
+        lines += ["", counts.to_string()]
+    return "\n".join([*lines, *_failures(tasks[tasks["status"] == "failed"])])
+
+
+def list_tables(out: str) -> str:
+    """Every table with its rows, and where the files are."""
+    study = open_study(out)
+    width = max(map(len, study.tables))
+    lines = [f"{name:{width}}  {rows:8,} rows" for name, rows in study.tables.items()]
+    return "\n".join([f"{study.store.url}/tables", *lines])
+
+
+def head(out: str, table: str, rows: int) -> str:
+    """The first rows of one table; columns without any value are left out."""
+    frame = open_study(out).table(table)
+    shown = frame.head(rows).dropna(axis="columns", how="all")
+    return f"{table}: {len(frame):,} rows\n{shown.to_string(index=False, max_colwidth=CELL_WIDTH)}"
+
+
+def _failures(tasks: pd.DataFrame) -> list[str]:
+    """One line for each reason: how many tasks, the first of them, and where its traceback is."""
+    lines = []
+    for error, same in tasks.groupby("error"):
+        row = same.iloc[0]
+        step = "" if pd.isna(row["step"]) else f" at step {int(row['step'])}"
+        more = f" and {len(same) - 1} more" if len(same) > 1 else ""
+        lines.append(f"failed: {row['kind']} of {row['pack_id']}{step}{more}: {error}")
+        lines.append(f"        traceback in logs/{row['task_key']}.log")
+    return lines
+
+
+def _progress(progress: dict[str, object], *, driven: bool) -> list[str]:
+    state = progress["state"]
+    if state not in ("done", "interrupted") and not driven:
+        state = f"{state}, but its driver is gone; the same command resumes"
+    lines = [
+        f"state: {state} (as of {progress['updated']})",
+        f"runs: {progress['runs_done']} of {progress['runs']} done, {progress['runs_failed']} failed",
+        f"checkpoints: {progress['checkpoints_trained']} of {progress['checkpoints']} trained, "
+        f"{progress['checkpoints_analysed']} analysed, {progress['checkpoints_failed']} failed",
+    ]
+    left = progress["seconds_left"]
+    if driven and isinstance(left, int | float):
+        lines.append(f"time left: about {duration(left)}")
+    if driven and isinstance(running := progress["running"], list):
+        lines += [f"running: {name}" for name in running]
+    return lines

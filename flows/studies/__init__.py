@@ -1,0 +1,1 @@
+"""Ready-made studies: `lossray studies` lists them."""

@@ -1,0 +1,237 @@
+"""One study from file to tables: check, lease, session, freeze, drive, gather."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import ray
+import torch
+from ray.exceptions import RayTaskError
+
+from flows.driver import WAIT_SECONDS, Driver
+from flows.freeze import decide, study_device
+from flows.interrupt import Interrupt
+from flows.ledger import Ledger
+from flows.plan import Plan, make_plan
+from flows.progress import duration
+from flows.serial import run_serially
+from flows.session import capacity, has_gpus, ray_session
+from lossray.curvature.operators import ProductMode
+from lossray.errors import StoreError, StudyError
+from lossray.imports import settle_imports
+from lossray.plugins import check_imported
+from lossray.storage.lease import Lease
+from lossray.storage.publish import publish_tables, tables_current
+from lossray.storage.store import Store
+from lossray.study import (
+    LoadedStudy,
+    Setting,
+    StudyInputs,
+    check_against_data,
+    load_study,
+    partition,
+    settings_of,
+    study_inputs,
+)
+from lossray.study.manifest import Manifest, check_extension, extended, new_manifest
+from lossray.training.datasets import Dataset, load_dataset
+from tasks.context import Context
+from tasks.gather import gather
+
+DONE, SOME_FAILED, INTERRUPTED = 0, 1, 130
+Rule = Callable[[Setting], tuple[str, ProductMode]]  # executor and product mode
+
+
+@dataclass(frozen=True)
+class Request:
+    """A study that has been checked against its data and its store; nothing has been written yet."""
+
+    loaded: LoadedStudy
+    store: Store
+    context: Context
+    inputs: StudyInputs
+    dataset: Dataset
+    manifest: Manifest | None  # of the store, where it has one
+
+
+def run_study(
+    study: str,
+    out: str,
+    *,
+    overrides: Sequence[str] = (),
+    address: str | None = None,
+    in_process: bool = False,
+    dashboard: bool = False,
+) -> int:
+    """Run or resume a study; see `flows.run`."""
+    request = check_request(study, out, overrides)
+    for line in request.loaded.study.not_computed():
+        _say(f"note: {line}")
+    if is_complete(request):
+        _say(f"{request.store.url} is complete: nothing to do")
+        return DONE
+    with ExitStack() as stack:
+        room = None
+        if not in_process:
+            stack.enter_context(ray_session(address, user_folders(request.loaded), dashboard=dashboard))
+            room = capacity(request.loaded.study.resources)
+        rule = try_settings(request, study_device(request.loaded.study, gpus=has_gpus(in_process=in_process)))
+        interrupt = stack.enter_context(Interrupt())
+        lease = stack.enter_context(Lease(request.store))  # the first thing that writes
+        plan = freeze(request, rule)
+        _say(f"{request.loaded.study.name}: {len(plan.packs)} packs; results in {request.store.url}")
+        ledger = Ledger(plan, request.store, request.store.committed(), guard=lease.check)
+        with ledger.progress:
+            if room is None:
+                finished = run_serially(plan, ledger, interrupt)
+            else:
+                finished = Driver(plan, ledger, room, interrupt).run()
+            if finished:
+                ledger.progress.state = "gathering"
+                ledger.progress.refresh(force=True)
+                finished = _gather(request.store, interrupt, in_process=in_process)
+            ledger.progress.state = "done" if finished else "interrupted"
+    return _conclude(request.store, ledger, finished)
+
+
+def check_request(study: str, out: str, overrides: Sequence[str]) -> Request:
+    """Read and check everything that can be wrong before anything is written.
+
+    Raises:
+        LossrayError: the study, its data, its models or its store; one line for each problem.
+    """
+    loaded = load_study(study, overrides)
+    if loaded.study.source is not None:
+        raise StudyError(f"{loaded.path}: source = {loaded.study.source!r} is not computed by this version")
+    settle_imports(user_folders(loaded))
+    store = Store(out)
+    dataset = load_dataset(
+        loaded.study.data, dtype=getattr(torch, loaded.study.training.dtype), base=loaded.folder
+    )
+    check_against_data(loaded.study, dataset, str(loaded.path))
+    inputs = study_inputs(loaded.study, dataset.fingerprint)
+    check_imported(inputs.sources)
+    manifest = read_manifest(store)
+    if manifest is not None:
+        check_extension(manifest, loaded.study, inputs)
+    context = Context(store.url, loaded.study, str(loaded.folder), dataset.fingerprint, inputs.sources)
+    return Request(loaded, store, context, inputs, dataset, manifest)
+
+
+def is_complete(request: Request) -> bool:
+    """Whether the store has everything that the study asks for, its tables included."""
+    if request.manifest is None or _missing_seeds(request):
+        return False
+    plan = make_plan(request.context, request.manifest.packs, request.inputs)
+    committed = request.store.committed_keys()
+    return committed.issuperset(plan.keys()) and tables_current(request.store)
+
+
+def try_settings(request: Request, device: str) -> Rule:
+    """Decide for every setting that has no pack yet, while nothing is written.
+
+    Raises:
+        ModelError: a model that cannot be trained.
+    """
+    study = request.loaded.study
+    known = {pack.setting_id for pack in request.manifest.packs} if request.manifest else set()
+    new = [setting for setting in settings_of(study) if setting.setting_id not in known]
+    decided = {setting.setting_id: decide(study, request.dataset, device, setting) for setting in new}
+    return lambda setting: decided[setting.setting_id]
+
+
+def freeze(request: Request, rule: Rule) -> Plan:
+    """Complete the partition, write manifest.json and study.toml where they change, and plan every task.
+
+    Reads the manifest once more: until this driver had the lease, another one may have written it.
+
+    Raises:
+        StoreError: it has, for another study.
+    """
+    study, store = request.loaded.study, request.store
+    old = read_manifest(store)
+    if old is not None:
+        check_extension(old, study, request.inputs)
+    packs = partition(study, old.packs if old else (), rule)
+    if old is None:
+        manifest = new_manifest(study, request.inputs, packs, folder=request.loaded.folder)
+    else:
+        manifest = extended(old, study, request.inputs, packs, folder=request.loaded.folder)
+    if manifest != old:
+        store.write_json("manifest.json", manifest.plain())
+    text = request.loaded.text.encode()
+    if not store.exists("study.toml") or store.read_bytes("study.toml") != text:
+        store.write_bytes("study.toml", text)
+    return make_plan(request.context, packs, request.inputs)
+
+
+def read_manifest(store: Store) -> Manifest | None:
+    """The manifest of a store, None where there is no store yet.
+
+    Raises:
+        StoreError: the manifest is damaged, or the folder holds something else.
+    """
+    if store.exists("manifest.json"):
+        return Manifest.from_plain(store.read_json("manifest.json"), f"{store.url}/manifest.json")
+    try:
+        strangers = store.paths()
+    except OSError as error:
+        raise StoreError(f"--out {store.url}: cannot be a store: {error.strerror}") from error
+    if strangers:
+        raise StoreError(
+            f"--out {store.url}: found files that are no store of lossray's, such as {strangers[0]}; "
+            "allowed: a new or empty folder, or the store of this study"
+        )
+    return None
+
+
+def user_folders(loaded: LoadedStudy) -> list[str]:
+    """Where modules of the user's are looked for: the current directory, then the study file's folder."""
+    return list(dict.fromkeys([os.getcwd(), str(loaded.folder)]))
+
+
+def _missing_seeds(request: Request) -> bool:
+    """Whether some run of the study is in no pack of the store."""
+    assert request.manifest is not None
+    have = {run_id for pack in request.manifest.packs for run_id in pack.run_ids}
+    study = request.loaded.study
+    return any(f"{s.setting_id}-s{seed}" not in have for s in settings_of(study) for seed in study.seeds)
+
+
+def _gather(store: Store, interrupt: Interrupt, *, in_process: bool) -> bool:
+    """Publish the tables; False after an interrupt.
+
+    Raises:
+        StoreError: a part is missing or damaged.
+    """
+    if in_process:
+        publish_tables(store)
+        return True
+    reference = gather.options(name="gather").remote(store.url)
+    while not ray.wait([reference], timeout=WAIT_SECONDS)[0]:
+        if interrupt.received:
+            return False
+    try:
+        ray.get(reference)
+    except RayTaskError as error:
+        raise error.cause from None  # the user's message, without the worker's traceback
+    return True
+
+
+def _conclude(store: Store, ledger: Ledger, finished: bool) -> int:
+    elapsed = duration(ledger.progress.elapsed)
+    if not finished:
+        _say(f"interrupted after {elapsed}; the same command resumes")
+        return INTERRUPTED
+    _say(f"done in {elapsed}: `lossray tables {store.url}`")
+    if ledger.failures:
+        _say(
+            f"{len(ledger.failures)} tasks failed: `lossray status {store.url}`; the same command tries again"
+        )
+    return SOME_FAILED if ledger.failures else DONE
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,35 @@
+"""The empirical geometry of neural-network loss surfaces.
+
+The names below are loaded when first used: `import lossray` loads neither torch nor ray.
+"""
+
+import importlib
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lossray.results import open_study
+
+__version__ = "0.1.0"
+
+_HOMES = {"open_study": "lossray.results"}
+
+__all__ = ["__version__", "main", "open_study"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lossray' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def main() -> None:
+    """The command ``lossray``.
+
+    The user's folder may hold a ``flows.py`` or a ``tasks.py``, and stands before the installation on the
+    path under ``ray job submit``: the import order is settled before the command line is loaded.
+    """
+    from lossray.imports import settle_imports
+
+    settle_imports([os.getcwd()])
+    importlib.import_module("flows.cli").run_command()

@@ -1,0 +1,153 @@
+"""Eigenpairs with their certificates: a Rayleigh-Ritz step on orthonormal blocks, with fresh products."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class PackedOperator(Protocol):
+    """R symmetric operators of one size, applied to one vector each."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """R and d."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the products: the level of their rounding."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the vectors live."""
+
+    def apply(self, vectors: Tensor) -> Tensor:
+        """The products [R, d] with ``vectors`` [R, d], float64; row r depends on row r alone."""
+
+
+@dataclass(frozen=True)
+class EigenPairs:
+    """The k algebraically largest eigenpairs of R members; NaN for a dead member or a missing pair.
+
+    SCIENCE 2.15: an eigenvalue lies within its residual of each value; that no larger one was missed is what
+    ``confirmed`` makes likely, not certain.
+    """
+
+    values: Tensor  # [R, k] float64, descending
+    vectors: Tensor  # [R, k, d] float64, orthonormal rows; the largest component of each is positive
+    residuals: Tensor  # [R, k] |H v - value v| of the returned vector, from fresh products
+    converged: Tensor  # [R, k] bool: residual <= tolerance * scale
+    confirmed: Tensor  # [R] bool: a search of the complement found nothing above the k-th value
+    gaps: Tensor  # [R, k] distance to the nearest other Ritz value, `complement` included; inf if none
+    complement: Tensor  # [R] leading Ritz value outside the pairs; -inf: nothing outside; NaN: unknown
+    scale: Tensor  # [R] |lambda|max as seen by the solve
+    matvecs: Tensor  # [R] int64, products with each member
+    orthogonality_loss: Tensor  # [R] max |V V' - I| over the bases of the solve and the returned vectors
+
+    def __len__(self) -> int:
+        """Number of pairs k of each member."""
+        return self.values.shape[1]
+
+
+@dataclass(frozen=True)
+class Block:
+    """What a solver hands over for one member: approximate eigenvectors and what it knows about the rest."""
+
+    vectors: Tensor  # [n, d] float64, orthonormal rows; n = 0 where nothing was found
+    complement: float  # leading Ritz value outside the block: -inf where nothing is left, NaN where unknown
+    scale: float  # estimate of |lambda|max
+    confirmed: bool
+    matvecs: int
+    orthogonality_loss: float
+
+
+def certify(operator: PackedOperator, blocks: Sequence[Block], k: int, *, tolerance: float) -> EigenPairs:
+    """The k leading eigenpairs in each member's block, with true residuals.
+
+    Args:
+        operator: R operators; gets one product for each vector of the longest block.
+        blocks: one per member.
+        k: pairs to return; missing ones are NaN.
+        tolerance: largest residual of a converged pair, as a share of the scale.
+    """
+    images = _images(operator, [block.vectors for block in blocks])
+    members = [_solve(block, image, k, tolerance) for block, image in zip(blocks, images, strict=True)]
+    return EigenPairs(*(torch.stack(tensors) for tensors in zip(*members, strict=True)))
+
+
+def orthogonality_loss(vectors: Tensor) -> float:
+    """Largest entry of |V V' - I| for the rows V [n, d]; 0 for n = 0."""
+    if len(vectors) == 0:
+        return 0.0
+    gram = vectors @ vectors.T
+    return float((gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().max())
+
+
+def _images(operator: PackedOperator, blocks: Sequence[Tensor]) -> list[Tensor]:
+    """H x for every row x of every member's block; all members share each call of the operator."""
+    images = [torch.zeros_like(block) for block in blocks]
+    for i in range(max(len(block) for block in blocks)):
+        probe = torch.zeros(operator.shape, dtype=torch.float64, device=operator.device)
+        for r, block in enumerate(blocks):
+            if i < len(block):
+                probe[r] = block[i]
+        products = operator.apply(probe)
+        for r, image in enumerate(images):
+            if i < len(image):
+                image[i] = products[r]
+    return images
+
+
+def _solve(block: Block, image: Tensor, k: int, tolerance: float) -> tuple[Tensor, ...]:
+    """One member's tensors in the order of `EigenPairs`."""
+    n = len(image)
+    usable = n > 0 and bool(torch.isfinite(image).all())  # eigh raises on NaN
+    m = n if usable else 0
+    basis, image = block.vectors[:m], image[:m]
+    small = image @ basis.T
+    values, rotation = torch.linalg.eigh((small + small.T) / 2)
+    values, rotation = values.flip(0), rotation.flip(1).T
+    vectors = rotation @ basis
+    residuals = torch.linalg.vector_norm(rotation @ image - values[:, None] * vectors, dim=1)[:k]
+    complement = max(values[k].item(), block.complement) if m > k else block.complement
+    loss = max(block.orthogonality_loss, orthogonality_loss(vectors))
+
+    def padded(tensor: Tensor) -> Tensor:
+        rows = tensor.new_full((k, *tensor.shape[1:]), float("nan"))
+        rows[: min(k, m)] = tensor[:k]
+        return rows
+
+    def scalar(value: float) -> Tensor:
+        return image.new_tensor(value if usable else float("nan"))
+
+    return (
+        padded(values),
+        padded(_signed(vectors)),
+        padded(residuals),
+        padded(residuals) <= tolerance * block.scale,  # NaN compares as False
+        torch.tensor(block.confirmed and usable, device=image.device),
+        padded(_gaps(values[:k], complement)),
+        scalar(complement),
+        scalar(block.scale),
+        torch.tensor(block.matvecs + n, device=image.device),
+        scalar(loss),
+    )
+
+
+def _gaps(values: Tensor, complement: float) -> Tensor:
+    """Distance of each value to the nearest of the others and ``complement`` (left out where NaN)."""
+    distances = (values[:, None] - values).abs()
+    distances.fill_diagonal_(float("inf"))
+    outside = (values - complement).abs().nan_to_num(nan=float("inf"), posinf=float("inf"))
+    return torch.cat([distances, outside[:, None]], dim=1).amin(1)
+
+
+def _signed(vectors: Tensor) -> Tensor:
+    """The rows with their largest component positive (the first of those that tie to rounding)."""
+    if len(vectors) == 0:
+        return vectors
+    sizes = vectors.abs()
+    leading = (sizes >= sizes.amax(1, keepdim=True) * (1 - 1e-6)).to(torch.int8).argmax(1, keepdim=True)
+    return vectors * torch.sign(vectors.gather(1, leading))

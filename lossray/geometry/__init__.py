@@ -1,0 +1,1 @@
+"""Directions in parameter space: how they are curved, and their angles to the curvature's eigenspaces."""

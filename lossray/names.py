@@ -1,0 +1,18 @@
+"""One wording for every name that does not exist: what was found, what is allowed, what is nearest."""
+
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(found: str, allowed: Iterable[str]) -> str | None:
+    """The allowed name most like ``found``, or None where nothing resembles it."""
+    matches = difflib.get_close_matches(found, list(allowed), n=1, cutoff=0.5)
+    return matches[0] if matches else None
+
+
+def unknown_name(found: str, allowed: Iterable[str]) -> str:
+    """The message for an unknown name: ``found 'mpl'; allowed: cnn, mlp; did you mean 'mlp'?``."""
+    names = list(allowed)
+    message = f"found {found!r}; allowed: {', '.join(names)}"
+    guess = nearest(found, names)
+    return message if guess is None else f"{message}; did you mean {guess!r}?"

@@ -1,0 +1,1 @@
+"""Models, losses, and R models of one architecture as one stack."""

@@ -1,0 +1,171 @@
+"""The models by name: their settings, and how each is built for given inputs and outputs."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, field_validator
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from lossray.errors import ModelError, StudyError
+from lossray.names import unknown_name
+from lossray.networks.cnn import CnnSettings, build_cnn
+from lossray.networks.layers import ModelSettings
+from lossray.networks.mlp import LinearSettings, MlpSettings, build_linear, build_mlp
+from lossray.networks.resnet import ResnetSettings, build_resnet
+from lossray.networks.vit import VitSettings, build_vit
+from lossray.plugins import failure, is_spec, load, split_spec
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One built-in model."""
+
+    settings: type[ModelSettings]
+    build: Callable[[Any, tuple[int, ...], int], nn.Module]  # settings, shape of one input, outputs
+
+
+MODELS = {
+    "linear": ModelEntry(LinearSettings, build_linear),
+    "mlp": ModelEntry(MlpSettings, build_mlp),
+    "cnn": ModelEntry(CnnSettings, build_cnn),
+    "resnet": ModelEntry(ResnetSettings, build_resnet),
+    "vit": ModelEntry(VitSettings, build_vit),
+}
+
+
+class UserModelSettings(ModelSettings):
+    """A model of the user's own, ``package.module:function``; every other key goes to the function."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The keys for the function."""
+        return dict(self.model_extra or {})
+
+
+class _Name(BaseModel):
+    """The one key that decides which settings the others must fit."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    name: str
+
+    @field_validator("name")
+    @classmethod
+    def _exists(cls, name: str) -> str:
+        if not is_spec(name):
+            if name not in MODELS:
+                raise ValueError(unknown_name(name, [*MODELS, "package.module:function"]))
+            return name
+        try:
+            split_spec(name)
+        except StudyError as error:
+            raise ValueError(str(error)) from None
+        return name
+
+
+def model_settings(table: Mapping[str, object]) -> ModelSettings:
+    """The settings in one [[models]] table, such as ``{"name": "mlp", "widths": [64]}``.
+
+    Raises:
+        pydantic.ValidationError: an unknown name or key, a wrong type, an impossible value. ``loc`` is
+            relative to the table.
+    """
+    name = _Name.model_validate(dict(table)).name
+    schema = MODELS[name].settings if name in MODELS else UserModelSettings
+    return schema.model_validate(dict(table))
+
+
+def build_model(settings: ModelSettings, input_shape: tuple[int, ...], n_outputs: int) -> nn.Module:
+    """A freshly initialised model, in float32 on the CPU.
+
+    Draws from torch's global generator: the caller forks and seeds it.
+
+    Args:
+        settings: from `model_settings`.
+        input_shape: shape of one input, without the batch axis.
+        n_outputs: number of classes, or of regression outputs.
+
+    Raises:
+        ModelError: the model does not fit the inputs, or a user's function fails or returns no model.
+        StudyError: a user's function is not found.
+    """
+    if isinstance(settings, UserModelSettings):
+        return _build_user_model(settings, input_shape, n_outputs)
+    return MODELS[settings.name].build(settings, input_shape, n_outputs)
+
+
+def check_model(settings: ModelSettings, inputs: Tensor, n_outputs: int) -> int:
+    """Build a model, run it once, and return its number of trainable parameters.
+
+    For the driver, so that a model that does not fit the data is refused before anything is written. Leaves
+    torch's global generator as it was.
+
+    Args:
+        settings: from `model_settings`.
+        inputs: a few of the data's inputs, [B, ...].
+        n_outputs: number of classes, or of regression outputs.
+
+    Raises:
+        ModelError: the model cannot be built for these inputs, cannot take them, or its outputs are not
+            [B, n_outputs].
+        StudyError: a user's function is not found.
+    """
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        model = build_model(settings, tuple(inputs.shape[1:]), n_outputs).eval()
+        if inputs.is_floating_point():
+            model = model.to(inputs.dtype)
+        try:
+            outputs = model(inputs)
+        except Exception as error:  # a user's forward may raise anything
+            raise ModelError(
+                f"model {settings.name!r} on inputs {list(inputs.shape)}: {failure(error)}"
+            ) from error
+    wanted = [len(inputs), n_outputs]
+    found = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+    if found != wanted:
+        raise ModelError(f"model {settings.name!r} returns {found} where a tensor {wanted} is needed")
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _build_user_model(settings: UserModelSettings, input_shape: tuple[int, ...], n_outputs: int) -> nn.Module:
+    """Call the user's function; ``input_shape`` and ``n_outputs`` are passed if its signature names them."""
+    function = load(settings.name)
+    try:
+        signature: inspect.Signature | None = inspect.signature(function)
+    except ValueError:  # a builtin without one
+        signature = None
+    known = signature.parameters if signature is not None else {}
+    sizes = {"input_shape": input_shape, "n_outputs": n_outputs}
+    arguments = {key: value for key, value in sizes.items() if key in known} | settings.arguments
+    if signature is not None:
+        try:
+            signature.bind(**arguments)
+        except TypeError as error:
+            raise ModelError(
+                f"model {settings.name!r}: {error}; found {', '.join(arguments) or 'no keys'}, "
+                f"the function takes {signature}"
+            ) from None
+    try:
+        model = function(**arguments)
+    except Exception as error:  # a user's function may raise anything
+        raise ModelError(f"model {settings.name!r} raised {failure(error)}") from error
+    return _checked(settings.name, model)
+
+
+def _checked(name: str, model: object) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model {name!r} returned {type(model).__name__} instead of a torch.nn.Module")
+    parameters = list(model.parameters())
+    if any(isinstance(parameter, UninitializedParameter) for parameter in parameters):
+        raise ModelError(f"model {name!r} returned lazy layers, whose parameters have no shape yet")
+    if not any(parameter.requires_grad and parameter.is_floating_point() for parameter in parameters):
+        raise ModelError(
+            f"model {name!r} returned {type(model).__name__} without a trainable floating-point parameter"
+        )
+    return model

@@ -1,0 +1,440 @@
+"""R models of one architecture as one: a flat tensor ``theta`` [R, d] and one interface with two executors.
+
+``vmap`` evaluates all members in batched kernels; ``loop`` evaluates member after member on views of the same
+storage, for models that vmap cannot take or for which it does not pay. The loss of the stack is the sum over
+members, so one backward pass gives all R gradients, and the Hessian is block-diagonal over members.
+"""
+
+import copy
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import vmap
+
+from lossray.errors import ModelError
+from lossray.networks.dropout import NoiseTape, replace_dropout
+from lossray.seeds import stream
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+Members = Mapping[str, Tensor]  # by name: of all members, [R, *shape], or of one, [*shape]
+EXECUTORS = ("vmap", "loop")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the last axis of ``theta`` divides into the trainable parameters (``named_parameters()`` order)."""
+
+    names: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+    roles: tuple[str, ...]  # "matrix" | "kernel" (convolution) | "embedding" | "other"
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of elements of each parameter."""
+        return tuple(math.prod(shape) for shape in self.shapes)
+
+    @cached_property
+    def dim(self) -> int:
+        """Number of trainable parameters d."""
+        return sum(self.sizes)
+
+    def split(self, theta: Tensor) -> dict[str, Tensor]:
+        """Views of ``theta`` [..., d] by name, each [..., *shape]; one node of the autograd graph."""
+        pieces = torch.split(theta, list(self.sizes), dim=-1)
+        lead = theta.shape[:-1]
+        return {
+            name: piece.view(*lead, *shape)
+            for name, shape, piece in zip(self.names, self.shapes, pieces, strict=True)
+        }
+
+    def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Inverse of `split`: tensors [R, *shape] by name to one [R, d]."""
+        return torch.cat([tensors[name].flatten(1) for name in self.names], dim=1)
+
+
+class Stack:
+    """The architecture of a pack: evaluates R members whose weights the caller holds.
+
+    Args:
+        template: a model of the architecture; its own weights are never used, its mode is set on each call.
+        layout: how ``theta`` divides into its trainable parameters.
+        executor: "vmap" or "loop".
+    """
+
+    def __init__(self, template: nn.Module, layout: Layout, *, executor: str) -> None:
+        if executor not in EXECUTORS:
+            raise ModelError(f"executor: found {executor!r}; allowed: {', '.join(EXECUTORS)}")
+        self.template = template
+        self.layout = layout
+        self.executor = executor
+        self.tape = NoiseTape()
+        replace_dropout(template, self.tape)
+        self._places = _places(template)
+        self._noise_cache: dict[torch.Size, tuple[list[tuple[torch.Size, float]], bool]] = {}
+
+    @property
+    def dim(self) -> int:
+        """Number of trainable parameters d of one member."""
+        return self.layout.dim
+
+    def with_executor(self, executor: str) -> "Stack":
+        """The same architecture under another executor."""
+        other = copy.copy(self)  # shares the template, whose dropout layers read this stack's tape
+        other.executor = executor
+        return other
+
+    def losses(
+        self,
+        theta: Tensor,
+        buffers: Members,
+        inputs: Tensor,
+        targets: Tensor,
+        loss: Loss,
+        *,
+        train: bool = False,
+        keys: Sequence[int] | None = None,
+        per_member: bool = False,
+    ) -> Tensor:
+        """Mean loss of every member.
+
+        Args:
+            theta: parameters [R, d].
+            buffers: buffers by name, [R, *shape]; batch norm updates them in place when ``train``.
+            inputs: [B, ...] shared by the members, or [R, B, ...] with ``per_member``.
+            targets: [B, ...] or [R, B, ...] accordingly.
+            loss: ``loss(outputs, targets)``, the mean over the examples of one member.
+            train: train mode (dropout active, batch statistics in batch norm); otherwise eval mode.
+            keys: R noise seeds of this step; needed in train mode by models with dropout.
+            per_member: whether each member has inputs of its own.
+
+        Returns:
+            Losses [R], differentiable in ``theta``.
+
+        Raises:
+            ModelError: random layers in train mode without ``keys``, or randomness that vmap cannot take.
+        """
+        evaluate = self._evaluator(
+            self._loss_of(loss, train), theta, buffers, (inputs, targets), keys, per_member
+        )
+        return self._each_member(evaluate, theta)
+
+    def gradients(
+        self,
+        theta: Tensor,
+        buffers: Members,
+        inputs: Tensor,
+        targets: Tensor,
+        loss: Loss,
+        *,
+        train: bool = False,
+        keys: Sequence[int] | None = None,
+        per_member: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Losses [R] and their gradients [R, d], detached; arguments as in `losses`.
+
+        What differentiating `losses` gives, for less: the loop executor frees the graph of one member before
+        it makes that of the next, and the parameters are the leaves, so that no graph leads back to theta.
+        """
+        evaluate = self._evaluator(
+            self._loss_of(loss, train), theta, buffers, (inputs, targets), keys, per_member
+        )
+        if self._batched(theta):
+            return self._differentiated(evaluate, theta)
+        solos = [self._differentiated(partial(evaluate, r=r), row) for r, row in enumerate(theta)]
+        losses, gradients = zip(*solos, strict=True)
+        return torch.stack(losses), torch.stack(gradients)
+
+    def outputs(self, theta: Tensor, buffers: Members, inputs: Tensor, *, per_member: bool = False) -> Tensor:
+        """Outputs of every member in eval mode, [R, B, ...]; arguments as in `losses`."""
+        self._set_mode(False)
+        evaluate = self._evaluator(self._call, theta, buffers, (inputs,), None, per_member)
+        return self._each_member(evaluate, theta)
+
+    def _loss_of(self, loss: Loss, train: bool) -> Callable[..., Tensor]:
+        """The loss of one member as a function of its tensors, inputs and targets."""
+        self._set_mode(train)
+        return lambda member, x, y: loss(self._call(member, x), y)
+
+    def _batched(self, theta: Tensor) -> bool:
+        """Whether vmap evaluates the members; a single one has nothing to gain from it."""
+        return self.executor == "vmap" and len(theta) > 1
+
+    def _each_member(self, evaluate: Callable[..., Tensor], theta: Tensor) -> Tensor:
+        """Value of every member, [R, ...], differentiable in theta."""
+        if self._batched(theta):
+            return evaluate(self.layout.split(theta))
+        return torch.stack([evaluate(self.layout.split(row), r=r) for r, row in enumerate(theta.unbind())])
+
+    def _differentiated(self, evaluate: Callable[..., Tensor], theta: Tensor) -> tuple[Tensor, Tensor]:
+        """Values and gradient of all members [R, d], or of one [d]; both detached."""
+        weights = self.layout.split(theta.detach())
+        values = evaluate({name: piece.requires_grad_() for name, piece in weights.items()})
+        pieces = torch.autograd.grad(values.sum(), list(weights.values()), materialize_grads=True)
+        return values.detach(), torch.cat([piece.reshape(*theta.shape[:-1], -1) for piece in pieces], dim=-1)
+
+    def _evaluator(
+        self,
+        function: Callable[..., Tensor],
+        theta: Tensor,
+        buffers: Members,
+        args: tuple[Tensor, ...],
+        keys: Sequence[int] | None,
+        per_member: bool,
+    ) -> Callable[..., Tensor]:
+        """A function of the weights by name: of all members, [R, *shape], or of member r alone, [*shape]."""
+        masks, ambient = self._masks(theta, buffers, args[0], keys, per_member)
+        if ambient and self.executor == "vmap":
+            raise ModelError("this model draws random numbers that vmap cannot give; use the loop executor")
+
+        def played(member: Members, own_masks: tuple[Tensor, ...], *own: Tensor) -> Tensor:
+            with self.tape.playing(own_masks):
+                return function(member, *own)
+
+        def evaluate(weights: Members, r: int | None = None) -> Tensor:
+            if r is None:
+                in_dims = (0, 0, *(0 if per_member else None for _ in args))
+                batched = vmap(played, in_dims=in_dims, randomness="error")
+                values: Tensor = batched({**weights, **buffers}, masks, *args)
+                return values
+            member = {**weights, **{name: tensor[r] for name, tensor in buffers.items()}}
+            own = tuple(arg[r] for arg in args) if per_member else args
+            with _seeded(keys[r] if ambient and keys is not None else None, theta.device):
+                return played(member, tuple(mask[r] for mask in masks), *own)
+
+        return evaluate
+
+    def _call(self, member: Members, x: Tensor) -> Tensor:
+        """The template's outputs with the tensors of one member: `functional_call` without its searches."""
+        kept = [(table, key, table[key]) for _, table, key in self._places]
+        for name, table, key in self._places:
+            table[key] = member[name]
+        try:
+            outputs: Tensor = self.template(x)
+            return outputs
+        finally:
+            for table, key, tensor in kept:
+                table[key] = tensor
+
+    def _set_mode(self, train: bool) -> None:
+        if self.template.training != train:
+            self.template.train(train)
+
+    def _masks(
+        self,
+        theta: Tensor,
+        buffers: Members,
+        inputs: Tensor,
+        keys: Sequence[int] | None,
+        per_member: bool,
+    ) -> tuple[tuple[Tensor, ...], bool]:
+        """The dropout masks of this step, each [R, ...], and whether the model draws other random numbers."""
+        if not self.template.training:
+            return (), False
+        calls, ambient = self._noise(theta, buffers, inputs[0] if per_member else inputs)
+        if (calls or ambient) and keys is None:
+            raise ModelError("this model is random in train mode: pass keys, one noise seed per member")
+        if not calls or keys is None:
+            return (), ambient
+        drawn = [self.tape.draw(calls, key, theta.dtype) for key in keys]
+        return tuple(torch.stack(masks).to(theta.device) for masks in zip(*drawn, strict=True)), ambient
+
+    def _noise(
+        self, theta: Tensor, buffers: Members, inputs: Tensor
+    ) -> tuple[list[tuple[torch.Size, float]], bool]:
+        """Dropout calls (mask shape, drop probability) of one forward pass, and whether it draws elsewhere.
+
+        Found by one recorded pass for each shape of the inputs.
+        """
+        if inputs.shape not in self._noise_cache:
+            member = {name: tensor[0].detach().clone() for name, tensor in self.layout.split(theta).items()}
+            member |= {name: tensor[0].clone() for name, tensor in buffers.items()}
+            with torch.no_grad(), _seeded(0, theta.device), self.tape.recording() as calls:
+                before = _random_state(theta.device)
+                self._call(member, inputs)
+                ambient = not torch.equal(before, _random_state(theta.device))
+            self._noise_cache[inputs.shape] = (calls, ambient)
+        return self._noise_cache[inputs.shape]
+
+
+def build_stack(
+    build: Callable[[], nn.Module],
+    seeds: Sequence[int],
+    *,
+    executor: str,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> tuple[Stack, Tensor, dict[str, Tensor]]:
+    """Initialise one member per seed, each from its own generator.
+
+    Args:
+        build: makes a freshly initialised model from torch's default generator, on the CPU.
+        seeds: the members' seeds; a member's initialisation depends on its seed alone.
+        executor: "vmap" or "loop".
+        dtype: of parameters and floating buffers.
+        device: where the stack lives.
+
+    Returns:
+        The stack, ``theta`` [R, d], and the buffers by name, [R, *shape] (frozen parameters among them).
+
+    Raises:
+        ModelError: no trainable parameter, or members that differ in shape.
+    """
+    models = [_initialised(build, seed).to(dtype) for seed in seeds]
+    layout = _layout(models[0])
+    rows = [_flat(model, layout) for model in models]
+    frozen = [name for name, parameter in models[0].named_parameters() if not parameter.requires_grad]
+    tensors = [
+        {**dict(model.named_buffers()), **{n: model.get_parameter(n) for n in frozen}} for model in models
+    ]
+    buffers = {name: torch.stack([own[name].detach() for own in tensors]).to(device) for name in tensors[0]}
+    stack = Stack(models[0].to(device), layout, executor=executor)
+    return stack, torch.stack(rows).to(device), buffers
+
+
+def choose_executor(
+    build: Callable[[], nn.Module],
+    inputs: Tensor,
+    targets: Tensor,
+    loss: Loss,
+    *,
+    device: torch.device | str,
+) -> str:
+    """The executor of a setting: "vmap" where it works, agrees with "loop" and pays, otherwise "loop".
+
+    Convolutions on a CPU run at 0.7-0.8 of a loop under vmap (DESIGN), so they loop. Every other model is
+    tried: loss, gradient and a Hessian-vector product of two members in float64, in train and in eval mode.
+    The trial runs on the CPU, where it costs milliseconds; ``device`` is where the study will run.
+
+    Args:
+        build: makes a freshly initialised model.
+        inputs: a few examples [B, ...].
+        targets: their targets.
+        loss: the loss of the study.
+        device: device of the study's training.
+    """
+    stack, theta, buffers = build_stack(build, (0, 1), executor="loop", dtype=torch.float64)
+    if torch.device(device).type == "cpu" and "kernel" in stack.layout.roles:
+        return "loop"
+    inputs = inputs.double() if inputs.is_floating_point() else inputs
+    targets = targets.double() if targets.is_floating_point() else targets
+    batched = stack.with_executor("vmap")
+    for train in (False, True):
+        expected = _trial(stack, theta, buffers, inputs, targets, loss, train)
+        try:
+            with warnings.catch_warnings():
+                # A missing batching rule is a slow loop inside vmap.
+                warnings.filterwarnings("error", message=".*performance drop.*")
+                found = _trial(batched, theta, buffers, inputs, targets, loss, train)
+        except Exception:  # any failure of vmap, whose errors have no common type, means: use the loop
+            return "loop"
+        if not all(torch.allclose(a, b, rtol=1e-8, atol=1e-10) for a, b in zip(expected, found, strict=True)):
+            return "loop"
+    return "vmap"
+
+
+def _trial(
+    stack: Stack,
+    theta: Tensor,
+    buffers: Members,
+    inputs: Tensor,
+    targets: Tensor,
+    loss: Loss,
+    train: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses [R], gradient [R, d] and the Hessian's product with the gradient [R, d]."""
+    theta = theta.clone().requires_grad_()
+    own = {name: tensor.clone() for name, tensor in buffers.items()}
+    losses = stack.losses(theta, own, inputs, targets, loss, train=train, keys=(0, 1))
+    (gradient,) = torch.autograd.grad(losses.sum(), theta, create_graph=True)
+    product = torch.zeros_like(gradient)
+    if gradient.requires_grad:
+        (product,) = torch.autograd.grad(gradient, theta, gradient.detach(), materialize_grads=True)
+    return losses.detach(), gradient.detach(), product
+
+
+def _places(model: nn.Module) -> list[tuple[str, dict[str, Any], str]]:
+    """Where a model keeps its parameters and buffers: name, table and key; tied ones have several places."""
+    named = itertools.chain(model.named_parameters(), model.named_buffers())
+    names = {id(tensor): name for name, tensor in named}
+    return [
+        (names[id(tensor)], table, key)
+        for module in model.modules()
+        for table in (module._parameters, module._buffers)
+        for key, tensor in table.items()
+        if tensor is not None
+    ]
+
+
+def _initialised(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(stream(seed, "initialisation"))
+        return build()
+
+
+def _layout(model: nn.Module) -> Layout:
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not trainable:
+        raise ModelError(f"{type(model).__name__} has no trainable parameter: nothing to train or to analyse")
+    owners = {id(p): module for module in model.modules() for p in module.parameters(recurse=False)}
+    return Layout(
+        names=tuple(name for name, _ in trainable),
+        shapes=tuple(p.shape for _, p in trainable),
+        roles=tuple(_role(owners[id(p)], p) for _, p in trainable),
+    )
+
+
+def _role(owner: nn.Module, parameter: Tensor) -> str:
+    if isinstance(owner, nn.Embedding | nn.EmbeddingBag):
+        return "embedding"
+    if isinstance(owner, nn.modules.conv._ConvNd) and parameter.ndim > 2:
+        return "kernel"
+    # A 2-D parameter of a module made of others, such as a transformer's position table, maps nothing.
+    maps = isinstance(owner, nn.MultiheadAttention) or not any(owner.children())
+    return "matrix" if parameter.ndim == 2 and maps else "other"
+
+
+def _flat(model: nn.Module, layout: Layout) -> Tensor:
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    shapes = tuple(p.shape for p in parameters.values())
+    if tuple(parameters) != layout.names or shapes != layout.shapes:
+        raise ModelError(
+            "the model's parameters differ from seed to seed: the members of a pack must share one shape"
+        )
+    return torch.cat([p.detach().reshape(-1) for p in parameters.values()])
+
+
+class _seeded:
+    """Torch's default generators of the CPU and of ``device`` forked and seeded; nothing for seed None."""
+
+    def __init__(self, seed: int | None, device: torch.device) -> None:
+        self.seed = seed
+        self.device = device
+
+    def __enter__(self) -> None:
+        if self.seed is None:
+            return
+        devices = [self.device] if self.device.type == "cuda" else []
+        self.fork = torch.random.fork_rng(devices=devices)
+        self.fork.__enter__()
+        torch.default_generator.manual_seed(self.seed)
+        if devices:
+            with torch.cuda.device(self.device):
+                torch.cuda.manual_seed(self.seed)
+
+    def __exit__(self, *exception: object) -> None:
+        if self.seed is not None:
+            self.fork.__exit__(None, None, None)
+
+
+def _random_state(device: torch.device) -> Tensor:
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return torch.cat(states)

@@ -1,0 +1,148 @@
+"""A store as pandas tables, modules and data: `open_study`, for a study finished or still being written."""
+
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from lossray.errors import DataError, ModelError, StoreError, StudyError
+from lossray.names import nearest, unknown_name
+from lossray.networks.models import build_model
+from lossray.plugins import add_user_folders
+from lossray.storage.checkpoints import loads
+from lossray.storage.publish import assemble, published_rows, tables_current
+from lossray.storage.store import Store
+from lossray.storage.tables import TABLES
+from lossray.study import Pack, Study, study_from_table
+from lossray.study.manifest import Manifest
+from lossray.training.datasets import Dataset, analysis_set, load_dataset
+
+SPLITS = ("train", "validation", "test")
+
+
+class StudyResults:
+    """What a study has found so far. Tables and models are read anew at each access."""
+
+    def __init__(self, store: Store):
+        self.store = store
+
+    def __repr__(self) -> str:
+        return f"StudyResults({self.store.url!r})"
+
+    @property
+    def tables(self) -> dict[str, int]:
+        """The tables' names, with the number of rows committed so far."""
+        if tables_current(self.store):
+            return published_rows(self.store)
+        return {name: assemble(self.store, name).num_rows for name in TABLES}
+
+    def table(self, name: str) -> pd.DataFrame:
+        """One table, sorted by its keys; empty while no task has committed rows of it.
+
+        Columns, units and meanings: docs/tables.md. What is missing is NaN, None or NaT.
+
+        Raises:
+            StudyError: there is no such table.
+            StoreError: the store is damaged.
+        """
+        if name not in TABLES:
+            raise StudyError(f"no such table: {unknown_name(name, TABLES)}")
+        if tables_current(self.store):
+            table = self.store.read_table(self.store.table_path(name), name)
+        else:
+            table = assemble(self.store, name)
+        frame: pd.DataFrame = table.to_pandas()
+        return frame
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the store was made from: settings, packs, versions, host, arguments."""
+        return Manifest.from_plain(self.store.read_json("manifest.json"), f"{self.store.url}/manifest.json")
+
+    @property
+    def study(self) -> Study:
+        """The settings of the study, defaults filled in."""
+        return study_from_table(self.manifest.study, f"{self.store.url}/manifest.json")
+
+    def model(self, run_id: str, step: int) -> nn.Module:
+        """The model of a run with its weights at a checkpoint: on the CPU, the study's dtype, eval mode.
+
+        Reads the data for their shape.
+
+        Raises:
+            StudyError: there is no such run, or it has no checkpoint at that step.
+            StoreError: the checkpoint is damaged.
+            ModelError: the user's model function now makes another model.
+            DataError: the data cannot be read, or have changed.
+        """
+        pack, member = self._member(run_id)
+        path = self.store.checkpoint_path(pack.pack_id, step)
+        if not self.store.exists(path):
+            steps = self.store.checkpoint_steps(pack.pack_id)
+            raise StudyError(f"run {run_id!r} has no checkpoint at step {step}; it has {steps}")
+        checkpoint = loads(self.store.read_bytes(path), name=f"{self.store.url}/{path}")
+        with torch.random.fork_rng(devices=[]):  # building draws an initialisation, which is then replaced
+            model = build_model(pack.model, self._dataset.input_shape, self._dataset.n_outputs)
+        model = model.to(getattr(torch, self.study.training.dtype))
+        own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        saved = {**checkpoint.parameters, **checkpoint.buffers}
+        if {n: t.shape for n, t in own.items()} != {n: t.shape[1:] for n, t in saved.items()}:
+            raise ModelError(f"model {pack.model.name!r} has changed: {path} holds other parameters")
+        with torch.no_grad():
+            for name, stacked in saved.items():
+                own[name].copy_(stacked[member])
+        return model.eval()
+
+    def data(self, split: str = "train") -> tuple[Tensor, Tensor]:
+        """Inputs [N, ...] and targets [N] or [N, C] of a split; for "train" those of the analysis set.
+
+        Raises:
+            StudyError: there is no such split.
+            DataError: the data cannot be read, or have changed since the study ran.
+        """
+        if split not in SPLITS:
+            raise StudyError(f"no such split: {unknown_name(split, SPLITS)}")
+        if split == "train":
+            examples = analysis_set(self._dataset, self.study.curvature.examples)
+        else:
+            examples = getattr(self._dataset, split)
+        return examples.inputs, examples.targets
+
+    @cached_property
+    def _dataset(self) -> Dataset:
+        """The data of the study, read once; a data set never changes under a store."""
+        manifest = self.manifest
+        add_user_folders([Path.cwd(), manifest.folder])
+        dtype = getattr(torch, self.study.training.dtype)
+        dataset = load_dataset(self.study.data, dtype=dtype, base=Path(manifest.folder))
+        if dataset.fingerprint != manifest.inputs.data_key:
+            raise DataError(f"the data have changed since {self.store.url} was made: restore them")
+        return dataset
+
+    def _member(self, run_id: str) -> tuple[Pack, int]:
+        """The pack of a run, and the run's index in it."""
+        packs = self.manifest.packs
+        for pack in packs:
+            if run_id in pack.run_ids:
+                return pack, pack.run_ids.index(run_id)
+        guess = nearest(run_id, [own for pack in packs for own in pack.run_ids])
+        raise StudyError(f"the study has no run {run_id!r}" + (f"; did you mean {guess!r}?" if guess else ""))
+
+
+def open_study(out: str | Path) -> StudyResults:
+    """Open the store of a study, finished or still being written.
+
+    Args:
+        out: the store's path or URI, as given to `lossray run --out`.
+
+    Raises:
+        StoreError: there is no store.
+    """
+    store = Store(str(out))
+    if not store.exists("manifest.json"):
+        raise StoreError(
+            f"{store.url} is no store of a study: it has no manifest.json, which `lossray run` writes first"
+        )
+    return StudyResults(store)

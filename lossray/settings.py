@@ -1,0 +1,28 @@
+"""The base of every room's settings: strict, frozen, and hashable by content."""
+
+import hashlib
+import json
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Settings(BaseModel):
+    """Strict pydantic model: unknown keys and wrong types are errors, values cannot change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
+
+    def plain(self) -> dict[str, Any]:
+        """The settings as JSON-compatible values, defaults included, in declaration order."""
+        return self.model_dump(mode="json")
+
+
+def content_hash(value: Any, length: int = 16) -> str:
+    """Hash of a JSON-compatible value: equal values give equal hashes on every machine.
+
+    Args:
+        value: nested dicts, lists, strings, numbers, booleans and None.
+        length: hexadecimal digits to keep (at most 64).
+    """
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:length]

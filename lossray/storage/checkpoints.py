@@ -1,0 +1,108 @@
+"""A checkpoint as bytes: safetensors, so that nothing in a store is ever unpickled.
+
+Tensor keys are "<group>/<name>", for example "parameters/0.weight", or the field's name alone. The rest is
+JSON in the file's metadata, under one key: safetensors writes several in random order.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from lossray.errors import StoreError
+
+FORMAT = "checkpoint/1"
+GROUPS = ("parameters", "buffers", "optimizer", "evaluation", "log")
+SINGLE = ("alive", "diverged_at", "initial_loss")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A pack of R runs at one step: all that training needs to go on bit by bit, and what it measured."""
+
+    pack_id: str
+    step: int
+    seeds: tuple[int, ...]  # [R]
+    parameters: dict[str, Tensor]  # name -> [R, *shape]
+    buffers: dict[str, Tensor]  # name -> [R, *shape]
+    optimizer: dict[str, Tensor]  # the state of the StackOptimizer
+    alive: Tensor  # [R] bool
+    diverged_at: Tensor  # [R] int64, -1 where alive
+    initial_loss: Tensor  # [R] float64
+    evaluation: dict[str, Tensor]  # "train_loss", "test_accuracy", ... -> [R] float64; NaN where diverged
+    log: dict[str, Tensor]  # since the checkpoint before: "step" [n] int64, "lr" [n], others [n, R] float64
+    seconds: float  # training time of this segment; the one thing that differs between two executions
+
+
+def dumps(checkpoint: Checkpoint) -> bytes:
+    """The content of a checkpoint file; tensors may be views, of any layout, on any device."""
+    groups: dict[str, dict[str, Tensor]] = {name: getattr(checkpoint, name) for name in GROUPS}
+    tensors = {
+        f"{group}/{name}": tensor for group, members in groups.items() for name, tensor in members.items()
+    }
+    tensors |= {name: getattr(checkpoint, name) for name in SINGLE}
+    header = {
+        "format": FORMAT,
+        "pack_id": checkpoint.pack_id,
+        "step": checkpoint.step,
+        "seeds": list(checkpoint.seeds),
+        "seconds": checkpoint.seconds,
+        "names": {group: list(members) for group, members in groups.items()},  # safetensors sorts its tensors
+    }
+    # Parameters are views of one flat tensor; safetensors refuses memory that tensors share, so copy.
+    plain = {key: _plain_copy(tensor) for key, tensor in tensors.items()}
+    return bytes(safetensors.torch.save(plain, metadata={"lossray": json.dumps(header)}))
+
+
+def loads(data: bytes, device: str | torch.device = "cpu", *, name: str = "checkpoint") -> Checkpoint:
+    """The checkpoint in the content of a file, tensors on `device`, equal bit by bit to those saved.
+
+    Args:
+        data: what `dumps` returned.
+        device: where to put the tensors.
+        name: the file's name, for the error message.
+
+    Raises:
+        StoreError: the file is damaged, or is no checkpoint of this version of lossray.
+    """
+    try:
+        tensors = safetensors.torch.load(data)
+        header = _header(data)
+    except (SafetensorError, ValueError) as error:
+        raise StoreError(f"{name} is damaged: {error}") from error
+    if header.get("format") != FORMAT:
+        raise StoreError(f"{name} is no lossray checkpoint: it says {header.get('format')}, not {FORMAT}")
+    try:
+        return _checkpoint(header, {key: tensor.to(device) for key, tensor in tensors.items()})
+    except KeyError as error:
+        raise StoreError(f"{name} is damaged: {error} is missing") from error
+
+
+def _checkpoint(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Checkpoint:
+    fields: dict[str, Any] = {name: tensors[name] for name in SINGLE}
+    for group in GROUPS:
+        fields[group] = {name: tensors[f"{group}/{name}"] for name in header["names"][group]}
+    return Checkpoint(
+        pack_id=header["pack_id"],
+        step=header["step"],
+        seeds=tuple(header["seeds"]),
+        seconds=header["seconds"],
+        **fields,
+    )
+
+
+def _header(data: bytes) -> dict[str, Any]:
+    """Our part of the metadata; empty for a foreign file. The first 8 bytes give the header's length."""
+    length = int.from_bytes(data[:8], "little")
+    metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+    header = json.loads(metadata.get("lossray", "{}"))
+    return header if isinstance(header, dict) else {}
+
+
+def _plain_copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

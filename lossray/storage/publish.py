@@ -1,0 +1,110 @@
+"""The tables of a store, put together from what its tasks have committed.
+
+tables/manifest.json is written last and names the records that the tables were made from. While it does not
+match the records on disk the tables are out of date, and readers put them together from the parts instead.
+"""
+
+import datetime
+import socket
+from typing import Any
+
+import pyarrow as pa
+
+from lossray.errors import StoreError
+from lossray.settings import content_hash
+from lossray.storage.rows import merge, to_arrow, to_bytes
+from lossray.storage.store import DONE, Store
+from lossray.storage.tables import TABLES
+
+MANIFEST = "tables/manifest.json"
+
+
+def publish_tables(store: Store) -> dict[str, int]:
+    """Write tables/<table>.parquet for every table, then the manifest; nothing if they are current.
+
+    The table `tasks` gets one row of kind "gather" for this call.
+
+    Returns:
+        The rows of each table.
+
+    Raises:
+        StoreError: a part that a committed task has published is missing or damaged, or two parts disagree.
+    """
+    started = datetime.datetime.now(datetime.UTC)
+    source = _source(store)
+    if _is_current(store, source):
+        return published_rows(store)
+    records = store.records()
+    _check_parts(store, records)
+    tables = {name: assemble(store, name) for name in TABLES if name != "tasks"}
+    # `tasks` comes last, so that its gather row can tell how long the others took.
+    for name, table in tables.items():
+        store.write_bytes(store.table_path(name), to_bytes(table))
+    tables["tasks"] = merge("tasks", [records, _gather_row(source, started)])
+    store.write_bytes(store.table_path("tasks"), to_bytes(tables["tasks"]))
+    entries = {name: {"rows": tables[name].num_rows, "schema": TABLES[name].label} for name in TABLES}
+    store.write_json(MANIFEST, {"source": source, "tables": entries})
+    return {name: table.num_rows for name, table in tables.items()}
+
+
+def tables_current(store: Store) -> bool:
+    """Whether the published tables hold everything committed; reads two listings and the manifest only."""
+    return _is_current(store, _source(store))
+
+
+def published_rows(store: Store) -> dict[str, int]:
+    """The rows of each published table; StoreError where none have been published."""
+    return {name: entry["rows"] for name, entry in store.read_json(MANIFEST)["tables"].items()}
+
+
+def assemble(store: Store, name: str) -> pa.Table:
+    """A table as of now, from the parts of committed tasks: deduplicated and sorted by key."""
+    parts = store.records() if name == "tasks" else store.read_parts(name)
+    return merge(name, [parts])
+
+
+def _source(store: Store) -> str:
+    """Hash of what the tables are made from: committed keys, failed keys, schemas. Commits never change."""
+    return content_hash(
+        {
+            "committed": sorted(store.committed_keys()),
+            "failed": sorted(store.failed_keys()),
+            "schemas": [schema.label for schema in TABLES.values()],
+        }
+    )
+
+
+def _is_current(store: Store, source: str) -> bool:
+    if not store.exists(MANIFEST):
+        return False
+    return bool(store.read_json(MANIFEST)["source"] == source)
+
+
+def _check_parts(store: Store, records: pa.Table) -> None:
+    """Refuse to make tables that silently lack the rows of a part that somebody has deleted."""
+    present = set(store.paths("parts"))
+    for record in records.select(["task_key", "status", "tables"]).to_pylist():
+        published = (record["tables"] or "").split(",") if record["status"] in DONE else []
+        for part in (store.part_path(table, record["task_key"]) for table in published if table):
+            if part not in present:
+                commit = store.part_path("tasks", record["task_key"])
+                raise StoreError(
+                    f"{store.url}/{part} is missing, but its task is committed: "
+                    f"delete {commit} as well and run the study again"
+                )
+
+
+def _gather_row(source: str, started: datetime.datetime) -> pa.Table:
+    finished = datetime.datetime.now(datetime.UTC)
+    row: dict[str, Any] = {
+        "task_key": source,
+        "kind": "gather",
+        "status": "done",
+        "tables": ",".join(sorted(TABLES)),
+        "attempts": 1,
+        "wall_seconds": (finished - started).total_seconds(),
+        "started": started,
+        "finished": finished,
+        "node": socket.gethostname(),
+    }
+    return to_arrow("tasks", [row])

@@ -1,0 +1,29 @@
+"""The study file: read and checked, expanded into packs of runs, and hashed into task keys."""
+
+from lossray.study.checks import check_against_data
+from lossray.study.file import LoadedStudy, load_study, ready_made_studies
+from lossray.study.keys import StudyInputs, checkpoint_key, curvature_key, study_inputs, training_key
+from lossray.study.packs import Pack, Setting, partition, settings_of
+from lossray.study.settings import ClaimsSettings, Resources, Study, TaskResources
+from lossray.study.table import study_from_table
+
+__all__ = [
+    "ClaimsSettings",
+    "LoadedStudy",
+    "Pack",
+    "Resources",
+    "Setting",
+    "Study",
+    "StudyInputs",
+    "TaskResources",
+    "check_against_data",
+    "checkpoint_key",
+    "curvature_key",
+    "load_study",
+    "partition",
+    "ready_made_studies",
+    "settings_of",
+    "study_from_table",
+    "study_inputs",
+    "training_key",
+]

@@ -1,0 +1,224 @@
+"""manifest.json: what a store was made from, frozen when it is made, and what a later study may change."""
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from lossray.errors import StoreError
+from lossray.study import Pack, Study, StudyInputs
+from lossray.study.problems import shown
+
+FORMAT_VERSION = 1
+PACKAGES = ("torch", "ray", "lossray")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is in manifest.json.
+
+    Attributes:
+        study: the effective settings, defaults included: `study_from_table` reads them.
+        inputs: content hash of the data, source hashes of the user's modules.
+        packs: the frozen partition.
+        folder: the study's folder, to which relative data paths refer.
+        versions: of Python and the packages that numbers depend on.
+        host: where the store was made.
+        git_revision: of the study's folder, "-dirty" where files had changed; None outside a repository.
+        arguments: the command line.
+        created: UTC, ISO 8601.
+        format_version: of this file.
+    """
+
+    study: Mapping[str, Any]
+    inputs: StudyInputs
+    packs: tuple[Pack, ...]
+    folder: str
+    versions: Mapping[str, str]
+    host: str
+    git_revision: str | None
+    arguments: tuple[str, ...]
+    created: str
+    format_version: int = FORMAT_VERSION
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON-compatible values."""
+        return {
+            "format_version": self.format_version,
+            "created": self.created,
+            "host": self.host,
+            "versions": dict(self.versions),
+            "git_revision": self.git_revision,
+            "arguments": list(self.arguments),
+            "folder": self.folder,
+            "inputs": {"data_key": self.inputs.data_key, "sources": dict(self.inputs.sources)},
+            "study": dict(self.study),
+            "packs": [pack.plain() for pack in self.packs],
+        }
+
+    @classmethod
+    def from_plain(cls, plain: Any, where: str = "manifest.json") -> "Manifest":
+        """Inverse of `plain`.
+
+        Args:
+            plain: as read from JSON.
+            where: names the file in errors.
+
+        Raises:
+            StoreError: the file is of another format version, or damaged.
+        """
+        found = plain.get("format_version") if isinstance(plain, dict) else None
+        if found != FORMAT_VERSION:
+            raise StoreError(
+                f"{where}: found format version {found}; this lossray reads version {FORMAT_VERSION}; "
+                "use the lossray that made the store, or another --out"
+            )
+        try:
+            return cls(
+                **{
+                    **plain,
+                    "inputs": StudyInputs(**plain["inputs"]),
+                    "packs": tuple(Pack.from_plain(pack) for pack in plain["packs"]),
+                    "arguments": tuple(plain["arguments"]),
+                }
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise StoreError(f"{where} is damaged: {' '.join(str(error).split())}") from error
+
+
+def new_manifest(
+    study: Study,
+    inputs: StudyInputs,
+    packs: Sequence[Pack],
+    *,
+    folder: str | os.PathLike[str],
+    arguments: Sequence[str] | None = None,
+) -> Manifest:
+    """The manifest of a store that is made now.
+
+    Args:
+        study: from `load_study`.
+        inputs: from `study_inputs`.
+        packs: from `partition`.
+        folder: the study's folder.
+        arguments: the command line; None takes this process's.
+    """
+    return Manifest(
+        study=study.plain(),
+        inputs=inputs,
+        packs=tuple(packs),
+        folder=str(Path(folder).resolve()),
+        versions={"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        host=platform.node(),
+        git_revision=_git_revision(Path(folder)),
+        arguments=tuple(sys.argv if arguments is None else arguments),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def extended(
+    old: Manifest,
+    study: Study,
+    inputs: StudyInputs,
+    packs: Sequence[Pack],
+    *,
+    folder: str | os.PathLike[str] | None = None,
+) -> Manifest:
+    """The manifest after an extension; equal to `old` where the study is the same.
+
+    When, on which host and with what the store was made stays. The folder goes with the study, since its
+    data paths may be relative; None leaves that too.
+    """
+    place = old.folder if folder is None else str(Path(folder).resolve())
+    return replace(old, study=study.plain(), inputs=inputs, packs=tuple(packs), folder=place)
+
+
+def check_extension(old: Manifest, study: Study, inputs: StudyInputs) -> None:
+    """Allow what adds to a store, refuse what changes an input of the rows that it has.
+
+    Seeds, optimizers, models and sections may be added; [resources] and [claims] may change, and so may the
+    place of the data as long as their content is the same.
+
+    Raises:
+        StoreError: one line for each difference, and the remedy.
+    """
+    lines = list(_differences(old, study, inputs))
+    if lines:
+        them = "it" if len(lines) == 1 else "them"
+        remedy = f"the store's rows depend on {them}: run into another --out, or restore {them}"
+        raise StoreError("\n".join([*lines, remedy]) if len(lines) > 1 else f"{lines[0]}; {remedy}")
+
+
+def _differences(old: Manifest, study: Study, inputs: StudyInputs) -> Iterator[str]:
+    new = study.plain()
+    for key in ("name", "source"):
+        yield from _changes(key, old.study.get(key), new[key])
+    if old.inputs.data_key != inputs.data_key:
+        changes = list(_changes("data", old.study["data"], new["data"]))
+        hashes = f"the store has content {old.inputs.data_key[:12]}, the study finds {inputs.data_key[:12]}"
+        yield from changes or [f"data: {hashes}"]
+    for section in ("training", "curvature", "angles"):
+        yield from _changes(section, old.study[section], new[section])
+    for section in ("models", "optimizers"):
+        yield from _lost_settings(section, old.study[section], new[section])
+    kept = set(study.seeds)
+    lost = [seed for seed in old.study["seeds"] if seed not in kept]
+    if lost:
+        yield f"seeds: the store has {shown(lost)}, which the study lacks"
+    for name, value in old.inputs.sources.items():
+        if name in inputs.sources and inputs.sources[name] != value:
+            yield f"{name}: its source, or that of a module it imports, has changed since the store was made"
+
+
+def _changes(place: str, old: Any, new: Any) -> Iterator[str]:
+    """``training.steps: the store has 1000, the study says 200``, for each value that differs."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in [*old, *(key for key in new if key not in old)]:
+            yield from _changes(f"{place}.{key}", old.get(key), new.get(key))
+    elif old != new:
+        yield f"{place}: the store has {_shown(old)}, the study says {_shown(new)}"
+
+
+def _lost_settings(section: str, old: Sequence[Any], new: Sequence[Any]) -> Iterator[str]:
+    """Models or optimizers that the store has and the study lacks.
+
+    One that was edited is told from one that was removed by an added one of the same name, and named by the
+    keys that differ.
+    """
+    added = [entry for entry in new if entry not in old]
+    for entry in old:
+        if entry in new:
+            continue
+        edited = next((candidate for candidate in added if candidate["name"] == entry["name"]), None)
+        if edited is None:
+            keys = ", ".join(f"{key} = {shown(value)}" for key, value in entry.items() if value is not None)
+            yield f"{section}: the store has {keys}, which the study lacks"
+        else:
+            added.remove(edited)
+            yield from _changes(f"{section} ({entry['name']})", entry, edited)
+
+
+def _shown(value: Any) -> str:
+    return "nothing" if value is None else shown(value)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _git_revision(folder: Path) -> str | None:
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):  # no git, no repository, no commit
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,132 @@
+"""From a study to its runs: settings (model x optimizer), and packs of seeds within each setting."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lossray.curvature.operators import ProductMode
+from lossray.networks.layers import ModelSettings
+from lossray.networks.models import model_settings
+from lossray.settings import content_hash
+from lossray.study.settings import Study
+from lossray.training.optimizers import OptimizerSettings, optimizer_settings
+
+AUTO_SIZE = {
+    "vmap": 16,
+    "loop": 1,
+}  # runs per pack: a loop gains nothing from company, and workers run in parallel
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One model with one optimizer setting: what the runs of a pack have in common."""
+
+    setting_id: str
+    model: ModelSettings
+    optimizer: OptimizerSettings
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Runs of one setting, trained and analysed together. Once in a manifest it never changes."""
+
+    pack_id: str
+    setting_id: str
+    model: ModelSettings
+    optimizer: OptimizerSettings
+    seeds: tuple[int, ...]  # of the members, in order
+    executor: str  # "vmap" | "loop"
+    product_mode: ProductMode  # how Hessian-vector products are formed
+
+    @property
+    def run_ids(self) -> tuple[str, ...]:
+        """Of the members, in order."""
+        return tuple(f"{self.setting_id}-s{seed}" for seed in self.seeds)
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON-compatible values."""
+        return {
+            "pack_id": self.pack_id,
+            "setting_id": self.setting_id,
+            "model": self.model.plain(),
+            "optimizer": self.optimizer.plain(),
+            "seeds": list(self.seeds),
+            "executor": self.executor,
+            "product_mode": self.product_mode,
+        }
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> "Pack":
+        """Inverse of `plain`."""
+        return cls(
+            **{
+                **plain,
+                "model": model_settings(plain["model"]),
+                "optimizer": optimizer_settings(plain["optimizer"]),
+                "seeds": tuple(plain["seeds"]),
+            }
+        )
+
+
+def settings_of(study: Study) -> tuple[Setting, ...]:
+    """Every model with every optimizer setting, models first.
+
+    The id is readable, fit for file names, and changes with whatever changes the training of a seed but for
+    the data, which a store has once.
+    """
+    return tuple(
+        Setting(_setting_id(study, model, optimizer), model, optimizer)
+        for model in study.models
+        for optimizer in study.optimizers
+    )
+
+
+def partition(
+    study: Study, frozen: Sequence[Pack], decide: Callable[[Setting], tuple[str, ProductMode]]
+) -> tuple[Pack, ...]:
+    """Divide the runs of a study into packs.
+
+    Frozen packs come first and stay as they are. Seeds of a setting that no frozen pack covers form new
+    packs, in the study's order, of `resources.pack` runs; "auto": 16 for the vmap executor, 1 for the loop.
+
+    Args:
+        study: the study.
+        frozen: packs of the store's manifest; empty for a new store.
+        decide: (executor, product mode) of a setting that has no pack yet; others keep theirs.
+    """
+    packs = list(frozen)
+    for setting in settings_of(study):
+        own = [pack for pack in frozen if pack.setting_id == setting.setting_id]
+        covered = {seed for pack in own for seed in pack.seeds}
+        seeds = [seed for seed in study.seeds if seed not in covered]
+        if not seeds:
+            continue
+        executor, product_mode = (own[0].executor, own[0].product_mode) if own else decide(setting)
+        size = AUTO_SIZE[executor] if study.resources.pack == "auto" else study.resources.pack
+        for start in range(0, len(seeds), size):
+            packs.append(_pack(setting, tuple(seeds[start : start + size]), executor, product_mode))
+    return tuple(packs)
+
+
+def _pack(setting: Setting, seeds: tuple[int, ...], executor: str, product_mode: ProductMode) -> Pack:
+    # A seed of a setting is in one pack only, so its first seed names a pack.
+    return Pack(
+        f"{setting.setting_id}-p{seeds[0]}",
+        setting.setting_id,
+        setting.model,
+        setting.optimizer,
+        seeds,
+        executor,
+        product_mode,
+    )
+
+
+def _setting_id(study: Study, model: ModelSettings, optimizer: OptimizerSettings) -> str:
+    content = {"model": model.plain(), "optimizer": optimizer.plain(), "training": study.training.plain()}
+    return f"{_short(model.name)}-{_short(optimizer.name)}-{content_hash(content, 8)}"
+
+
+def _short(name: str) -> str:
+    """A name as a part of file names: of ``package.module:function`` the function."""
+    return re.sub(r"\W", "_", name.rpartition(":")[2], flags=re.ASCII)

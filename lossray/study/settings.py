@@ -1,0 +1,166 @@
+"""The study file as settings: the rooms' sections, and those that concern the study as a whole."""
+
+from collections import Counter
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, JsonValue, SerializeAsAny, field_validator
+
+from lossray.curvature.analysis import CurvatureSettings
+from lossray.geometry.angles import AnglesSettings
+from lossray.networks.layers import ModelSettings
+from lossray.plugins import is_spec
+from lossray.settings import Settings
+from lossray.study.problems import Place
+from lossray.training.datasets import DataSettings, data_settings
+from lossray.training.loop import TrainingSettings
+from lossray.training.optimizers import OptimizerSettings
+
+MOST_SEEDS = 1_000_000
+LARGEST_INTEGER = 2**63 - 1  # int64, as in the tables
+COMPUTED_DIRECTIONS = ("gradient", "minibatch_gradient", "update", "momentum")
+LATER_SECTIONS = ("degeneracy", "trajectory", "surfaces", "connectivity", "ensembles")
+
+
+def _seeds(value: Any) -> Any:
+    """A number n stands for 0..n-1."""
+    if type(value) is int and 1 <= value <= MOST_SEEDS:
+        return tuple(range(value))
+    if isinstance(value, list | tuple):
+        return tuple(value)
+    raise ValueError(f"allowed: a number of seeds, 1 to {MOST_SEEDS}, or a list of distinct integers from 0")
+
+
+def _gpus(value: Any) -> Any:
+    if value == "auto" or (
+        type(value) in (int, float) and (0 <= value <= 1 or (value > 1 and value == int(value)))
+    ):
+        return value
+    raise ValueError("allowed: 'auto', a number from 0 to 1, or a whole number")
+
+
+def _pack(value: Any) -> Any:
+    if value == "auto" or (type(value) is int and value >= 1):
+        return value
+    raise ValueError("allowed: 'auto', or a number of runs from 1")
+
+
+Seeds = Annotated[tuple[Annotated[int, Field(ge=0, le=LARGEST_INTEGER)], ...], BeforeValidator(_seeds)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+LaterSection = dict[str, JsonValue]  # not computed yet: any key is taken
+
+
+class ClaimsSettings(Settings):
+    """The [claims] section.
+
+    Attributes:
+        margin_energy: chi_1^2 below it counts as "almost perpendicular".
+        alpha: level of the tests.
+    """
+
+    margin_energy: Fraction = 0.01
+    alpha: Fraction = 0.05
+
+
+class TaskResources(Settings):
+    """What one task asks of Ray. `gpus`: "auto" takes one, or a share, where the cluster has any."""
+
+    cpus: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    gpus: Annotated[float | Literal["auto"], BeforeValidator(_gpus)] = "auto"
+
+
+class Resources(Settings):
+    """The [resources] section; it is in no key, so a study may be resumed with others.
+
+    Attributes:
+        train: of a training actor.
+        curvature: of a curvature task.
+        pack: runs per new pack, or "auto" (see `lossray.study.packs.partition`).
+    """
+
+    train: TaskResources = TaskResources()
+    curvature: TaskResources = TaskResources()
+    pack: Annotated[int | Literal["auto"], BeforeValidator(_pack)] = "auto"
+
+
+class DegeneracySettings(Settings):
+    """The [degeneracy] section.
+
+    Attributes:
+        dense_up_to: parameters up to which the Hessian is formed.
+        checkpoints: the first and the last, or all.
+    """
+
+    dense_up_to: Annotated[int, Field(ge=0)] = 2500
+    checkpoints: Literal["ends", "all"] = "ends"
+
+
+class Study(Settings):
+    """One study; `lossray.study.load_study` reads it, `study_from_table` checks it as a whole.
+
+    `optimizers` holds one entry for each point of the grids in the file. With `source = "checkpoints"` a
+    study analyses recorded checkpoints and has no seeds, models and optimizers.
+    """
+
+    name: Annotated[str, Field(min_length=1)]
+    source: Literal["checkpoints"] | None = None
+    seeds: Seeds = ()
+    data: SerializeAsAny[DataSettings] = Field(default_factory=lambda: data_settings({}))
+    models: tuple[SerializeAsAny[ModelSettings], ...] = ()
+    optimizers: tuple[SerializeAsAny[OptimizerSettings], ...] = ()
+    training: TrainingSettings = TrainingSettings()
+    curvature: CurvatureSettings = CurvatureSettings()
+    angles: AnglesSettings = AnglesSettings()
+    claims: ClaimsSettings = ClaimsSettings()
+    resources: Resources = Resources()
+    degeneracy: DegeneracySettings | None = None
+    trajectory: LaterSection | None = None
+    surfaces: LaterSection | None = None
+    connectivity: LaterSection | None = None
+    ensembles: LaterSection | None = None
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        twice = [seed for seed, count in Counter(seeds).items() if count > 1]
+        if twice:
+            raise ValueError(f"found {twice[0]} twice; allowed: distinct integers from 0")
+        return seeds
+
+    def user_functions(self) -> dict[Place, str]:
+        """Each ``package.module:function`` that the study names, by its place in the file."""
+        named: dict[Place, str] = {
+            ("data", "source"): self.data.source,
+            ("training", "loss"): self.training.loss,
+        }
+        named |= {("models", i, "name"): model.name for i, model in enumerate(self.models)}
+        return {place: name for place, name in named.items() if is_spec(name)}
+
+    def not_computed(self) -> list[str]:
+        """One line for each thing that the file asks for and this version does not compute yet.
+
+        What the file leaves to its default is not listed.
+        """
+        lines = [
+            f"[{name}]: not computed by this version"
+            for name in LATER_SECTIONS
+            if getattr(self, name) is not None
+        ]
+        if self.source is not None:
+            lines.insert(0, f"source = {self.source!r}: not computed by this version")
+        for section, key, computed in (
+            ("curvature", "operators", ("hessian",)),
+            ("angles", "directions", COMPUTED_DIRECTIONS),
+            ("angles", "gauges", ("raw",)),
+            ("angles", "shadow", ()),
+        ):
+            settings = getattr(self, section)
+            if key in settings.model_fields_set:
+                missing = [repr(name) for name in getattr(settings, key) if name not in computed]
+                lines += (
+                    [f"{section}.{key}: {', '.join(missing)} not computed by this version"] if missing else []
+                )
+        if {"probes", "steps"} & self.curvature.model_fields_set:
+            lines.append("curvature.probes, curvature.steps: the density is not computed by this version")
+        if "window" in self.angles.model_fields_set and self.angles.window > 0:
+            lines.append("angles.window: the alignment statistic is not computed by this version")
+        return lines

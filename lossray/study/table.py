@@ -1,0 +1,189 @@
+"""From the table in a study file to a checked `Study`, or to every problem that the table has."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import date, datetime, time
+from typing import Any
+
+from pydantic import ValidationError
+
+from lossray import plugins
+from lossray.errors import StudyError
+from lossray.networks.layers import ModelSettings
+from lossray.networks.models import MODELS, model_settings
+from lossray.study.problems import Place, Problem, problems_in, shown, without_consequences
+from lossray.study.settings import LARGEST_INTEGER, Study
+from lossray.training.datasets import DataSettings, data_settings
+from lossray.training.optimizers import OPTIMIZERS, OptimizerSettings, expand_grid, optimizer_settings
+
+
+def study_from_table(table: Mapping[str, Any], origin: str = "") -> Study:
+    """A study from the table of a study file, or from `Study.plain`; the user's functions are not imported.
+
+    Args:
+        table: as `tomllib` reads it.
+        origin: put before each line of an error.
+
+    Raises:
+        StudyError: one line for each problem.
+    """
+    study, problems = check_table(table)
+    if study is None:
+        raise StudyError("\n".join(problem.line(origin) for problem in problems))
+    return study
+
+
+def check_table(table: Mapping[str, Any]) -> tuple[Study | None, list[Problem]]:
+    """The study, or None and its problems."""
+    problems = list(_impossible_values(table))
+    if problems:
+        return None, problems
+    rooms: dict[str, Any] = {}
+    rooms["data"], found = _data(table)
+    problems += found
+    rooms["models"], found = _models(table)
+    problems += found
+    rooms["optimizers"], found = _optimizers(table)
+    problems += found
+    problems += _missing(table)
+    try:
+        study = Study.model_validate(
+            {**table, **{name: value for name, value in rooms.items() if value is not None}}
+        )
+    except ValidationError as error:
+        return None, without_consequences([*problems_in(error, table), *problems])
+    return (None if problems else study), without_consequences(problems)
+
+
+def function_problems(study: Study) -> list[Problem]:
+    """Import every function of the user's that the study names, and say which cannot be."""
+    problems = []
+    for place, name in study.user_functions().items():
+        try:
+            plugins.load(name)
+        except StudyError as error:
+            problems.append(Problem(place, str(error)))
+    return problems
+
+
+def _impossible_values(value: Any, place: Place = ()) -> Iterator[Problem]:
+    """What TOML can say but no setting can mean."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield Problem(place, f"found {shown(value)}; allowed: a finite number")
+    elif isinstance(value, int) and abs(value) > LARGEST_INTEGER:
+        yield Problem(place, f"found {value}; allowed: integers of 64 bits")
+    elif isinstance(value, date | datetime | time):
+        yield Problem(
+            place,
+            f"found the date or time {shown(value)}; allowed: numbers, strings, booleans, lists, tables",
+        )
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _impossible_values(item, (*place, key))
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from _impossible_values(item, (*place, i))
+
+
+def _missing(table: Mapping[str, Any]) -> Iterator[Problem]:
+    """Models, optimizers and seeds: a study has all of them, or `source = "checkpoints"` and none."""
+    recorded = table.get("source") == "checkpoints"
+    for key, example in (
+        ("seeds", "a number of seeds, or a list of them"),
+        ("models", 'at least one [[models]] table, such as name = "mlp"'),
+        ("optimizers", 'at least one [[optimizers]] table, such as name = "sgd"'),
+    ):
+        empty = table.get(key) in (None, [], ())
+        if recorded and not empty:
+            yield Problem((key,), "found beside source = 'checkpoints'; allowed: one or the other")
+        elif not recorded and empty:
+            yield Problem(
+                (key,), f"{'found an empty list' if key in table else 'missing'}; needed: {example}"
+            )
+
+
+def _data(table: Mapping[str, Any]) -> tuple[DataSettings | None, list[Problem]]:
+    section = table.get("data", {})
+    if not isinstance(section, Mapping):
+        return None, []  # pydantic says so
+    try:
+        return data_settings(section), []
+    except ValidationError as error:
+        return data_settings({}), problems_in(error, section, ("data",))
+
+
+def _models(table: Mapping[str, Any]) -> tuple[tuple[ModelSettings, ...], list[Problem]]:
+    tables, problems = _tables(table, "models", MODELS)
+    models: list[ModelSettings] = []
+    first: dict[str, int] = {}
+    for i, entry in tables:
+        try:
+            models.append(model_settings(entry))
+        except ValidationError as error:
+            problems += problems_in(error, entry, ("models", i))
+        else:
+            problems += _repeated(models[-1], first, "models", i)
+    return tuple(models), problems
+
+
+def _optimizers(table: Mapping[str, Any]) -> tuple[tuple[OptimizerSettings, ...], list[Problem]]:
+    tables, problems = _tables(table, "optimizers", OPTIMIZERS)
+    optimizers: list[OptimizerSettings] = []
+    first: dict[str, int] = {}
+    for i, entry in tables:
+        place = ("optimizers", i)
+        try:
+            points = expand_grid(entry)
+        except ValueError as error:
+            problems.append(_at_key(place, entry, str(error)))
+            continue
+        for point in points:
+            try:
+                optimizers.append(optimizer_settings(point))
+            except ValidationError as error:
+                problems += [found for found in problems_in(error, point, place) if found not in problems]
+            else:
+                problems += _repeated(optimizers[-1], first, "optimizers", i)
+    return tuple(optimizers), problems
+
+
+def _tables(
+    table: Mapping[str, Any], section: str, names: Mapping[str, object]
+) -> tuple[list[tuple[int, Mapping[str, Any]]], list[Problem]]:
+    """The entries of [[section]] that are tables with a name, by index."""
+    entries = table.get(section, [])
+    if not isinstance(entries, list | tuple):
+        text = f"found {shown(entries)}; allowed: one [[{section}]] for each (double brackets)"
+        return [], [Problem((section,), text)]
+    tables, problems = [], []
+    for i, entry in enumerate(entries):
+        if not isinstance(entry, Mapping):
+            example = f'[[{section}]] with name = "{next(iter(names))}"'
+            text = f"found {shown(entry)}; allowed: a table, such as {example}"
+            problems.append(Problem((section, i), text))
+        elif "name" not in entry:
+            problems.append(
+                Problem((section, i, "name"), f"missing, but required; allowed: {', '.join(names)}")
+            )
+        else:
+            tables.append((i, entry))
+    return tables, problems
+
+
+def _at_key(place: Place, entry: Mapping[str, Any], message: str) -> Problem:
+    """Messages of `expand_grid` begin with the key."""
+    key, _, text = message.partition(": ")
+    return Problem((*place, key), text) if key in entry else Problem(place, message)
+
+
+def _repeated(
+    settings: ModelSettings | OptimizerSettings, first: dict[str, int], section: str, i: int
+) -> Sequence[Problem]:
+    """A setting that was there before would train the same runs twice."""
+    content = settings.model_dump_json()
+    if content not in first:
+        first[content] = i
+        return []
+    return [
+        Problem((section, i), f"found the setting of {section}[{first[content]}] again; allowed: each once")
+    ]

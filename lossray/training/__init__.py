@@ -1,0 +1,1 @@
+"""Training: data sets, optimizers, and the loop that yields checkpoints and writes nothing."""

@@ -1,0 +1,301 @@
+"""Data sets: the [data] section of a study file, and what it loads.
+
+The steps are read (float64), split, standardise, fingerprint, cast; only the last depends on the training
+dtype. The statistics of standardisation are sums that NumPy takes in a fixed order, so a fingerprint is the
+same on every machine that decodes the same files.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+from pydantic_core import PydanticCustomError
+from torch import Tensor
+
+from lossray.errors import DataError
+from lossray.names import unknown_name
+from lossray.plugins import is_spec
+from lossray.training.parquet import ParquetSettings, read_parquet
+from lossray.training.sources import (
+    Array,
+    DataSettings,
+    DigitsSettings,
+    Examples,
+    FunctionSettings,
+    GaussiansSettings,
+    Parts,
+    read_digits,
+    read_function,
+    read_gaussians,
+)
+from lossray.training.splits import exact_sizes, partition
+
+__all__ = [
+    "SOURCES",
+    "DataSettings",
+    "Dataset",
+    "Source",
+    "Split",
+    "Standardisation",
+    "analysis_fingerprint",
+    "analysis_set",
+    "content_key",
+    "data_settings",
+    "load_dataset",
+]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Examples of one split."""
+
+    inputs: Tensor  # [N, ...]
+    targets: Tensor  # [N] int64 (classes) or [N, C] floats (regression)
+
+
+@dataclass(frozen=True)
+class Standardisation:
+    """What was applied to the inputs of all splits: ``(inputs - mean) * scale``, from the training split."""
+
+    kind: Literal["feature", "global"]
+    mean: Tensor  # [*input_shape] for "feature", [] for "global"; float64
+    scale: Tensor  # the same shape: 1 / standard deviation, and 0 where the training split is constant
+
+    def apply(self, inputs: Tensor) -> Tensor:
+        """Standardise raw inputs [N, *input_shape] in float64."""
+        return (inputs.double() - self.mean) * self.scale
+
+    def summary(self) -> dict[str, str | int | float]:
+        """A few numbers for a record: the kind, the range of means and deviations, how many are constant."""
+        deviations = 1 / self.scale[self.scale > 0]
+        return {
+            "kind": self.kind,
+            "mean_smallest": float(self.mean.min()),
+            "mean_largest": float(self.mean.max()),
+            "std_smallest": float(deviations.min()) if len(deviations) else 0.0,
+            "std_largest": float(deviations.max()) if len(deviations) else 0.0,
+            "constant": int((self.scale == 0).sum()),
+        }
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A loaded data set, split, standardised and cast."""
+
+    train: Split
+    validation: Split
+    test: Split
+    n_outputs: int  # classes, or regression outputs
+    fingerprint: (
+        str  # sha256 of all splits in float64 after standardisation: the same for every training dtype
+    )
+    input_shape: tuple[int, ...]  # of one example
+    standardisation: Standardisation | None = None  # None: inputs as read
+
+
+@dataclass(frozen=True)
+class Source:
+    """One entry of the registry: the keys a source takes, and how to read it."""
+
+    settings: type[DataSettings]
+    read: Callable[[Any, Path | None], tuple[Examples | Parts, int | None]]
+
+
+SOURCES: dict[str, Source] = {
+    "digits": Source(DigitsSettings, read_digits),
+    "gaussians": Source(GaussiansSettings, read_gaussians),
+    "parquet": Source(ParquetSettings, read_parquet),
+}
+FUNCTION = Source(FunctionSettings, read_function)
+
+
+# --- settings
+
+
+def data_settings(table: Mapping[str, object]) -> DataSettings:
+    """Validate the [data] table of a study file with the keys of its source; an empty table is the digits.
+
+    Raises:
+        pydantic.ValidationError: a ValueError; unknown sources and unknown keys name the nearest one allowed.
+    """
+    source = table.get("source", "digits")
+    if not isinstance(source, str):
+        return DataSettings.model_validate({"source": source})  # raises: not a string
+    if source not in SOURCES and not is_spec(source):
+        raise _refusal("source", source, unknown_name(source, [*SOURCES, "package.module:function"]))
+    kind = _source(source).settings
+    for key, value in table.items():
+        if kind is not FunctionSettings and key not in kind.model_fields:
+            raise _refusal(key, value, unknown_name(key, kind.model_fields))
+    return kind.model_validate(dict(table))
+
+
+def _source(name: str) -> Source:
+    return SOURCES.get(name, FUNCTION)
+
+
+def _refusal(key: str, value: object, message: str) -> ValidationError:
+    error = PydanticCustomError("unknown_name", "{message}", {"message": message})
+    return ValidationError.from_exception_data("data", [{"type": error, "loc": (key,), "input": value}])
+
+
+# --- loading
+
+
+def load_dataset(settings: DataSettings, *, dtype: torch.dtype, base: Path | None = None) -> Dataset:
+    """Read, split and standardise a data set.
+
+    Args:
+        settings: from :func:`data_settings`.
+        dtype: of inputs and of regression targets. Integer inputs (token ids) stay int64.
+        base: the study file's folder, to which relative paths refer; the current directory if None.
+
+    Raises:
+        DataError: the data cannot be read, or do not make three non-empty splits of one kind.
+    """
+    found, n_classes = _source(settings.source).read(settings, base)
+    parts = found if isinstance(found, Parts) else _split(found, settings)
+    n_outputs = _n_outputs(parts, n_classes, settings.source)
+    standardisation = _fit(parts.train.inputs, settings.standardise)
+    splits = [_as_split(part, standardisation) for part in (parts.train, parts.validation, parts.test)]
+    train, validation, test = (_cast(split, dtype) for split in splits)
+    return Dataset(
+        train=train,
+        validation=validation,
+        test=test,
+        n_outputs=n_outputs,
+        fingerprint=_fingerprint(splits, n_outputs),
+        input_shape=parts.train.inputs.shape[1:],
+        standardisation=standardisation,
+    )
+
+
+def content_key(settings: DataSettings, base: Path | None) -> str:
+    """The content hash of the data, which goes into the key of every task: the data set's ``fingerprint``.
+
+    It depends on the contents of all splits after standardisation and on the number of outputs; not on the
+    training dtype, the place of the files, or settings that leave the contents as they are.
+    """
+    return load_dataset(settings, dtype=torch.float64, base=base).fingerprint
+
+
+def _split(examples: Examples, settings: DataSettings) -> Parts:
+    sizes = exact_sizes(len(examples.targets), settings.split)
+    for name, size in zip(("train", "validation", "test"), sizes, strict=True):
+        if size == 0:
+            raise DataError(
+                f"{len(examples.targets)} examples are too few for split = {list(settings.split)}: "
+                f"the {name} split is empty"
+            )
+    parts = partition(examples.targets, sizes, settings.split_seed)
+    return Parts(*(Examples(examples.inputs[part], examples.targets[part]) for part in parts))
+
+
+def _n_outputs(parts: Parts, n_classes: int | None, source: str) -> int:
+    targets = [part.targets for part in (parts.train, parts.validation, parts.test)]
+    if targets[0].dtype != np.int64:
+        return int(targets[0].shape[1])
+    largest, n = max(int(ids.max()) for ids in targets), sum(len(ids) for ids in targets)
+    n_outputs = n_classes if n_classes is not None else largest + 1
+    if n_outputs < 2:
+        raise DataError(f"{source}: all {n} examples are of one class; a classifier needs at least two")
+    if n_outputs > n:
+        raise DataError(f"{source}: class ids go up to {largest} in {n} examples; expected 0..C-1")
+    return n_outputs
+
+
+def _fit(inputs: Array, kind: Literal["none", "feature", "global"]) -> Standardisation | None:
+    """Mean and scale of the training inputs [N, ...].
+
+    NumPy adds up rows along axis 0 one after the other, and ``fsum`` rounds correctly: no threads, no
+    machine-dependent order.
+    """
+    if kind == "none":
+        return None
+    rows = np.ascontiguousarray(inputs).reshape(len(inputs), -1)
+    if kind == "feature":
+        mean = rows.sum(axis=0) / len(rows)
+        std = np.sqrt(((rows - mean) ** 2).sum(axis=0) / len(rows))
+        constant = rows.min(axis=0) == rows.max(axis=0)
+        shape = inputs.shape[1:]
+    else:
+        mean = np.array(math.fsum(rows.sum(axis=0)) / rows.size)
+        std = np.array(math.sqrt(math.fsum(((rows - mean) ** 2).sum(axis=0)) / rows.size))
+        constant = np.array(rows.min() == rows.max())
+        shape = ()
+    # The mean of a constant is rounded, so its deviation need not be exactly 0: hence min == max.
+    constant = constant | (std == 0)
+    scale = np.where(constant, 0.0, 1 / np.where(constant, 1.0, std))
+    return Standardisation(
+        kind, torch.from_numpy(mean.reshape(shape)), torch.from_numpy(scale.reshape(shape))
+    )
+
+
+def _as_split(examples: Examples, standardisation: Standardisation | None) -> Split:
+    inputs = torch.from_numpy(np.ascontiguousarray(examples.inputs))
+    if standardisation is not None:
+        inputs = standardisation.apply(inputs)
+    return Split(inputs, torch.from_numpy(np.ascontiguousarray(examples.targets)))
+
+
+def _cast(split: Split, dtype: torch.dtype) -> Split:
+    def cast(values: Tensor) -> Tensor:
+        return values.to(dtype) if values.is_floating_point() else values
+
+    return Split(cast(split.inputs), cast(split.targets))
+
+
+def _fingerprint(splits: list[Split], n_outputs: int) -> str:
+    digest = hashlib.sha256(f"outputs={n_outputs}".encode())
+    for split in splits:
+        for values in (split.inputs, split.targets):
+            array = values.numpy()
+            digest.update(f";{array.dtype.name}{list(array.shape)};".encode())
+            digest.update(array.astype(array.dtype.newbyteorder("<"), order="C", copy=False).data)
+    return digest.hexdigest()
+
+
+# --- the analysis set
+
+
+def analysis_set(dataset: Dataset, examples: int | Literal["all"]) -> Split:
+    """The examples on which curvature is defined: the training split, or a fixed stratified part of it.
+
+    Args:
+        dataset: any.
+        examples: how many, or "all".
+
+    Raises:
+        DataError: more than the training split has.
+    """
+    if examples == "all":
+        return dataset.train
+    chosen = torch.from_numpy(_chosen(dataset, examples))
+    return Split(dataset.train.inputs[chosen], dataset.train.targets[chosen])
+
+
+def analysis_fingerprint(dataset: Dataset, examples: int | Literal["all"]) -> str:
+    """Identifies the analysis set: sha256 of the data set's fingerprint and the indices chosen.
+
+    Like the fingerprint it does not depend on the dtype, so rows of two precisions say that they are about
+    the same examples.
+    """
+    chosen = _chosen(dataset, examples)
+    return hashlib.sha256(dataset.fingerprint.encode() + chosen.astype("<i8").tobytes()).hexdigest()
+
+
+def _chosen(dataset: Dataset, examples: int | Literal["all"]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    n = len(dataset.train.targets)
+    if examples == "all":
+        return np.arange(n)
+    if not 1 <= examples <= n:
+        raise DataError(
+            f"found {examples} examples for the analysis set; allowed: 1 to {n}, the training split"
+        )
+    return partition(dataset.train.targets.numpy(), [examples, n - examples], seed=0)[0]

@@ -1,0 +1,53 @@
+"""Loss and accuracy of every member of a pack on whole splits."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lossray.networks.losses import Loss
+from lossray.networks.stack import Stack
+from lossray.training.datasets import Dataset, Split
+
+# Examples times members per forward pass, which bounds the memory that activations take.
+CHUNK = 4096
+
+SPLITS = ("train", "validation", "test")
+METRICS = tuple(f"{split}_{metric}" for split in SPLITS for metric in ("loss", "accuracy"))
+
+
+@torch.no_grad()
+def evaluate_split(
+    stack: Stack, theta: Tensor, buffers: Mapping[str, Tensor], loss: Loss, split: Split
+) -> tuple[Tensor, Tensor]:
+    """Mean loss and accuracy in eval mode, both [R] float64.
+
+    Accuracy is NaN where the targets are not classes [N]; both are NaN on an empty split.
+    """
+    members, n = len(theta), len(split.inputs)
+    classes = split.targets.ndim == 1 and not split.targets.is_floating_point()
+    losses = torch.zeros(members, dtype=torch.float64, device=theta.device)
+    correct = torch.zeros_like(losses)
+    size = max(1, CHUNK // members)
+    for inputs, targets in zip(
+        torch.split(split.inputs, size), torch.split(split.targets, size), strict=True
+    ):
+        if len(targets) == 0:
+            continue  # an empty split has one empty chunk
+        outputs = stack.outputs(theta, buffers, inputs)
+        losses += len(targets) * torch.stack([loss(own, targets).double() for own in outputs])
+        if classes:
+            correct += (outputs.argmax(dim=-1) == targets).sum(dim=1)
+    nothing = torch.full_like(losses, torch.nan)
+    return losses / n if n else nothing, correct / n if n and classes else nothing
+
+
+def evaluate(
+    stack: Stack, theta: Tensor, buffers: Mapping[str, Tensor], loss: Loss, dataset: Dataset
+) -> dict[str, Tensor]:
+    """All of METRICS, [R] float64 each."""
+    evaluation = {}
+    for name in SPLITS:
+        own_loss, accuracy = evaluate_split(stack, theta, buffers, loss, getattr(dataset, name))
+        evaluation[f"{name}_loss"], evaluation[f"{name}_accuracy"] = own_loss, accuracy
+    return evaluation

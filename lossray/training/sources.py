@@ -1,0 +1,277 @@
+"""Where examples come from: digits, gaussians, a user's function. Parquet files have their own module.
+
+A source reads everything in float64. Casting to the training dtype comes last, so the content hash of the
+data is the same whatever a study trains in.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import BeforeValidator, ConfigDict, Field, JsonValue, field_validator
+
+from lossray.errors import DataError, StudyError
+from lossray.names import unknown_name
+from lossray.plugins import failure, load, split_spec
+from lossray.seeds import generator
+from lossray.settings import Settings
+
+Array = npt.NDArray[Any]
+
+
+def as_tuple(value: object) -> object:
+    """TOML has lists only; strict pydantic wants a tuple for a tuple."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+class DataSettings(Settings):
+    """The keys of [data] that every source has; each source adds its own."""
+
+    source: str
+    # train, validation, test
+    split: Annotated[tuple[float, float, float], BeforeValidator(as_tuple)] = (0.7, 0.15, 0.15)
+    split_seed: int = 0
+    # "feature" by default: inputs of unit variance keep the scale of single pixels or columns out of the
+    # Hessian's spectrum, and it is what the measurements in SCIENCE.md, section 6, were made with.
+    standardise: Literal["none", "feature", "global"] = "feature"
+
+    @field_validator("split")
+    @classmethod
+    def _fractions(cls, split: tuple[float, float, float]) -> tuple[float, float, float]:
+        if not (all(0 < fraction < 1 for fraction in split) and math.isclose(sum(split), 1, abs_tol=1e-9)):
+            raise ValueError(
+                f"found {list(split)}, which sums to {sum(split):.6g}; "
+                "allowed: three positive fractions (train, validation, test) that sum to 1"
+            )
+        return split
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Examples as read, before splitting and standardising."""
+
+    inputs: Array  # [N, ...] float64; int64 (token ids) only from a user's function
+    targets: Array  # [N] int64 class ids, or [N, C] float64
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Examples that their source has split itself."""
+
+    train: Examples
+    validation: Examples
+    test: Examples
+
+
+# --- digits
+
+
+class DigitsSettings(DataSettings):
+    """scikit-learn's handwritten digits: 1,797 images of 8x8 pixels, ten classes."""
+
+    source: Literal["digits"] = "digits"
+
+
+def read_digits(settings: DigitsSettings, base: Path | None) -> tuple[Examples, int]:
+    """Inputs [1797, 1, 8, 8] in 0..1 (the pixels are counts from 0 to 16), ten classes."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    inputs = digits.images.astype(np.float64)[:, None] / 16
+    return Examples(inputs, digits.target.astype(np.int64)), 10
+
+
+# --- gaussians
+
+GRID = 2.0**12  # draws are rounded to multiples of 1/GRID
+HIDDEN = 16  # hidden units of the "mlp" teacher
+
+
+class GaussiansSettings(DataSettings):
+    """Standard normal inputs, labelled by a random teacher: the class is its largest output."""
+
+    source: Literal["gaussians"] = "gaussians"
+    n: int = Field(default=2000, ge=3)
+    dim: int = Field(default=20, ge=1)
+    classes: int = Field(default=2, ge=2)
+    # Standard deviation of the Gaussian noise on the teacher's outputs, which themselves are of order 1.
+    noise: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    teacher: Literal["linear", "mlp"] = "linear"
+    seed: int = 0
+
+
+def read_gaussians(settings: GaussiansSettings, base: Path | None) -> tuple[Examples, int]:
+    """Teacher-student data, the same bit for bit on every machine.
+
+    All draws lie on a grid of 2^-12, on which the teacher's sums of products are exact in float64. The
+    labels therefore do not depend on the order in which a BLAS adds, and the inputs lose nothing in float32.
+
+    Returns:
+        Inputs [n, dim] float64, targets [n] int64, and the number of classes.
+    """
+    inputs = _normal(settings, "inputs", settings.n, settings.dim)
+    if settings.teacher == "linear":
+        outputs = inputs @ _unit_rows(settings, "output", settings.classes, settings.dim).T
+    else:
+        hidden = inputs @ _unit_rows(settings, "hidden", HIDDEN, settings.dim).T
+        # A relu's mean, 1/sqrt(2 pi), would favour the class whose output weights have the largest sum.
+        hidden = _on_grid(np.maximum(hidden, 0) - 1 / math.sqrt(2 * math.pi))
+        outputs = hidden @ _unit_rows(settings, "output", settings.classes, HIDDEN).T
+    if settings.noise:
+        outputs = outputs + settings.noise * _normal(settings, "noise", settings.n, settings.classes)
+    return Examples(inputs, outputs.argmax(axis=1).astype(np.int64)), settings.classes
+
+
+def _on_grid(values: Array) -> Array:
+    return np.round(values * GRID) / GRID
+
+
+def _normal(settings: GaussiansSettings, purpose: str, *shape: int) -> Array:
+    draws = torch.randn(
+        shape, generator=generator(settings.seed, f"gaussians/{purpose}"), dtype=torch.float64
+    )
+    return _on_grid(draws.numpy())
+
+
+def _unit_rows(settings: GaussiansSettings, purpose: str, *shape: int) -> Array:
+    """Rows of norm 1: outputs are of order 1, and every class wins somewhere, also where dim < classes."""
+    rows = _normal(settings, purpose, *shape)
+    norms = np.sqrt((rows**2).sum(axis=1, keepdims=True))
+    return _on_grid(rows / np.maximum(norms, 1 / GRID))
+
+
+# --- package.module:function
+
+
+class FunctionSettings(DataSettings):
+    """A user's function; every key that is not one of DataSettings' is passed to it by name."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, JsonValue]
+
+    @field_validator("source")
+    @classmethod
+    def _names_a_function(cls, source: str) -> str:
+        try:
+            split_spec(source)
+        except StudyError as error:
+            raise ValueError(str(error)) from None
+        return source
+
+    @property
+    def arguments(self) -> dict[str, JsonValue]:
+        """The keyword arguments of the function."""
+        return dict(self.__pydantic_extra__)
+
+
+def read_function(settings: FunctionSettings, base: Path | None) -> tuple[Examples | Parts, int | None]:
+    """Call the function and check what it returns.
+
+    It returns ``(inputs, targets)``, or a mapping of "train", "validation" and "test" to such pairs; tensors,
+    NumPy arrays or nested lists. Inputs are [N, ...] floats, or integers (token ids) under
+    ``standardise = "none"``. Targets are [N] class ids 0..C-1, or floats [N] or [N, C].
+
+    Raises:
+        DataError: the keywords or the returned value do not fit, or the function raises.
+        StudyError: there is no such function.
+    """
+    function = load(settings.source)
+    _check_arguments(settings, function)
+    try:
+        returned = function(**settings.arguments)
+    except Exception as error:  # a user's function may raise anything
+        raise DataError(f"{settings.source} raised {failure(error)}") from error
+    if not isinstance(returned, Mapping):
+        return _examples(settings, returned, ""), None
+    names = ("train", "validation", "test")
+    if set(returned) != set(names):
+        found = ", ".join(repr(name) for name in returned)
+        raise DataError(
+            f"{settings.source} returned a mapping of {found}; expected 'train', 'validation', 'test'"
+        )
+    parts = Parts(*(_examples(settings, returned[name], f"{name} ") for name in names))
+    for name, part in (("validation", parts.validation), ("test", parts.test)):
+        for kind in ("inputs", "targets"):
+            ours, first = getattr(part, kind), getattr(parts.train, kind)
+            if ours.shape[1:] != first.shape[1:] or ours.dtype != first.dtype:
+                raise DataError(
+                    f"{settings.source}: {name} {kind} are {_describe(ours)}, train {kind} "
+                    f"{_describe(first)}; examples of all splits must be alike"
+                )
+    return parts, None
+
+
+def _check_arguments(settings: FunctionSettings, function: Callable[..., object]) -> None:
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some builtins have none; the call itself will tell
+        return
+    try:
+        signature.bind(**settings.arguments)
+    except TypeError as error:
+        unknown = [name for name in settings.arguments if name not in signature.parameters]
+        problem = unknown_name(unknown[0], signature.parameters) if unknown else str(error)
+        raise DataError(f"{settings.source}{signature} does not fit the keys of [data]: {problem}") from None
+
+
+def _examples(settings: FunctionSettings, pair: object, name: str) -> Examples:
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise DataError(
+            f"{settings.source} returned {type(pair).__name__} for {name or 'its '}data; "
+            "expected (inputs, targets), or a mapping of 'train', 'validation' and 'test' to such pairs"
+        )
+    inputs = _array(pair[0], f"{settings.source}: {name}inputs")
+    targets = _array(pair[1], f"{settings.source}: {name}targets")
+    if inputs.ndim < 2:
+        raise DataError(f"{settings.source}: {name}inputs are {_describe(inputs)}; expected [N, ...]")
+    if len(inputs) != len(targets):
+        raise DataError(f"{settings.source}: {len(inputs)} {name}inputs, but {len(targets)} {name}targets")
+    if inputs.dtype == np.int64 and settings.standardise != "none":
+        raise DataError(
+            f"{settings.source}: {name}inputs are integers, which standardise = '{settings.standardise}' "
+            "cannot take; return floats, or set standardise = 'none' to keep integers (token ids)"
+        )
+    if targets.dtype == np.int64 and (targets.ndim != 1 or targets.min() < 0):
+        raise DataError(
+            f"{settings.source}: {name}targets are {_describe(targets)} from {targets.min()} to "
+            f"{targets.max()}; expected class ids 0..C-1 of shape [N], or floats [N, C]"
+        )
+    if targets.dtype == np.float64 and targets.ndim == 1:
+        targets = targets[:, None]
+    if targets.ndim > 2:
+        raise DataError(f"{settings.source}: {name}targets are {_describe(targets)}; expected [N] or [N, C]")
+    return Examples(inputs, targets)
+
+
+def _array(value: object, what: str) -> Array:
+    """A finite, non-empty int64 or float64 array."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        value = (value.double() if value.is_floating_point() else value).numpy()
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        raise DataError(f"{what} are ragged: every example must have the same shape") from None
+    if array.ndim == 0 or array.size == 0:
+        raise DataError(f"{what} are empty ({_describe(array)})")
+    if array.dtype.kind in "bui":
+        return np.array(array, dtype=np.int64, order="C")  # a copy: the function may keep and change its own
+    if array.dtype.kind != "f":
+        raise DataError(f"{what} have dtype {array.dtype}; expected floats or integers")
+    array = np.array(array, dtype=np.float64, order="C")
+    bad = np.flatnonzero(~np.isfinite(array.reshape(len(array), -1)).all(axis=1))
+    if len(bad):
+        raise DataError(
+            f"{what} are not finite in {len(bad)} of {len(array)} examples, first in example {bad[0]}"
+        )
+    return array
+
+
+def _describe(array: Array) -> str:
+    return f"{array.dtype} {list(array.shape)}"

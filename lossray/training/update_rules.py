@@ -1,0 +1,305 @@
+"""The optimizers by name: the keys of each, how to build it, and what its state says about its step.
+
+A new optimizer is one settings class and one entry of OPTIMIZERS. Defaults other than `lr` are those of
+torch.optim, except that weight decay is 0 for all but adamw.
+
+`scale` is the diagonal P with which an update reads -lr P^-1 m, where P is held fixed and m is the (bias
+corrected) momentum, or the gradient where there is none (SCIENCE 2.10). Each formula follows the source of
+torch.optim; which of them are bias corrected, and where eps stands, differs between optimizers.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from lossray.settings import Settings
+from lossray.training.lion import Lion
+from lossray.training.schedules import NonNegativeFloat, PositiveFloat, ScheduleSettings
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Betas = Annotated[tuple[Beta, Beta], Field(strict=False)]  # not strict: TOML has lists, not tuples
+State = Mapping[str, Tensor]
+
+
+# ---- settings
+
+
+class OptimizerSettings(ScheduleSettings):
+    """What every optimizer takes; `weight_decay` adds to the gradient (L2) unless a class says otherwise."""
+
+    name: str
+    weight_decay: NonNegativeFloat = 0.0
+
+
+class SGDSettings(OptimizerSettings):
+    """Stochastic gradient descent."""
+
+    name: Literal["sgd"] = "sgd"
+    lr: PositiveFloat = 0.1
+
+
+class MomentumSettings(OptimizerSettings):
+    """Heavy-ball momentum, as torch.optim.SGD has it: buffer <- momentum buffer + g; step -lr buffer."""
+
+    name: Literal["momentum"] = "momentum"
+    lr: PositiveFloat = 0.05
+    momentum: Beta = 0.9
+
+
+class NesterovSettings(OptimizerSettings):
+    """Nesterov momentum, as torch.optim.SGD has it: step -lr (g + momentum buffer)."""
+
+    name: Literal["nesterov"] = "nesterov"
+    lr: PositiveFloat = 0.05
+    momentum: Annotated[float, Field(gt=0, lt=1)] = 0.9  # torch refuses Nesterov without momentum
+
+
+class AdagradSettings(OptimizerSettings):
+    """Adagrad."""
+
+    name: Literal["adagrad"] = "adagrad"
+    lr: PositiveFloat = 1e-2
+    eps: PositiveFloat = 1e-10
+
+
+class AdadeltaSettings(OptimizerSettings):
+    """Adadelta; its step is in the units of the parameters, so lr is near 1."""
+
+    name: Literal["adadelta"] = "adadelta"
+    lr: PositiveFloat = 1.0
+    rho: Beta = 0.9
+    eps: PositiveFloat = 1e-6
+
+
+class RMSpropSettings(OptimizerSettings):
+    """RMSprop, neither centred nor with momentum."""
+
+    name: Literal["rmsprop"] = "rmsprop"
+    lr: PositiveFloat = 1e-3
+    alpha: Beta = 0.99
+    eps: PositiveFloat = 1e-8
+
+
+class AdamFamilySettings(OptimizerSettings):
+    """The keys that the Adam family shares."""
+
+    lr: PositiveFloat = 1e-3
+    betas: Betas = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+
+
+class AdamSettings(AdamFamilySettings):
+    """Adam."""
+
+    name: Literal["adam"] = "adam"
+
+
+class AMSGradSettings(AdamFamilySettings):
+    """Adam with the running maximum of its second moment."""
+
+    name: Literal["amsgrad"] = "amsgrad"
+
+
+class AdamWSettings(AdamFamilySettings):
+    """Adam with decoupled weight decay: theta <- (1 - lr weight_decay) theta before the step."""
+
+    name: Literal["adamw"] = "adamw"
+    weight_decay: NonNegativeFloat = 0.01
+
+
+class AdamaxSettings(AdamFamilySettings):
+    """Adam with the infinity norm."""
+
+    name: Literal["adamax"] = "adamax"
+    lr: PositiveFloat = 2e-3
+
+
+class NAdamSettings(AdamFamilySettings):
+    """Adam with Nesterov momentum."""
+
+    name: Literal["nadam"] = "nadam"
+    lr: PositiveFloat = 2e-3
+    momentum_decay: NonNegativeFloat = 4e-3
+
+
+class RAdamSettings(AdamFamilySettings):
+    """Rectified Adam."""
+
+    name: Literal["radam"] = "radam"
+
+
+class MuonSettings(OptimizerSettings):
+    """Muon for hidden matrices and convolution kernels, AdamW for the rest; decoupled weight decay in both.
+
+    The rate of Muon's part is scaled to AdamW's root-mean-square step (torch's "match_rms_adamw"), so that
+    one `lr` serves both parts. `betas` and `eps` are those of the AdamW part.
+    """
+
+    name: Literal["muon"] = "muon"
+    lr: PositiveFloat = 1e-3
+    momentum: Beta = 0.95
+    betas: Betas = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+
+
+class LionSettings(OptimizerSettings):
+    """Lion; decoupled weight decay."""
+
+    name: Literal["lion"] = "lion"
+    lr: PositiveFloat = 3e-4
+    betas: Betas = (0.9, 0.99)
+
+
+# ---- preconditioners read from the state of torch.optim, after at least one step
+
+
+def _root(moment: str) -> Callable[[State, Any], Tensor]:
+    """Of sqrt(moment) + eps, without bias correction: RMSprop and Adagrad."""
+    return lambda state, settings: state[moment].sqrt() + settings.eps
+
+
+def _corrected_root(moment: str) -> Callable[[State, Any], Tensor]:
+    """Of sqrt(moment / (1 - beta2^t)) + eps: Adam, AdamW, NAdam; AMSGrad with the maximum of raw moments."""
+
+    def scale(state: State, settings: Any) -> Tensor:
+        correction = 1 - settings.betas[1] ** float(state["step"])
+        root: Tensor = (state[moment] / correction).sqrt() + settings.eps
+        return root
+
+    return scale
+
+
+def _adadelta_scale(state: State, settings: AdadeltaSettings) -> Tensor:
+    return ((state["square_avg"] + settings.eps) / (state["acc_delta"] + settings.eps)).sqrt()
+
+
+def _adamax_scale(state: State, settings: AdamaxSettings) -> Tensor:
+    return state["exp_inf"].clone()  # eps is already inside it
+
+
+def _radam_scale(state: State, settings: RAdamSettings) -> Tensor:
+    """Of (sqrt(v) + eps) / (rectification sqrt(1 - beta2^t)); the identity while rho_t <= 5 (1908.03265)."""
+    beta2, step = settings.betas[1], float(state["step"])
+    correction = 1 - beta2**step
+    longest = 2 / (1 - beta2) - 1
+    length = longest - 2 * step * beta2**step / correction  # rho_t, of the approximated moving average
+    if length <= 5:
+        return torch.ones_like(state["exp_avg_sq"])
+    rectification = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
+    scale: Tensor = (state["exp_avg_sq"].sqrt() + settings.eps) / (correction * rectification) ** 0.5
+    return scale
+
+
+# ---- the registry
+
+
+@dataclass(frozen=True)
+class OptimizerEntry:
+    """One optimizer.
+
+    Attributes:
+        settings: its keys.
+        build: the torch optimizer of a list of leaves; None for muon, which is made of two.
+        adaptive: whether its step is scaled per parameter by statistics of past gradients. Not so for lion
+            (all steps have one size) and muon (it scales singular directions, not parameters).
+        elementwise: whether it acts on each number alone, so that stacked members step as one tensor.
+        scale: reads the diagonal of P from its state; "identity" where there is no preconditioner by
+            definition; None where the step is not of that form.
+        momentum: the state entry that holds its momentum, or None.
+    """
+
+    settings: type[OptimizerSettings]
+    build: Callable[[list[Tensor], Any], torch.optim.Optimizer] | None
+    adaptive: bool
+    elementwise: bool
+    scale: Callable[[State, Any], Tensor] | Literal["identity"] | None
+    momentum: str | None
+
+
+def _torch(
+    optimizer: Any, *keys: str, **fixed: Any
+) -> Callable[[list[Tensor], Settings], torch.optim.Optimizer]:
+    """Builder of a torch.optim class that passes the named settings on, and `fixed` as it is."""
+
+    def build(leaves: list[Tensor], settings: Settings) -> torch.optim.Optimizer:
+        chosen = {key: getattr(settings, key) for key in ("lr", "weight_decay", *keys)}
+        built: torch.optim.Optimizer = optimizer(leaves, **chosen, **fixed)
+        return built
+
+    return build
+
+
+def _plain(settings: type[OptimizerSettings], *keys: str, **fixed: Any) -> OptimizerEntry:
+    """SGD with or without momentum."""
+    build = _torch(torch.optim.SGD, *keys, foreach=False, **fixed)
+    return OptimizerEntry(
+        settings=settings,
+        build=build,
+        adaptive=False,
+        elementwise=True,
+        scale="identity",
+        momentum="momentum_buffer" if keys else None,
+    )
+
+
+def _adaptive(
+    settings: type[OptimizerSettings],
+    optimizer: type[torch.optim.Optimizer],
+    *keys: str,
+    scale: Callable[[State, Any], Tensor],
+    momentum: str | None = "exp_avg",
+    **fixed: Any,
+) -> OptimizerEntry:
+    """An optimizer with a diagonal preconditioner.
+
+    foreach=False: one tensor needs no fused lists, and the arithmetic is then the same on every device.
+    """
+    build = _torch(optimizer, *keys, foreach=False, **fixed)
+    return OptimizerEntry(
+        settings=settings, build=build, adaptive=True, elementwise=True, scale=scale, momentum=momentum
+    )
+
+
+_ADAM = ("betas", "eps")
+_SECOND_MOMENT = _corrected_root("exp_avg_sq")
+
+OPTIMIZERS: dict[str, OptimizerEntry] = {
+    "sgd": _plain(SGDSettings),
+    "momentum": _plain(MomentumSettings, "momentum"),
+    "nesterov": _plain(NesterovSettings, "momentum", nesterov=True),
+    "adagrad": _adaptive(AdagradSettings, torch.optim.Adagrad, "eps", scale=_root("sum"), momentum=None),
+    "adadelta": _adaptive(
+        AdadeltaSettings, torch.optim.Adadelta, "rho", "eps", scale=_adadelta_scale, momentum=None
+    ),
+    "rmsprop": _adaptive(
+        RMSpropSettings, torch.optim.RMSprop, "alpha", "eps", scale=_root("square_avg"), momentum=None
+    ),
+    "adam": _adaptive(AdamSettings, torch.optim.Adam, *_ADAM, scale=_SECOND_MOMENT),
+    "amsgrad": _adaptive(
+        AMSGradSettings, torch.optim.Adam, *_ADAM, scale=_corrected_root("max_exp_avg_sq"), amsgrad=True
+    ),
+    "adamw": _adaptive(AdamWSettings, torch.optim.AdamW, *_ADAM, scale=_SECOND_MOMENT),
+    "adamax": _adaptive(AdamaxSettings, torch.optim.Adamax, *_ADAM, scale=_adamax_scale),
+    "nadam": _adaptive(NAdamSettings, torch.optim.NAdam, *_ADAM, "momentum_decay", scale=_SECOND_MOMENT),
+    "radam": _adaptive(RAdamSettings, torch.optim.RAdam, *_ADAM, scale=_radam_scale),
+    "muon": OptimizerEntry(
+        settings=MuonSettings,
+        build=None,
+        adaptive=False,
+        elementwise=False,
+        scale=None,
+        momentum="momentum_buffer",
+    ),
+    "lion": OptimizerEntry(
+        settings=LionSettings,
+        build=_torch(Lion, "betas"),
+        adaptive=False,
+        elementwise=True,
+        scale=None,
+        momentum="exp_avg",
+    ),
+}

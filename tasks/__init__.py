@@ -1,0 +1,1 @@
+"""What Ray runs: one thin file per kind of work. Resources are declared here, bodies call lossray."""

@@ -1,0 +1,75 @@
+"""The commit record of a task: its row of the `tasks` table."""
+
+import resource
+import socket
+import sys
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One try at a task, from its submission on."""
+
+    number: int = 1
+    submitted: float = field(default_factory=time.time)  # seconds since the epoch, on the driver's clock
+
+
+@dataclass
+class Stopwatch:
+    """Times one piece of work; `restart` begins the next."""
+
+    attempt: Attempt
+    device: str
+    started: float = field(default_factory=time.time)
+
+    def restart(self) -> None:
+        """Begin timing the next piece of work."""
+        self.started = time.time()
+
+    def record(
+        self, key: str, kind: str, *, pack_id: str | None = None, step: int | None = None
+    ) -> dict[str, Any]:
+        """The row to commit now, with status `done`."""
+        finished = time.time()
+        return {
+            "task_key": key,
+            "kind": kind,
+            "pack_id": pack_id,
+            "step": step,
+            "status": "done",
+            "attempts": self.attempt.number,
+            "wall_seconds": finished - self.started,
+            "queue_seconds": max(0.0, self.started - self.attempt.submitted),
+            "started": datetime.fromtimestamp(self.started, UTC),
+            "finished": datetime.fromtimestamp(finished, UTC),
+            "node": socket.gethostname(),
+            "device": self.device,
+            "peak_bytes": peak_bytes(),
+            "error": None,
+        }
+
+
+def failure(
+    key: str, kind: str, attempt: Attempt, error: str, *, pack_id: str | None = None, step: int | None = None
+) -> dict[str, Any]:
+    """The row of a task that failed for good; it is not a commit, so a later run tries again."""
+    watch = Stopwatch(attempt, device="")
+    return {
+        **watch.record(key, kind, pack_id=pack_id, step=step),
+        "status": "failed",
+        "error": error,
+        "device": None,
+    }
+
+
+def peak_bytes() -> int:
+    """Most memory that this process has held: on the GPU where it used one, else resident in main memory."""
+    if torch.cuda.is_available() and (peak := torch.cuda.max_memory_allocated()):
+        return peak
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

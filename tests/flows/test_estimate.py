@@ -1,0 +1,76 @@
+"""``--dry-run`` counts what a study would do, and does nothing."""
+
+import re
+
+import pytest
+
+from flows.estimate import _bytes, dry_run
+from lossray.errors import StudyError
+
+STUDY = """
+name = "tiny"
+seeds = 3
+[data]
+source = "gaussians"
+n = 90
+dim = 6
+classes = 3
+[[models]]
+name = "mlp"
+widths = [4]
+[[optimizers]]
+name = "sgd"
+lr = [0.1, 0.2]
+[training]
+steps = 20
+batch_size = 10
+checkpoints = {steps = [0, 10, 20]}
+[curvature]
+top = 2
+[angles]
+directions = ["gradient"]
+[resources]
+pack = 2
+"""
+
+
+@pytest.fixture
+def study(tmp_path):
+    path = tmp_path / "tiny.toml"
+    path.write_text(STUDY)
+    return str(path)
+
+
+def test_it_counts_packs_runs_and_products(study):
+    text = dry_run(study, None)
+    assert "4 packs, 6 runs, 3 checkpoints each" in text
+    # 4 packs x 3 checkpoints x (10 products for each of the 5 pairs of subspace top5, + 1 direction)
+    assert "about 612 products" in text
+    rows = re.findall(r"^mlp-sgd-\w+ +43 +3 +2  vmap +retained", text, flags=re.MULTILINE)
+    assert len(rows) == 2  # (6 + 1) * 4 + (4 + 1) * 3 parameters
+
+
+def test_it_writes_nothing(study, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    dry_run(study, str(tmp_path / "out"))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_it_counts_what_a_store_has_and_says_what_is_not_computed(study, tmp_path):
+    from flows import run
+
+    out = str(tmp_path / "out")
+    assert run(study, out, overrides=["seeds=2"], in_process=True) == 0
+    text = dry_run(study, out, overrides=["degeneracy={}"])
+    # Done: 2 packs x (3 checkpoints + training + 3 curvatures); to do: the packs of the third seed.
+    assert "done already: 14 of 28 tasks" in text
+    assert "[degeneracy]" in text
+
+
+def test_bad_input_is_refused_as_in_a_run(study):
+    with pytest.raises(StudyError, match="batch_size"):
+        dry_run(study, None, overrides=["training.batch_size=1000"])
+
+
+def test_bytes_have_the_unit_of_their_size():
+    assert [_bytes(n) for n in (7, 1500, 2_500_000, 3 * 10**9)] == ["7 bytes", "1.5 kB", "2.5 MB", "3 GB"]

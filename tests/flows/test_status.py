@@ -1,0 +1,146 @@
+"""What `lossray status` and `lossray tables` say of a store."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import flows.serial
+from flows.status import describe, head, list_tables
+from flows.study import run_study
+from lossray.errors import StoreError, StudyError
+from lossray.storage.lease import Lease
+from lossray.storage.store import Store
+from lossray.storage.tables import TABLES
+
+
+@pytest.fixture
+def out(tmp_path):
+    return str(tmp_path / "out")
+
+
+def run(study, out):
+    return run_study(study, out, in_process=True)
+
+
+@pytest.fixture
+def finished(study_file, out):
+    assert run(study_file(optimizers=[{"name": "sgd"}]), out) == 0
+    return out
+
+
+@pytest.fixture
+def abandoned(study_file, out, monkeypatch):
+    """A store whose driver died after two analyses, without a word."""
+    analyse, count = flows.serial.analyse_checkpoint, []
+
+    def analyse_or_die(job):
+        count.append(job)
+        if len(count) == 3:
+            raise KeyboardInterrupt
+        analyse(job)
+
+    monkeypatch.setattr(flows.serial, "analyse_checkpoint", analyse_or_die)
+    with pytest.raises(KeyboardInterrupt):
+        run(study_file(), out)
+    monkeypatch.undo()
+    return out
+
+
+def test_a_finished_study_says_done_and_counts_its_tasks(finished):
+    lines = describe(finished).splitlines()
+    assert lines[0] == f"small: {finished}"
+    assert lines[1].startswith("state: done (as of ")
+    assert "runs: 2 of 2 done, 0 failed" in lines
+    assert "checkpoints: 3 of 3 trained, 3 analysed, 0 failed" in lines
+    counts = {line.split()[0]: int(line.split()[1]) for line in lines[-4:]}
+    assert counts == {"checkpoint": 3, "curvature": 3, "gather": 1, "training": 1}
+    assert "resumes" not in describe(finished)
+
+
+def test_a_study_whose_driver_is_gone_says_so_and_what_to_do(abandoned):
+    text = describe(abandoned)
+    assert "state: running, but its driver is gone; the same command resumes" in text
+    assert "runs: 0 of 4 done" in text
+    assert "checkpoints: 3 of 6 trained, 2 analysed" in text
+    assert "time left" not in text
+
+
+def test_a_driver_killed_with_its_lease_is_gone_too(abandoned):
+    with Lease(Store(abandoned)):
+        holder = json.loads(Path(abandoned, ".lease.json").read_text())
+    dead = holder | {"pid": 2**22 - 1}  # of no process on this machine
+    Path(abandoned, ".lease.json").write_text(json.dumps(dead))
+    assert "but its driver is gone" in describe(abandoned)
+
+
+@pytest.mark.parametrize(("silent", "gone"), [(20, False), (300, True)])
+def test_of_a_driver_on_another_machine_the_heartbeat_decides(abandoned, silent, gone):
+    with Lease(Store(abandoned)):
+        holder = json.loads(Path(abandoned, ".lease.json").read_text())
+    theirs = holder | {"host": "elsewhere", "heartbeat": holder["heartbeat"] - silent}
+    Path(abandoned, ".lease.json").write_text(json.dumps(theirs))
+    assert ("but its driver is gone" in describe(abandoned)) == gone
+
+
+def test_a_study_at_work_says_what_runs_and_how_long_it_takes(abandoned):
+    progress = json.loads(Path(abandoned, "progress.json").read_text())
+    progress |= {"seconds_left": 720.0, "running": ["train mlp-sgd"]}
+    Path(abandoned, "progress.json").write_text(json.dumps(progress))
+    with Lease(Store(abandoned)):
+        lines = describe(abandoned).splitlines()
+    assert lines[1].startswith("state: running (as of ")
+    assert "time left: about 12 min" in lines
+    assert "running: train mlp-sgd" in lines
+
+
+def test_an_interrupted_study_does_not_count_as_abandoned(abandoned):
+    progress = json.loads(Path(abandoned, "progress.json").read_text())
+    Path(abandoned, "progress.json").write_text(json.dumps(progress | {"state": "interrupted"}))
+    assert "state: interrupted (as of" in describe(abandoned)
+    assert "driver is gone" not in describe(abandoned)
+
+
+def test_failures_are_named_once_for_each_reason_with_their_log(study_file, out, monkeypatch):
+    def fail(job):
+        raise ValueError("no curvature today")
+
+    monkeypatch.setattr(flows.serial, "analyse_checkpoint", fail)
+    assert run(study_file(), out) == 1
+    lines = describe(out).splitlines()
+    (failed,) = [line for line in lines if line.startswith("failed:")]
+    assert "curvature of mlp-" in failed
+    assert failed.endswith("and 5 more: ValueError: no curvature today")
+    (log,) = [line.split()[-1] for line in lines if "traceback in" in line]
+    assert "no curvature today" in Path(out, log).read_text()
+    assert "checkpoints: 6 of 6 trained, 0 analysed, 6 failed" in lines
+
+
+def test_all_tables_are_listed_with_their_rows_finished_or_not(finished):
+    (title, *lines) = list_tables(finished).splitlines()
+    assert title == f"{finished}/tables"
+    rows = {line.split()[0]: int(line.split()[1]) for line in lines}
+    assert set(rows) == set(TABLES)
+    # 2 runs x 3 checkpoints x the 5 eigenvalues that the subspace top5 needs
+    assert (rows["runs"], rows["curvature"], rows["eigenvalues"]) == (2, 6, 30)
+
+
+def test_the_tables_of_an_abandoned_study_hold_what_is_committed(abandoned):
+    rows = {line.split()[0]: int(line.split()[1]) for line in list_tables(abandoned).splitlines()[1:]}
+    assert (rows["runs"], rows["checkpoints"], rows["curvature"]) == (0, 6, 4)
+
+
+def test_the_head_of_a_table_shows_rows_and_no_empty_columns(finished):
+    (title, header, *rows) = head(finished, "curvature", 2).splitlines()
+    assert title == "curvature: 6 rows"
+    assert len(rows) == 2
+    assert {"run_id", "step", "lambda_max"} <= set(header.split())
+    assert "effective_dimension" not in header  # of no row
+    assert len(head(finished, "curvature", 100).splitlines()) == 2 + 6
+
+
+def test_unknown_tables_and_places_are_refused(finished, tmp_path):
+    with pytest.raises(StudyError, match=r"'curvatures'.*did you mean 'curvature'"):
+        head(finished, "curvatures", 10)
+    with pytest.raises(StoreError, match="is no store of a study"):
+        describe(str(tmp_path))

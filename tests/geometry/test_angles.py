@@ -1,0 +1,217 @@
+"""Angles to eigenspaces: closed forms, the null of random directions, and when a subspace is known."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from scipy.stats import kstest
+from torch import Tensor
+
+from lossray.curvature.lanczos import leading_pairs
+from lossray.curvature.pairs import EigenPairs
+from lossray.geometry.angles import AngleRow, AnglesSettings, angle_rows, null_p_values, subspaces
+
+
+def _pairs(
+    n_members: int = 1, *, k: int = 5, dim: int = 8, tilt: float = 0.0, basis: Tensor | None = None
+) -> EigenPairs:
+    """Values dim, dim - 1, ... at the first unit vectors or the rows of ``basis``; residuals ``tilt``."""
+    vectors = torch.eye(dim, dtype=torch.float64)[:k] if basis is None else basis
+    values = torch.arange(dim, dim - k, -1, dtype=torch.float64).expand(n_members, k)
+    ones = torch.ones(n_members, dtype=torch.float64)
+    return EigenPairs(
+        values=values.clone(),
+        vectors=vectors.expand(n_members, k, dim).clone(),
+        residuals=torch.full((n_members, k), tilt, dtype=torch.float64),
+        converged=torch.ones(n_members, k, dtype=torch.bool),
+        confirmed=torch.ones(n_members, dtype=torch.bool),
+        gaps=torch.ones(n_members, k, dtype=torch.float64),
+        complement=(dim - k) * ones,
+        scale=dim * ones,
+        matvecs=torch.zeros(n_members, dtype=torch.int64),
+        orthogonality_loss=0 * ones,
+    )
+
+
+def _rows(vectors: Tensor, *, n_outputs: int = 3, k: int = 5) -> dict[str, AngleRow]:
+    rows = angle_rows({"u": vectors}, _pairs(k=k, dim=vectors.shape[1]), n_outputs=n_outputs)
+    return {row.subspace: row for row in rows}
+
+
+def test_closed_forms() -> None:
+    rows = _rows(torch.tensor([[-3.0, 0, 0, 0, 0, 4.0, 0, 0]]))
+    assert list(rows) == ["v1", "top2", "top3", "top5"]
+    for name, k in (("v1", 1), ("top2", 2), ("top5", 5)):
+        row = rows[name]
+        assert row.cosine == pytest.approx(0.6, rel=1e-14)
+        assert row.energy == pytest.approx(0.36, rel=1e-14)
+        assert row.angle_degrees == pytest.approx(math.degrees(math.acos(0.6)), rel=1e-14)
+        assert row.null_ratio == pytest.approx(0.36 * 8 / k)
+        assert (row.k, row.dim, row.gauge, row.resolved) == (k, 8, "raw", True)
+        assert row.null_p + row.null_p_lower == pytest.approx(1)
+    # The angle to a subspace takes in all of its part of the direction.
+    both = _rows(torch.tensor([[1.0, 1.0, 0, 0, 0, 0, 0, 0]]))
+    assert both["v1"].angle_degrees == pytest.approx(45)
+    assert both["top2"].angle_degrees == 0
+    assert both["top2"].null_p == 0
+
+
+def test_opposite_directions_have_the_same_angle() -> None:
+    u = torch.randn(1, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert _rows(u) == _rows(-u)
+
+
+@pytest.mark.parametrize("small", [1e-3, 1e-8, 1e-12, 1e-100])
+def test_accurate_near_0_and_90_degrees(small: float) -> None:
+    """An arc cosine would lose everything below 1e-6 degrees."""
+    near_0 = _rows(torch.tensor([[1.0, 0, 0, 0, 0, small, 0, 0]], dtype=torch.float64))["v1"]
+    assert near_0.angle_degrees == pytest.approx(math.degrees(math.atan(small)), rel=1e-12)
+    near_90 = _rows(torch.tensor([[small, 0, 0, 0, 0, 1.0, 0, 0]], dtype=torch.float64))["v1"]
+    assert near_90.cosine == pytest.approx(math.sin(math.atan(small)), rel=1e-12)
+    assert 90 - near_90.angle_degrees == pytest.approx(math.degrees(small), rel=1e-6, abs=1e-13)
+
+
+def test_null_probabilities_in_closed_form() -> None:
+    """d = 4, k = 2: Beta(1, 1) is uniform. d = 3, k = 1: P(B >= x) = 1 - sqrt(x)."""
+    chi2 = np.array([0.0, 1e-30, 0.1, 0.5, 0.9, 1.0])
+    upper, lower = null_p_values(chi2, 1 - chi2, 2, 4)
+    assert upper == pytest.approx(1 - chi2, rel=1e-12)
+    assert lower == pytest.approx(chi2, rel=1e-12)
+    upper, lower = null_p_values(chi2, 1 - chi2, 1, 3)
+    assert upper == pytest.approx(1 - np.sqrt(chi2), rel=1e-12)
+    assert lower == pytest.approx(np.sqrt(chi2), rel=1e-12)
+    upper, _ = null_p_values(np.array([1.0]), np.array([1e-20]), 2, 4)
+    assert upper == pytest.approx(1e-20, abs=0)  # 1 - chi2 would be 0
+
+
+@pytest.mark.parametrize(("dim", "k"), [(50, 1), (50, 5), (2000, 3)])
+def test_random_directions_follow_the_null(dim: int, k: int) -> None:
+    """null_p is uniform, and the mean energy k / d (SCIENCE 2.11)."""
+    draws = 2000
+    generator = torch.Generator().manual_seed(dim + k)
+    vectors = torch.randn(draws, dim, dtype=torch.float64, generator=generator)
+    basis, _ = torch.linalg.qr(torch.randn(dim, k, dtype=torch.float64, generator=generator))
+    pairs = _pairs(draws, k=k, dim=dim, basis=basis.T)
+    rows = [row for row in angle_rows({"u": vectors}, pairs, n_outputs=k) if row.k == k]
+    assert len(rows) == draws
+    assert kstest([row.null_p for row in rows], "uniform").pvalue > 0.01
+    energies = torch.tensor([row.energy for row in rows], dtype=torch.float64)
+    spread = math.sqrt(2 * (k / dim) * (1 - k / dim) / (dim + 2))  # standard deviation of the Beta
+    assert abs(energies.mean() - k / dim) < 4 * spread / math.sqrt(draws)
+    ratios = torch.tensor([row.null_ratio for row in rows])
+    assert ratios.mean() == pytest.approx(1, abs=4 * spread * dim / k / math.sqrt(draws))
+
+
+@pytest.mark.parametrize(
+    ("n_outputs", "dim", "expected"),
+    [
+        (10, 100, {"v1": 1, "top5": 5, "top9": 9, "top10": 10}),
+        (5, 100, {"v1": 1, "top4": 4, "top5": 5}),
+        (6, 100, {"v1": 1, "top5": 5, "top6": 6}),
+        (2, 100, {"v1": 1, "top2": 2, "top5": 5}),
+        (1, 100, {"v1": 1, "top5": 5}),
+        (10, 10, {"v1": 1, "top5": 5, "top9": 9}),
+        (10, 2, {"v1": 1}),
+        (10, 1, {}),
+    ],
+)
+def test_subspaces(n_outputs: int, dim: int, expected: dict[str, int]) -> None:
+    assert subspaces(n_outputs, dim) == expected
+
+
+def test_subspaces_beyond_the_pairs_are_left_out() -> None:
+    assert list(_rows(torch.ones(1, 8), n_outputs=7)) == ["v1", "top5"]
+
+
+def test_a_zero_direction_has_no_angle() -> None:
+    row = _rows(torch.zeros(1, 8))["v1"]
+    numbers = (row.cosine, row.angle_degrees, row.energy, row.null_ratio, row.null_p, row.null_p_lower)
+    assert all(math.isnan(number) for number in numbers)
+    assert (row.k, row.dim, row.resolved) == (1, 8, True)
+
+
+def test_a_dead_member_is_nan() -> None:
+    pairs = _pairs(2)
+    for name in ("values", "vectors", "residuals"):
+        getattr(pairs, name)[1] = math.nan
+    alive, dead = (row for row in angle_rows({"u": torch.ones(2, 8)}, pairs, n_outputs=1) if row.k == 1)
+    assert alive.energy == pytest.approx(1 / 8)
+    assert (dead.member, dead.resolved) == (1, None)
+    assert math.isnan(dead.energy)
+    assert math.isnan(dead.null_p)
+
+
+def test_resolved_depends_on_residual_gap_and_flags() -> None:
+    def resolved(pairs: EigenPairs) -> dict[str, bool | None]:
+        rows = angle_rows({"u": torch.ones(1, 8)}, pairs, n_outputs=3)
+        return {row.subspace: row.resolved for row in rows}
+
+    everything = {"v1": True, "top2": True, "top3": True, "top5": True}
+    assert resolved(_pairs(tilt=0.04)) == everything  # five residuals of 0.04: 0.089 of the gap of 1
+    assert resolved(_pairs(tilt=0.06)) == everything | {"top3": False, "top5": False}
+    assert not any(resolved(_pairs(tilt=0.2)).values())
+    tie = _pairs(tilt=1e-6)
+    tie.values[0, 0] = tie.values[0, 1] + 1e-7  # v1 is any mixture of the two; the pair is known
+    assert resolved(tie) == everything | {"v1": False}
+    unconverged = _pairs()
+    unconverged.converged[0, 2] = False
+    assert resolved(unconverged) == everything | {"top3": False, "top5": False}
+    unconfirmed = _pairs()
+    unconfirmed.confirmed[0] = False
+    assert not any(resolved(unconfirmed).values())
+
+
+def test_from_a_solve() -> None:
+    """The gradient of a quadratic at v1 + v2 lies in the plane of the two."""
+
+    class Quadratic:
+        shape = (1, 40)
+        dtype = torch.float64
+        device = torch.device("cpu")
+        spectrum = torch.linspace(4, 0.1, 40, dtype=torch.float64)
+
+        def apply(self, vectors: Tensor) -> Tensor:
+            return self.spectrum * vectors
+
+    operator = Quadratic()
+    pairs = leading_pairs(operator, 5, seeds=[0], tolerance=1e-10)
+    point = torch.zeros(1, 40, dtype=torch.float64)
+    point[0, :2] = 1
+    rows = {row.subspace: row for row in angle_rows({"g": operator.apply(point)}, pairs, n_outputs=2)}
+    first, second = operator.spectrum[:2]
+    assert rows["v1"].energy == pytest.approx((first**2 / (first**2 + second**2)).item())
+    assert rows["top2"].angle_degrees < 1e-6
+    assert all(row.resolved for row in rows.values())
+
+
+def test_settings_defaults_are_those_of_the_design() -> None:
+    assert AnglesSettings().plain() == {
+        "directions": ["gradient", "minibatch_gradient", "update", "momentum", "displacement"],
+        "gauges": ["raw", "balanced", "adaptive", "preconditioned"],
+        "shadow": [],
+        "window": 50,
+    }
+    assert AnglesSettings.model_validate({"shadow": ["adam"], "window": 0}).shadow == ("adam",)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"directions": ["gradients"]},
+        {"directions": ["update", "update"]},
+        {"directions": "gradient"},
+        {"gauges": ["balance"]},
+        {"gauges": []},
+        {"shadow": ["adamm"]},
+        {"shadow": ["adam", "adam"]},
+        {"shadow": [1]},
+        {"window": -1},
+        {"window": 2.0},
+        {"windows": 5},
+    ],
+)
+def test_settings_refuse(table: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        AnglesSettings.model_validate(table)

@@ -1,0 +1,269 @@
+"""A stack of R members equals R models, under either executor, with noise and statistics of their own."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lossray.errors import ModelError
+from lossray.networks.stack import EXECUTORS, build_stack, choose_executor
+from lossray.seeds import stream
+
+cross_entropy = nn.functional.cross_entropy
+
+
+def dropout_net() -> nn.Module:
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(12, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.4), nn.Linear(8, 3)
+    )
+
+
+def convolutions() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Dropout2d(0.5), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(27, 3)
+    )
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.LSTM(4, 5, batch_first=True)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.cell(x)[0][:, -1])
+
+
+class FunctionalDropout(nn.Module):
+    """Draws from torch's default generator, out of reach of the masks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(nn.functional.dropout(x, 0.5, self.training))
+
+
+def batch(members: int, *shape: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(members, 6, *shape, generator=generator, dtype=torch.float64)
+    return inputs, torch.randint(0, 3, (members, 6), generator=generator)
+
+
+def initialised(build, seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream(seed, "initialisation"))
+        return build().double()
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize(("build", "shape"), [(dropout_net, (12,)), (convolutions, (1, 8, 8))])
+def test_eval_losses_and_gradients_equal_those_of_separate_models(executor, build, shape):
+    stack, theta, buffers = build_stack(build, (3, 1, 4), executor=executor, dtype=torch.float64)
+    inputs, targets = batch(3, *shape)
+    theta.requires_grad_()
+    losses = stack.losses(theta, buffers, inputs, targets, cross_entropy, per_member=True)
+    (gradient,) = torch.autograd.grad(losses.sum(), theta)
+    for r, seed in enumerate((3, 1, 4)):
+        model = initialised(build, seed).eval()
+        loss = cross_entropy(model(inputs[r]), targets[r])
+        loss.backward()
+        expected = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
+        torch.testing.assert_close(losses[r], loss, rtol=1e-12, atol=0)
+        torch.testing.assert_close(gradient[r], expected, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("members", [1, 3])
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize(("build", "shape"), [(dropout_net, (12,)), (convolutions, (1, 8, 8))])
+def test_gradients_are_those_of_the_losses_and_buffers_are_updated_alike(build, shape, executor, members):
+    stack, theta, buffers = build_stack(build, range(members), executor=executor, dtype=torch.float64)
+    inputs, targets = batch(members, *shape)
+    noise = {"train": True, "keys": tuple(range(members)), "per_member": True}
+    own = copy.deepcopy(buffers)
+    losses, gradient = stack.gradients(theta, own, inputs, targets, cross_entropy, **noise)
+    leaf = theta.clone().requires_grad_()
+    expected = stack.losses(leaf, buffers, inputs, targets, cross_entropy, **noise)
+    torch.testing.assert_close(losses, expected.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), leaf)[0], rtol=1e-10, atol=1e-14)
+    assert not losses.requires_grad
+    assert not gradient.requires_grad
+    for name, buffer in buffers.items():
+        torch.testing.assert_close(own[name], buffer, rtol=1e-12, atol=0)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode = nn.Linear(12, 12, bias=False)
+        self.decode = nn.Linear(12, 12, bias=False)
+        self.decode.weight = self.encode.weight
+        self.unused = nn.Parameter(torch.zeros(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decode(torch.relu(self.encode(x)))
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_tied_parameters_are_one_and_unused_ones_have_no_gradient(executor):
+    stack, theta, buffers = build_stack(Tied, (0, 1), executor=executor, dtype=torch.float64)
+    inputs, targets = batch(2, 12)
+    _, gradient = stack.gradients(theta, buffers, inputs, targets, cross_entropy, per_member=True)
+    for r in range(2):
+        model = initialised(Tied, r)
+        cross_entropy(model(inputs[r]), targets[r]).backward()
+        pieces = {name: piece[r] for name, piece in stack.layout.split(gradient).items()}
+        torch.testing.assert_close(pieces["encode.weight"], model.encode.weight.grad, rtol=1e-10, atol=1e-14)
+        assert not pieces["unused"].any()
+
+
+def test_the_template_gets_its_own_tensors_back_also_after_a_failure():
+    stack, theta, buffers = build_stack(dropout_net, (0, 1), executor="loop", dtype=torch.float64)
+    own = {**dict(stack.template.named_parameters()), **dict(stack.template.named_buffers())}
+    stack.outputs(theta, buffers, torch.zeros(6, 12, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        stack.outputs(theta, buffers, torch.zeros(6, 5, dtype=torch.float64))
+    now = {**dict(stack.template.named_parameters()), **dict(stack.template.named_buffers())}
+    assert all(now[name] is tensor for name, tensor in own.items())
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize(("build", "shape"), [(dropout_net, (12,)), (convolutions, (1, 8, 8))])
+def test_noise_and_statistics_of_a_member_do_not_depend_on_its_pack(executor, build, shape):
+    inputs, targets = batch(3, *shape)
+    pack = build_stack(build, (0, 1, 2), executor=executor, dtype=torch.float64)
+    solo = build_stack(build, (1,), executor=executor, dtype=torch.float64)
+    together = pack[0].losses(
+        *pack[1:], inputs, targets, cross_entropy, train=True, keys=(7, 8, 9), per_member=True
+    )
+    alone = solo[0].losses(
+        *solo[1:], inputs[1:2], targets[1:2], cross_entropy, train=True, keys=(8,), per_member=True
+    )
+    torch.testing.assert_close(together[1], alone[0], rtol=1e-12, atol=0)
+    for name, buffer in solo[2].items():
+        torch.testing.assert_close(pack[2][name][1], buffer[0], rtol=1e-12, atol=0)
+
+
+def test_dropout_is_active_and_its_masks_follow_the_key():
+    stack, theta, buffers = build_stack(dropout_net, (0, 0), executor="vmap", dtype=torch.float64)
+    inputs, targets = batch(1, 12)
+
+    def losses(keys: tuple[int, int]) -> Tensor:
+        own = {name: tensor.clone() for name, tensor in buffers.items()}
+        return stack.losses(theta, own, inputs[0], targets[0], cross_entropy, train=True, keys=keys)
+
+    assert torch.equal(losses((5, 6)), losses((5, 6)))
+    assert losses((5, 5))[0] == losses((5, 5))[1]
+    assert losses((5, 6))[0] != losses((5, 6))[1]
+    with pytest.raises(ModelError, match="keys"):
+        stack.losses(theta, buffers, inputs[0], targets[0], cross_entropy, train=True)
+
+
+def test_dropout_mask_is_unbiased_and_kept_values_are_scaled():
+    stack, theta, _ = build_stack(
+        lambda: nn.Sequential(nn.Linear(1, 1, bias=False), nn.Dropout(0.25)),
+        (0,),
+        executor="loop",
+        dtype=torch.float64,
+    )
+    x = torch.ones(20_000, 1, dtype=torch.float64)
+    weight = theta[0, 0]
+    mean = stack.losses(theta, {}, x, x, lambda out, _: out.mean(), train=True, keys=(3,))[0] / weight
+    largest = stack.losses(theta.abs(), {}, x, x, lambda out, _: out.max(), train=True, keys=(3,))[0] / weight
+    assert abs(mean - 1) < 0.02  # 5 standard deviations
+    torch.testing.assert_close(largest.abs(), torch.tensor(4 / 3, dtype=torch.float64))
+
+
+def test_randomness_outside_dropout_layers_is_seeded_by_the_key_in_the_loop():
+    stack, theta, buffers = build_stack(FunctionalDropout, (0, 0), executor="loop", dtype=torch.float64)
+    inputs, targets = batch(1, 12)
+    args = (theta, buffers, inputs[0], targets[0], cross_entropy)
+    state = torch.get_rng_state()
+    first = stack.losses(*args, train=True, keys=(1, 2))
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(first, stack.losses(*args, train=True, keys=(1, 2)))
+    assert first[0] != first[1]
+    with pytest.raises(ModelError, match="loop executor"):
+        stack.with_executor("vmap").losses(*args, train=True, keys=(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("build", "shape", "device", "expected"),
+    [
+        (dropout_net, (12,), "cpu", "vmap"),
+        (convolutions, (1, 8, 8), "cpu", "loop"),
+        (convolutions, (1, 8, 8), "cuda", "vmap"),
+        (Recurrent, (3, 4), "cpu", "loop"),
+        (FunctionalDropout, (12,), "cpu", "loop"),
+    ],
+)
+def test_executor_is_vmap_where_it_works_and_pays(build, shape, device, expected):
+    inputs, targets = batch(1, *shape)
+    assert choose_executor(build, inputs[0], targets[0], cross_entropy, device=device) == expected
+
+
+def test_nan_member_leaves_the_others_bit_identical():
+    stack, theta, buffers = build_stack(dropout_net, (0, 1, 2), executor="vmap", dtype=torch.float32)
+    inputs, targets = batch(3, 12)
+    poisoned = theta.clone()
+    poisoned[1] = float("nan")
+
+    def gradient(weights: Tensor) -> Tensor:
+        weights = weights.clone().requires_grad_()
+        own = copy.deepcopy(buffers)
+        losses = stack.losses(
+            weights,
+            own,
+            inputs.float(),
+            targets,
+            cross_entropy,
+            train=True,
+            keys=(1, 2, 3),
+            per_member=True,
+        )
+        return torch.autograd.grad(losses.sum(), weights)[0]
+
+    healthy, spoilt = gradient(theta), gradient(poisoned)
+    assert spoilt[1].isnan().any()
+    assert torch.equal(healthy[[0, 2]], spoilt[[0, 2]])
+
+
+def test_layout_joins_what_it_splits_and_knows_the_roles():
+    stack, theta, _ = build_stack(
+        lambda: nn.Sequential(nn.Embedding(5, 4), nn.Conv1d(2, 3, 2), nn.Linear(4, 3)),
+        (0, 1),
+        executor="loop",
+        dtype=torch.float32,
+    )
+    assert torch.equal(stack.layout.join(stack.layout.split(theta)), theta)
+    assert stack.layout.roles == ("embedding", "kernel", "other", "matrix", "other")
+
+
+def test_frozen_parameters_are_buffers_and_a_model_without_any_other_is_refused():
+    def frozen() -> nn.Module:
+        model = dropout_net()
+        model[1].requires_grad_(False)
+        return model
+
+    stack, _, buffers = build_stack(frozen, (0,), executor="vmap", dtype=torch.float64)
+    assert "1.weight" in buffers
+    assert "1.weight" not in stack.layout.names
+    with pytest.raises(ModelError, match="no trainable parameter"):
+        build_stack(lambda: nn.Flatten(), (0,), executor="vmap", dtype=torch.float64)
+
+
+def test_a_table_of_positions_is_no_matrix():
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.positions = nn.Parameter(torch.zeros(3, 4))
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head((x + self.positions).mean(1))
+
+    stack, _, _ = build_stack(Positions, (0,), executor="loop", dtype=torch.float32)
+    assert dict(zip(stack.layout.names, stack.layout.roles, strict=True))["positions"] == "other"
+    assert dict(zip(stack.layout.names, stack.layout.roles, strict=True))["head.weight"] == "matrix"

@@ -1,0 +1,153 @@
+"""Task keys: changed by everything that a result depends on, and by nothing else."""
+
+import pytest
+
+from lossray.study import (
+    StudyInputs,
+    checkpoint_key,
+    curvature_key,
+    partition,
+    study_from_table,
+    study_inputs,
+    training_key,
+)
+
+MODEL, LOSS, DATA, OTHER = "own_model:f", "own_loss:f", "own_data:f", "own_other:f"
+
+
+def study(**changes):
+    table = {
+        "name": "s",
+        "seeds": 3,
+        "data": {"source": DATA},
+        "models": [{"name": MODEL, "width": 3}],
+        "optimizers": [{"name": "adam"}],
+        "training": {"loss": LOSS, "steps": 10},
+    }
+    return study_from_table(table | changes)
+
+
+def inputs(data="d", **changes):
+    return StudyInputs(
+        data, {MODEL: "m", LOSS: "l", DATA: "s"} | {f"own_{key}:f": v for key, v in changes.items()}
+    )
+
+
+def keys(study, inputs, *, executor="vmap", mode="double"):
+    """(training key, curvature key at step 10) of the first pack."""
+    pack = partition(study, (), lambda setting: (executor, mode))[0]
+    return training_key(pack, study, inputs), curvature_key(pack, 10, study, inputs)
+
+
+BASE = keys(study(), inputs())
+
+
+def test_keys_are_reproducible_names():
+    assert keys(study(), inputs()) == BASE
+    assert all(key.isalnum() for key in BASE)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"training": {"loss": LOSS, "steps": 11}},
+        {"training": {"loss": LOSS, "steps": 10, "batch_size": 32}},
+        {"training": {"loss": LOSS, "steps": 10, "checkpoints": {"steps": [0, 5, 10]}}},
+        {"training": {"loss": LOSS, "steps": 10, "log_every": 1}},
+        {"training": {"loss": LOSS, "steps": 10, "dtype": "float64"}},
+        {"training": {"loss": LOSS, "steps": 10, "diverged_above": 10.0}},
+        {"optimizers": [{"name": "adam", "lr": 0.01}]},
+        {"optimizers": [{"name": "adamw"}]},
+        {"optimizers": [{"name": "adam", "schedule": "cosine"}]},
+        {"models": [{"name": MODEL, "width": 4}]},
+        {"seeds": [0, 1]},
+        {"seeds": [0, 1, 3]},
+        {"angles": {"shadow": ["sgd"]}},
+    ],
+)
+def test_both_keys_change_with_what_training_depends_on(changes):
+    training, curvature = keys(study(**changes), inputs())
+    assert training != BASE[0]
+    assert curvature != BASE[1]
+
+
+@pytest.mark.parametrize(
+    "changed", [inputs(data="e"), inputs(model="x"), inputs(loss="x"), inputs(data="d", other="x")]
+)
+def test_both_keys_change_with_data_and_sources_of_the_pack(changed):
+    training, curvature = keys(study(), changed)
+    involved = changed != inputs(other="x")
+    assert (training != BASE[0]) == (curvature != BASE[1]) == involved
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"curvature": {"top": 3}},
+        {"curvature": {"tolerance": 1e-4}},
+        {"curvature": {"examples": 100}},
+        {"curvature": {"dtype": "float64"}},
+        {"curvature": {"operators": ["ggn"]}},
+        {"curvature": {"vectors": False}},
+        {"angles": {"directions": ["gradient"]}},
+        {"angles": {"gauges": ["raw"]}},
+        {"angles": {"window": 0}},
+    ],
+)
+def test_analysis_settings_change_the_curvature_key_only(changes):
+    training, curvature = keys(study(**changes), inputs())
+    assert training == BASE[0]
+    assert curvature != BASE[1]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"name": "other"},
+        {"resources": {"pack": 16, "train": {"cpus": 2}, "curvature": {"gpus": 1}}},
+        {"claims": {"alpha": 0.1}},
+        {"degeneracy": {"dense_up_to": 3}},
+        {"ensembles": {"members": 3}},
+        {"data": {"source": DATA, "place": "elsewhere"}},
+        {"models": [{"name": MODEL, "width": 3}, {"name": "mlp"}]},
+        {"optimizers": [{"name": "adam"}, {"name": "sgd"}]},
+    ],
+)
+def test_nothing_else_changes_a_key(changes):
+    assert keys(study(**changes), inputs()) == BASE
+
+
+def test_executor_changes_training_and_product_mode_curvature():
+    training, curvature = keys(study(), inputs(), executor="loop")
+    # "auto" packs of the loop executor hold one seed, so compare packs of the same seeds.
+    one = study(resources={"pack": 3})
+    assert keys(one, inputs(), executor="loop")[0] != BASE[0]
+    assert keys(one, inputs(), mode="graph")[0] == BASE[0]
+    assert keys(one, inputs(), mode="graph")[1] != BASE[1]
+    assert training != BASE[0]
+    assert curvature != BASE[1]
+
+
+def test_keys_of_steps_and_kinds_differ():
+    one = study()
+    pack = partition(one, (), lambda setting: ("vmap", "double"))[0]
+    found = [training_key(pack, one, inputs())]
+    found += [checkpoint_key(found[0], step) for step in (0, 10)]
+    found += [curvature_key(pack, step, one, inputs()) for step in (0, 10)]
+    assert len(set(found)) == 5
+
+
+def test_study_inputs_hash_the_users_modules(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    module = tmp_path / "lossray_test_inputs.py"
+    module.write_text("def f():\n    return 1\n")
+    one = study(
+        data={"source": "digits"}, models=[{"name": "lossray_test_inputs:f"}], training={"loss": "mse"}
+    )
+    before = study_inputs(one, "d")
+    assert before == study_inputs(one, "d")
+    assert list(before.sources) == ["lossray_test_inputs:f"]
+    module.write_text("def f():\n    return 2\n")
+    after = study_inputs(one, "d")
+    assert after.sources != before.sources
+    assert keys(one, before)[0] != keys(one, after)[0]

@@ -1,0 +1,101 @@
+"""The rules of the house (DESIGN): an import goes down to a lower floor, or sideways inside its own room."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FLOORS = {
+    "lossray.errors": 1,
+    "lossray.settings": 1,
+    "lossray.seeds": 1,
+    "lossray.names": 1,
+    "lossray.plugins": 1,
+    "lossray.imports": 1,
+    "lossray.networks": 2,
+    "lossray.storage": 2,
+    "lossray.training": 3,
+    "lossray.curvature": 3,
+    "lossray.geometry": 4,
+    "lossray.connectivity": 4,
+    "lossray.ensembles": 5,
+    "lossray.study": 6,
+    "lossray.results": 7,
+    "tasks": 7,
+    "lossray.findings": 8,
+    "flows": 9,
+}
+SOURCES = sorted(path for package in ("lossray", "tasks", "flows") for path in (ROOT / package).rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def room(module: str) -> str | None:
+    """The room a module of ours lies in; None for anything else."""
+    names = [name for name in FLOORS if module == name or module.startswith(f"{name}.")]
+    return names[0] if names else None
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """Every module imported, the facade `import lossray` apart."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def upward(importer: str, tree: ast.AST) -> list[str]:
+    """The imports of ``importer`` that break the rule."""
+    own = room(importer)
+    others = {target: room(target) for target in imported(tree)}
+    return sorted(
+        target
+        for target, theirs in others.items()
+        if own and theirs and theirs != own and FLOORS[theirs] >= FLOORS[own] and FLOORS[own] > 1
+    )
+
+
+def test_every_module_has_a_floor():
+    assert [name for name in map(module_name, SOURCES) if name != "lossray" and room(name) is None] == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_imports_only_go_down(path):
+    assert upward(module_name(path), ast.parse(path.read_text())) == []
+
+
+def test_the_rule_notices_an_import_that_goes_up():
+    tree = ast.parse("from lossray.training.loop import train\nimport tasks.gather")
+    assert upward("lossray.curvature.analysis", tree) == [
+        "lossray.training.loop",
+        "lossray.training.loop.train",
+        "tasks.gather",
+    ]
+
+
+def test_lossray_never_imports_ray_tasks_or_flows():
+    science = [path for path in SOURCES if path.is_relative_to(ROOT / "lossray")]
+    for path in science:
+        names = {name.split(".")[0] for name in imported(ast.parse(path.read_text()))}
+        assert not names & {"ray", "tasks", "flows"}, path
+
+
+def test_importing_lossray_and_asking_for_help_loads_neither_torch_nor_ray():
+    code = (
+        "import sys, lossray; sys.argv = ['lossray', '--help']\n"
+        "try: lossray.main()\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'ray', 'pandas'} & set(sys.modules), set(sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "run" in result.stdout
