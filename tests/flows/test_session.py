@@ -1,4 +1,4 @@
-"""How a study divides a cluster, and what it says where there is none; Ray is not started."""
+"""How a study divides a cluster, and what it says where there is none; no Ray is started, nor one used."""
 
 import socket
 
@@ -8,6 +8,12 @@ import ray
 from flows.session import capacity, has_gpus, ray_session
 from lossray.errors import StudyError
 from lossray.study import Resources, TaskResources
+
+
+@pytest.fixture(autouse=True)
+def no_ray(monkeypatch):
+    """As if no Ray were initialised: other tests may have started the one that all tests share."""
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
 
 
 @pytest.fixture

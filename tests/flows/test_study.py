@@ -87,10 +87,9 @@ def no_ray(monkeypatch):
 # ---- from one file to tables
 
 
-def test_a_study_leaves_every_table_complete(study_file, out):
+def test_a_study_leaves_every_table_complete(study_file, out, no_ray):
     study = study_file()
     assert run(study, out) == 0
-    assert not ray.is_initialized()
     runs = table(out, "runs")
     assert sorted(zip(runs["optimizer"], runs["seed"], strict=True)) == [
         ("adam", 0),
