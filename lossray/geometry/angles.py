@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
-from scipy.stats import beta
+from scipy.special import betainc, betaincc
 from torch import Tensor
 
 from lossray.curvature.pairs import EigenPairs
@@ -161,8 +161,8 @@ def null_p_values(chi2: Array, rest: Array, k: int, dim: int) -> tuple[Array, Ar
     """
     a, b = k / 2, (dim - k) / 2
     low = chi2 <= rest
-    upper = np.where(low, beta.sf(chi2, a, b), beta.cdf(rest, b, a))
-    return upper, np.where(low, beta.cdf(chi2, a, b), beta.sf(rest, b, a))
+    upper = np.where(low, betaincc(a, b, chi2), betainc(b, a, rest))
+    return upper, np.where(low, betainc(a, b, chi2), betaincc(b, a, rest))
 
 
 def _split_energy(vectors: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:

@@ -101,7 +101,7 @@ def build_model(settings: ModelSettings, input_shape: tuple[int, ...], n_outputs
 
 
 def check_model(settings: ModelSettings, inputs: Tensor, n_outputs: int) -> int:
-    """Build a model, run it once, and return its number of trainable parameters.
+    """Build a model, run it twice, and return its number of trainable parameters.
 
     For the driver, so that a model that does not fit the data is refused before anything is written. Leaves
     torch's global generator as it was.
@@ -112,8 +112,8 @@ def check_model(settings: ModelSettings, inputs: Tensor, n_outputs: int) -> int:
         n_outputs: number of classes, or of regression outputs.
 
     Raises:
-        ModelError: the model cannot be built for these inputs, cannot take them, or its outputs are not
-            [B, n_outputs].
+        ModelError: the model cannot be built for these inputs, cannot take them, is random in eval mode, or
+            its outputs are not [B, n_outputs].
         StudyError: a user's function is not found.
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -121,7 +121,7 @@ def check_model(settings: ModelSettings, inputs: Tensor, n_outputs: int) -> int:
         if inputs.is_floating_point():
             model = model.to(inputs.dtype)
         try:
-            outputs = model(inputs)
+            outputs, again = model(inputs), model(inputs)
         except Exception as error:  # a user's forward may raise anything
             raise ModelError(
                 f"model {settings.name!r} on inputs {list(inputs.shape)}: {failure(error)}"
@@ -130,6 +130,11 @@ def check_model(settings: ModelSettings, inputs: Tensor, n_outputs: int) -> int:
     found = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
     if found != wanted:
         raise ModelError(f"model {settings.name!r} returns {found} where a tensor {wanted} is needed")
+    if not torch.allclose(outputs, again, equal_nan=True):
+        raise ModelError(
+            f"model {settings.name!r} is random in eval mode: the same inputs gave outputs that differ by "
+            f"{float((outputs - again).abs().max()):.2g}; its loss has no Hessian: draw only if self.training"
+        )
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lossray.errors import ModelError
 from lossray.networks.dropout import NoiseTape, replace_dropout
@@ -309,8 +310,9 @@ def choose_executor(
     """The executor of a setting: "vmap" where it works, agrees with "loop" and pays, otherwise "loop".
 
     Convolutions on a CPU run at 0.7-0.8 of a loop under vmap (DESIGN), so they loop. Every other model is
-    tried: loss, gradient and a Hessian-vector product of two members in float64, in train and in eval mode.
-    The trial runs on the CPU, where it costs milliseconds; ``device`` is where the study will run.
+    tried: loss, gradient and a Hessian-vector product of two members in float64, in train and in eval mode,
+    and the outputs without gradients, for which a layer may have a path of its own. The trial runs on the
+    CPU, where it costs milliseconds; ``device`` is where the study will run.
 
     Args:
         build: makes a freshly initialised model.
@@ -347,16 +349,23 @@ def _trial(
     targets: Tensor,
     loss: Loss,
     train: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses [R], gradient [R, d] and the Hessian's product with the gradient [R, d]."""
-    theta = theta.clone().requires_grad_()
+) -> tuple[Tensor, ...]:
+    """What a study asks of a stack: losses [R], gradient and a Hessian-vector product [R, d], outputs.
+
+    The product alone needs attention that can be differentiated twice, which fused kernels cannot.
+    """
     own = {name: tensor.clone() for name, tensor in buffers.items()}
-    losses = stack.losses(theta, own, inputs, targets, loss, train=train, keys=(0, 1))
-    (gradient,) = torch.autograd.grad(losses.sum(), theta, create_graph=True)
-    product = torch.zeros_like(gradient)
-    if gradient.requires_grad:
-        (product,) = torch.autograd.grad(gradient, theta, gradient.detach(), materialize_grads=True)
-    return losses.detach(), gradient.detach(), product
+    losses, gradient = stack.gradients(theta, own, inputs, targets, loss, train=train, keys=(0, 1))
+    leaf = theta.clone().requires_grad_()
+    with sdpa_kernel(SDPBackend.MATH):
+        again = stack.losses(leaf, own, inputs, targets, loss, train=train, keys=(0, 1))
+        (graph,) = torch.autograd.grad(again.sum(), leaf, create_graph=True)
+        product = torch.zeros_like(gradient)
+        if graph.requires_grad:
+            (product,) = torch.autograd.grad(graph, leaf, gradient, materialize_grads=True)
+    with torch.no_grad():
+        outputs = stack.outputs(theta, buffers, inputs)
+    return losses, gradient, product, outputs
 
 
 def _places(model: nn.Module) -> list[tuple[str, dict[str, Any], str]]:

@@ -399,6 +399,24 @@ class TestCheckModel:
         with pytest.raises(ModelError, match=r"on inputs \[2, 5\]: RuntimeError"):
             check_model(model_settings(table), inputs(2, 5), 4)
 
+    def test_refuses_models_that_are_random_in_eval_mode(self, user_module):
+        user_module(
+            "lossray_test_random",
+            "import torch\n"
+            "class Net(torch.nn.Linear):\n"
+            "    always = False\n"
+            "    def forward(self, x):\n"
+            "        noise = torch.randn_like(x) if self.training or self.always else 0\n"
+            "        return super().forward(x + noise)\n"
+            "class Careless(Net):\n"
+            "    always = True\n"
+            "def net():\n    return Net(6, 3)\n"
+            "def careless():\n    return Careless(6, 3)\n",
+        )
+        assert check_model(model_settings({"name": "lossray_test_random:net"}), inputs(2, 6), 3) == 21
+        with pytest.raises(ModelError, match=r"random in eval mode.*only if self\.training"):
+            check_model(model_settings({"name": "lossray_test_random:careless"}), inputs(2, 6), 3)
+
 
 def test_a_model_of_integer_inputs_is_checked_in_its_own_dtype(tmp_path, monkeypatch):
     (tmp_path / "tokens_mine.py").write_text(

@@ -35,6 +35,18 @@ class Recurrent(nn.Module):
         return self.head(self.cell(x)[0][:, -1])
 
 
+class FusedAttention(nn.Module):
+    """Its fused kernels have no double backward, and no rule for vmap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(x)[:, -1])
+
+
 class FunctionalDropout(nn.Module):
     """Draws from torch's default generator, out of reach of the masks."""
 
@@ -197,6 +209,7 @@ def test_randomness_outside_dropout_layers_is_seeded_by_the_key_in_the_loop():
         (convolutions, (1, 8, 8), "cuda", "vmap"),
         (Recurrent, (3, 4), "cpu", "loop"),
         (FunctionalDropout, (12,), "cpu", "loop"),
+        (FusedAttention, (3, 4), "cpu", "loop"),
     ],
 )
 def test_executor_is_vmap_where_it_works_and_pays(build, shape, device, expected):
