@@ -28,7 +28,8 @@ TIMED_STEPS = 5
 TIMED_PRODUCTS = 2
 PRODUCTS_PER_PAIR = 10  # observed: 46 to 140 products for ten pairs at tolerance 1e-3
 NO_STORE = "memory://dry-run"  # empty, and gone with the process
-STARTUP_SECONDS = 10.0  # Ray, and the first import of torch in every worker
+STARTUP_SECONDS = 6.0  # of Ray
+WORKER_SECONDS = 5.0  # of a training actor, one for each pack: a Python process that imports torch
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,16 @@ def estimate(pack: Pack, plan: Plan, dataset: Dataset) -> Cost:
     )
 
 
+def wall_seconds(costs: Sequence[Cost], slots: int) -> float:
+    """Wall time of all packs with ``slots`` tasks at a time, one of which is kept for curvature.
+
+    The longest of: all work evenly divided, all training on the slots left to it, the longest training.
+    """
+    training = [WORKER_SECONDS + cost.training_seconds for cost in costs]
+    work = sum(training) + sum(cost.curvature_seconds for cost in costs)
+    return STARTUP_SECONDS + max(work / slots, sum(training) / max(1, slots - 1), *training)
+
+
 def _time_training(pack: Pack, study: Study, dataset: Dataset) -> tuple[int, float, int]:
     """Parameters, seconds per step, and bytes of a checkpoint."""
     dtype = getattr(torch, study.training.dtype)
@@ -150,7 +161,7 @@ def _totals(plan: Plan, costs: Sequence[Cost]) -> list[str]:
     training, curvature = sum(c.training_seconds for c in costs), sum(c.curvature_seconds for c in costs)
     cpus = max(study.resources.train.cpus, study.resources.curvature.cpus)
     slots = max(1, int((os.cpu_count() or 1) / cpus))
-    wall = STARTUP_SECONDS + max((training + curvature) / slots, max(c.training_seconds for c in costs))
+    wall = wall_seconds(costs, slots)
     return [
         f"{len(plan.packs)} packs, {runs} runs, {len(checkpoint_steps(study.training))} checkpoints each, "
         f"about {sum(c.products for c in costs):,} products",

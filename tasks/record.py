@@ -26,10 +26,15 @@ class Stopwatch:
     attempt: Attempt
     device: str
     started: float = field(default_factory=time.time)
+    queued: float = field(init=False)  # seconds between the submission and the start
+
+    def __post_init__(self) -> None:
+        """The first piece of work may have waited for a worker."""
+        self.queued = max(0.0, self.started - self.attempt.submitted)
 
     def restart(self) -> None:
-        """Begin timing the next piece of work."""
-        self.started = time.time()
+        """Begin timing the next piece of work, which waits for nothing."""
+        self.started, self.queued = time.time(), 0.0
 
     def record(
         self, key: str, kind: str, *, pack_id: str | None = None, step: int | None = None
@@ -44,7 +49,7 @@ class Stopwatch:
             "status": "done",
             "attempts": self.attempt.number,
             "wall_seconds": finished - self.started,
-            "queue_seconds": max(0.0, self.started - self.attempt.submitted),
+            "queue_seconds": self.queued,
             "started": datetime.fromtimestamp(self.started, UTC),
             "finished": datetime.fromtimestamp(finished, UTC),
             "node": socket.gethostname(),

@@ -80,7 +80,8 @@ def train_pack(job: TrainingJob, device: torch.device | None = None) -> Iterator
         yield segments.commit(checkpoints.loads(data, name=path))  # on the CPU, as a replay would read it
         segments.watch.restart()  # after the yield: without Ray the analysis runs meanwhile
     store.publish("runs", job.key, _run_rows(segments, whole.device))
-    store.commit(whole.record(job.key, "training", pack_id=job.pack.pack_id))
+    record = whole.record(job.key, "training", pack_id=job.pack.pack_id)
+    store.commit(record | {"status": "done" if segments.all_alive else "diverged"})
 
 
 @ray.remote(num_cpus=1, max_restarts=0)
@@ -135,6 +136,11 @@ class _Segments:
         self.initial: Mapping[str, Tensor] = {}  # parameters at step 0, [R, *shape]
         self.last: Checkpoint | None = None
         self.seconds = 0.0
+
+    @property
+    def all_alive(self) -> bool:
+        """Whether no member has diverged so far."""
+        return self.last is None or bool(self.last.alive.all())
 
     def commit(self, checkpoint: Checkpoint) -> Published:
         """Publish and commit the rows of the segment that ends at ``checkpoint``, unless they are."""

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from flows.estimate import _bytes, dry_run
+from flows.estimate import STARTUP_SECONDS, WORKER_SECONDS, Cost, _bytes, dry_run, wall_seconds
 from lossray.errors import StudyError
 
 STUDY = """
@@ -74,3 +74,15 @@ def test_bad_input_is_refused_as_in_a_run(study):
 
 def test_bytes_have_the_unit_of_their_size():
     assert [_bytes(n) for n in (7, 1500, 2_500_000, 3 * 10**9)] == ["7 bytes", "1.5 kB", "2.5 MB", "3 GB"]
+
+
+def test_wall_time_counts_the_actors_and_the_slot_that_is_kept_for_curvature():
+    def packs(number, training, curvature):
+        return [Cost(1, 1, training, curvature, 1)] * number
+
+    assert wall_seconds(packs(1, 2, 3), 1) == STARTUP_SECONDS + WORKER_SECONDS + 5
+    assert wall_seconds(packs(8, 2, 0), 2) == STARTUP_SECONDS + 8 * (
+        WORKER_SECONDS + 2
+    )  # one after the other
+    assert wall_seconds(packs(8, 2, 100), 4) == STARTUP_SECONDS + 8 * (WORKER_SECONDS + 102) / 4
+    assert wall_seconds([*packs(8, 2, 0), *packs(1, 900, 0)], 64) == STARTUP_SECONDS + WORKER_SECONDS + 900

@@ -29,10 +29,12 @@ def test_a_record_is_a_row_of_the_tasks_table_with_times_that_add_up():
 
 
 def test_restart_begins_the_next_piece_of_work():
-    watch = Stopwatch(Attempt(), "cpu")
+    watch = Stopwatch(Attempt(submitted=time.time() - 30), "cpu")
     time.sleep(0.1)
     watch.restart()
-    assert watch.record("k", "checkpoint")["wall_seconds"] < 0.1
+    row = watch.record("k", "checkpoint")
+    assert row["wall_seconds"] < 0.1
+    assert row["queue_seconds"] == 0  # one piece follows the other
 
 
 def test_a_node_whose_clock_is_behind_the_drivers_does_not_queue_for_negative_time():

@@ -152,6 +152,9 @@ def test_a_diverged_run_is_done_with_its_step_and_null_numbers(planned):
     late = frame(plan, "checkpoints").query("step > 0")
     assert not late["alive"].any()
     assert late[["train_loss", "parameter_norm", "distance_from_init"]].isna().all(axis=None)
+    tasks = frame(plan, "tasks")
+    assert set(tasks[tasks["kind"] == "training"]["status"]) == {"diverged"}
+    assert plan.packs[0].training_key in store_of(plan).committed_keys()  # not tried again
 
 
 def test_rows_of_a_failed_pack_name_every_run_and_the_reason(planned):
