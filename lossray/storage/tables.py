@@ -124,7 +124,7 @@ RUNS = TableSchema(
         Column("data_fingerprint", TEXT, "", "hash of the contents of the data, after standardisation"),
         Column("dtype", TEXT, "", "number format of the training"),
         Column("executor", TEXT, "", "how the pack was computed: `vmap` (stacked) or `loop` (one by one)"),
-        _volatile("device", TEXT, "", "where the training ran: `cpu`, `cuda:0`"),
+        _volatile("device", TEXT, "", "where the training ran: `cpu`, or the kind of GPU"),
         _volatile("wall_seconds", NUMBER, "s", "training time of the run's pack"),
     ),
 )
@@ -293,7 +293,7 @@ TASKS = TableSchema(
         _volatile("started", TIME, "", "start of the execution, UTC"),
         _volatile("finished", TIME, "", "its end, UTC"),
         _volatile("node", TEXT, "", "the machine"),
-        _volatile("device", TEXT, "", "`cpu`, `cuda:0`"),
+        _volatile("device", TEXT, "", "`cpu`, or the kind of GPU"),
         _volatile("peak_bytes", INTEGER, "bytes", "largest memory in use, of the GPU where the task has one"),
         _volatile("error", TEXT, "", "why the task failed; null where it did not"),
     ),

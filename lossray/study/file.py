@@ -81,7 +81,7 @@ def _find(name: str) -> tuple[Path, bool]:
         return ready_made[name], True
     if path.is_dir():
         raise StudyError(f"{name}: found a folder; allowed: a study file, or one of {', '.join(ready_made)}")
-    guess = nearest(path.stem, ready_made)
+    guess = nearest(name, [*map(str, path.parent.glob("*.toml")), *ready_made])
     hint = f"; did you mean {guess!r}?" if guess else ""
     allowed = f"a study file, or a ready-made study: {', '.join(ready_made) or 'none installed'}"
     raise StudyError(f"{name}: no such file or ready-made study; allowed: {allowed}{hint}")

@@ -163,6 +163,9 @@ def test_files_that_cannot_be_read(tmp_path):
         load_study(tmp_path / "none.toml")
     with pytest.raises(StudyError, match=r"did you mean 'quick'\?"):
         load_study("quikc")
+    (tmp_path / "digits.toml").write_text(GOOD)
+    with pytest.raises(StudyError, match=r"did you mean '.*/digits\.toml'\?"):
+        load_study(tmp_path / "digit.toml")
     with pytest.raises(StudyError, match="found a folder"):
         load_study(tmp_path)
     latin = tmp_path / "latin.toml"
