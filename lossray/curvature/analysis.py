@@ -40,7 +40,7 @@ class CurvatureSettings(Settings):
         tolerance: largest residual of a converged pair, as a share of |lambda|max.
         probes: random vectors of the spectral density.
         steps: Lanczos steps with each.
-        examples: size of the analysis set, the first examples of the training split, or "all".
+        examples: size of the analysis set, a fixed stratified part of the training split, or "all" of it.
         dtype: of the products; the Lanczos recurrence is always float64.
         vectors: whether the eigenvectors are stored.
     """

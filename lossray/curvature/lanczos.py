@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lossray.curvature.pairs import Block, EigenPairs, PackedOperator, certify, orthogonality_loss
+from lossray.curvature.pairs import Block, EigenPairs, PackedOperator, certify, orthogonality_loss, row_norms
 from lossray.seeds import generator
 
 Array = NDArray[np.float64]
@@ -172,7 +172,7 @@ class _Solver:
             if member.running:
                 current[r] = self.vectors[r, self.origin + member.size - 1]
         products = self.operator.apply(current).to(torch.float64)
-        norms = torch.linalg.vector_norm(products, dim=1).tolist()
+        norms = row_norms(products).tolist()
         for r, member in enumerate(self.members):
             if member.running and np.isfinite(norms[r]):
                 member.matvecs += 1
@@ -334,7 +334,7 @@ def _project(vectors: Tensor, products: Tensor, spans: Sequence[Span]) -> tuple[
     # On a CPU the batched product of a matrix and a vector takes 3-5 times as long as one after the other.
     each = _project_each if products.device.type == "cpu" else _project_batched
     overlaps = each(vectors, products, spans)
-    return overlaps, torch.linalg.vector_norm(products, dim=1).tolist()
+    return overlaps, row_norms(products).tolist()
 
 
 def _project_each(vectors: Tensor, products: Tensor, spans: Sequence[Span]) -> list[Array]:

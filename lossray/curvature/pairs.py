@@ -85,6 +85,14 @@ def orthogonality_loss(vectors: Tensor) -> float:
     return float((gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().max())
 
 
+def row_norms(rows: Tensor) -> Tensor:
+    """Lengths [n] of the rows [n, d], also where their squares would overflow or vanish."""
+    largest = rows.abs().amax(dim=1, keepdim=True)
+    unit = torch.where((largest > 0) & torch.isfinite(largest), largest, 1)
+    lengths: Tensor = torch.linalg.vector_norm(rows / unit, dim=1) * unit[:, 0]
+    return lengths
+
+
 def _images(operator: PackedOperator, blocks: Sequence[Tensor]) -> list[Tensor]:
     """H x for every row x of every member's block; all members share each call of the operator."""
     images = [torch.zeros_like(block) for block in blocks]
@@ -110,7 +118,7 @@ def _solve(block: Block, image: Tensor, k: int, tolerance: float) -> tuple[Tenso
     values, rotation = torch.linalg.eigh((small + small.T) / 2)
     values, rotation = values.flip(0), rotation.flip(1).T
     vectors = rotation @ basis
-    residuals = torch.linalg.vector_norm(rotation @ image - values[:, None] * vectors, dim=1)[:k]
+    residuals = row_norms(rotation @ image - values[:, None] * vectors)[:k]
     complement = max(values[k].item(), block.complement) if m > k else block.complement
     loss = max(block.orthogonality_loss, orthogonality_loss(vectors))
 

@@ -51,7 +51,7 @@ class Layout:
         pieces = torch.split(theta, list(self.sizes), dim=-1)
         lead = theta.shape[:-1]
         return {
-            name: piece.view(*lead, *shape)
+            name: piece.view((*lead, *shape))
             for name, shape, piece in zip(self.names, self.shapes, pieces, strict=True)
         }
 
@@ -77,7 +77,11 @@ class Stack:
         self.executor = executor
         self.tape = NoiseTape()
         replace_dropout(template, self.tape)
+        template.train()  # every layer, whatever its constructor left: the mode is read from the root's flag
         self._places = _places(template)
+        self._replaced: set[str] = (
+            set()
+        )  # buffers that the forward pass replaces; the recorded pass finds them
         self._noise_cache: dict[torch.Size, tuple[list[tuple[torch.Size, float]], bool]] = {}
 
     @property
@@ -206,22 +210,36 @@ class Stack:
                 return values
             member = {**weights, **{name: tensor[r] for name, tensor in buffers.items()}}
             own = tuple(arg[r] for arg in args) if per_member else args
-            with _seeded(keys[r] if ambient and keys is not None else None, theta.device):
+            seed = stream(keys[r], "ambient") if ambient and keys is not None else None
+            with _seeded(seed, theta.device):
                 return played(member, tuple(mask[r] for mask in masks), *own)
 
         return evaluate
 
     def _call(self, member: Members, x: Tensor) -> Tensor:
-        """The template's outputs with the tensors of one member: `functional_call` without its searches."""
+        """The template's outputs with the tensors of one member: `functional_call` without its searches.
+
+        In train mode buffers are updated in the member's own tensors, also where the forward pass replaces
+        them. Those it gets as copies: autograd may have saved what it was given.
+        """
+        training = self.template.training
         kept = [(table, key, table[key]) for _, table, key in self._places]
         for name, table, key in self._places:
-            table[key] = member[name]
+            table[key] = member[name].clone() if training and name in self._replaced else member[name]
         try:
             outputs: Tensor = self.template(x)
+            if training:
+                self._update_replaced(member)
             return outputs
         finally:
             for table, key, tensor in kept:
                 table[key] = tensor
+
+    def _update_replaced(self, member: Members) -> None:
+        for name, table, key in self._places:
+            if table[key] is not member[name]:
+                self._replaced.add(name)
+                member[name].copy_(table[key].detach())
 
     def _set_mode(self, train: bool) -> None:
         if self.template.training != train:

@@ -298,4 +298,4 @@ def _chosen(dataset: Dataset, examples: int | Literal["all"]) -> np.ndarray[Any,
         raise DataError(
             f"found {examples} examples for the analysis set; allowed: 1 to {n}, the training split"
         )
-    return partition(dataset.train.targets.numpy(), [examples, n - examples], seed=0)[0]
+    return partition(dataset.train.targets.cpu().numpy(), [examples, n - examples], seed=0)[0]

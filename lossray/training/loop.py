@@ -92,8 +92,8 @@ def train(
 
     A member diverges when its loss (of a minibatch, or of the training split at a checkpoint), its gradient
     or its parameters are not finite, or when that loss exceeds `diverged_above` times its initial training
-    loss. It is then frozen at its last finite parameters; the others are not affected in any bit. Checkpoints
-    go on to the last step even if no member is left.
+    loss (where that is not negative). It is then frozen at its last finite parameters; the others are not
+    affected in any bit. Checkpoints go on to the last step even if no member is left.
 
     The log of a checkpoint has rows for the steps from the previous checkpoint on: every `log_every` steps,
     and every checkpoint. The row of step t describes the minibatch loss and gradient (without decay) at the
@@ -214,11 +214,10 @@ def _take_step(task: _Task, pack: _Pack, step: int, logged: bool) -> Row:
     losses, gradient = gradient_in_training(
         task.stack, pack.theta, pack.buffers, task.loss, batch, task.seeds, step
     )
-    # A sum is finite only if all its terms are: one pass, one number per member.
-    pack.bury(_acceptable(task, pack, losses) & torch.isfinite(gradient.sum(dim=1)), step)
+    pack.bury(_acceptable(task, pack, losses) & _all_finite(gradient), step)
     lr = learning_rate(task.optimizer, step, task.training.steps)
     pack.optimizer.step(gradient, lr, alive=None if pack.everyone else pack.alive)
-    if pack.bury(torch.isfinite(pack.theta.sum(dim=1)), step + 1):
+    if pack.bury(_all_finite(pack.theta), step + 1):
         pack.theta[~pack.alive] = before[~pack.alive]
     if not pack.everyone:
         for name, tensor in pack.buffers.items():
@@ -226,14 +225,21 @@ def _take_step(task: _Task, pack: _Pack, step: int, logged: bool) -> Row:
     return measured(losses, gradient, pack.theta - before, pack.alive) if logged else {}
 
 
+def _all_finite(rows: Tensor) -> Tensor:
+    """Whether all entries of each row [R, d] are finite; [R]."""
+    finite = torch.isfinite(rows.sum(dim=1))  # one pass; a sum of finite numbers may still overflow
+    return finite if bool(finite.all()) else torch.isfinite(rows).all(dim=1)
+
+
 def _acceptable(task: _Task, pack: _Pack, losses: Tensor) -> Tensor:
     """Whether losses [R] are finite and not far above the initial ones.
 
     The smallest number that the dtype can tell from 1 stands in for an initial loss below it (a start at the
-    solution).
+    solution). A loss that starts negative has no zero to be a multiple from: any finite value is acceptable.
     """
     smallest = torch.finfo(pack.theta.dtype).eps
     limit = task.training.diverged_above * pack.initial_loss.clamp(min=smallest)
+    limit = torch.where(pack.initial_loss < 0, torch.inf, limit)
     return torch.isfinite(losses) & (losses <= limit)
 
 

@@ -55,7 +55,8 @@ class TrainingSettings(Settings):
         checkpoints: see `CheckpointsSettings`.
         log_every: steps between rows of the training table (checkpoints have rows in any case).
         dtype: of parameters, data and arithmetic.
-        diverged_above: a run has diverged when its training loss exceeds this multiple of the initial one.
+        diverged_above: a run has diverged when its training loss exceeds this multiple of the initial one
+            (where that is not negative), or anything in it is not finite.
     """
 
     loss: str = "cross_entropy"

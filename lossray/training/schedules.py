@@ -1,6 +1,7 @@
 """Learning-rate schedules: the keys that choose one, and the rate of every step."""
 
 import math
+from fractions import Fraction as Exact
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -71,6 +72,7 @@ def learning_rate(settings: ScheduleSettings, step: int, steps: int) -> float:
     if settings.schedule == "step":
         assert settings.milestones is not None
         assert settings.factor is not None
-        passed = sum(step >= milestone * steps for milestone in settings.milestones)
+        # As written in the study file: in binary, 0.07 * 100 would be more than 7.
+        passed = sum(step >= Exact(str(milestone)) * steps for milestone in settings.milestones)
         return settings.lr * settings.factor**passed
     return settings.lr

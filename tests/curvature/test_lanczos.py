@@ -169,6 +169,17 @@ def test_multiples_of_the_identity(value: float) -> None:
     _check_certificates(pairs, operator)
 
 
+@pytest.mark.parametrize("scale", [1e-163, 1e-30, 1e150])
+def test_the_scale_does_not_matter(scale: float) -> None:
+    """Squares of the smallest vanish in float64, squares of the largest overflow."""
+    spectrum = _spectrum(10, 9, 9, 8)
+    operator = Rotated(scale * spectrum[None])
+    pairs = leading_pairs(operator, 3, seeds=[0], tolerance=1e-8)
+    torch.testing.assert_close(pairs.values / scale, _largest(spectrum, 3)[None], rtol=1e-8, atol=0)
+    assert bool(pairs.converged.all())
+    assert bool((pairs.residuals > 0).all())
+
+
 def test_low_rank() -> None:
     spectrum = torch.zeros(DIM, dtype=torch.float64)
     spectrum[:3] = torch.tensor([5.0, 2.0, -3.0])

@@ -158,6 +158,100 @@ def test_noise_and_statistics_of_a_member_do_not_depend_on_its_pack(executor, bu
         torch.testing.assert_close(pack[2][name][1], buffer[0], rtol=1e-12, atol=0)
 
 
+class RunningMean(nn.Module):
+    """Replaces its buffers in train mode, and uses one of them in the gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(12, 3)
+        self.register_buffer("mean", torch.ones(12))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = self.layer(x * self.mean)
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.mean(dim=0)
+            self.calls = self.calls + 1
+        return outputs
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_buffers_that_a_model_replaces_are_updated_as_in_a_plain_loop(executor):
+    stack, theta, buffers = build_stack(RunningMean, (0, 1), executor=executor, dtype=torch.float64)
+    inputs, targets = batch(2, 12)
+    models = [initialised(RunningMean, seed) for seed in (0, 1)]
+    for _ in range(3):
+        found = stack.gradients(
+            theta, buffers, inputs, targets, cross_entropy, train=True, keys=(1, 2), per_member=True
+        )
+        for r, model in enumerate(models):
+            model.zero_grad()
+            loss = cross_entropy(model(inputs[r]), targets[r])
+            loss.backward()
+            expected = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
+            torch.testing.assert_close(found[0][r], loss.detach(), rtol=1e-12, atol=0)
+            torch.testing.assert_close(found[1][r], expected, rtol=1e-10, atol=1e-14)
+            torch.testing.assert_close(buffers["mean"][r], model.mean, rtol=1e-12, atol=0)
+    assert buffers["calls"].tolist() == [3, 3]
+    stack.outputs(theta, buffers, inputs[0])
+    assert buffers["calls"].tolist() == [3, 3]  # eval mode changes nothing
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("members", [1, 2])
+def test_a_parameter_may_be_a_number(executor, members):
+    class Scaled(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(12, 3)
+            self.scale = nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.scale * super().forward(x)
+
+    stack, theta, buffers = build_stack(Scaled, range(members), executor=executor, dtype=torch.float64)
+    inputs, targets = batch(members, 12)
+    found = stack.losses(theta, buffers, inputs, targets, cross_entropy, per_member=True)
+    for r in range(members):
+        expected = cross_entropy(initialised(Scaled, r)(inputs[r]), targets[r])
+        torch.testing.assert_close(found[r], expected, rtol=1e-12, atol=0)
+
+
+def test_the_mode_of_every_layer_is_the_one_asked_for_from_the_first_call_on():
+    def half_frozen() -> nn.Module:
+        model = dropout_net()
+        model[2].eval()  # batch norm
+        return model
+
+    stack, theta, buffers = build_stack(half_frozen, (0, 1), executor="vmap", dtype=torch.float64)
+    inputs, targets = batch(2, 12)
+    noise = {"train": True, "keys": (1, 2), "per_member": True}
+    first = stack.losses(theta, copy.deepcopy(buffers), inputs, targets, cross_entropy, **noise)
+    stack.outputs(theta, buffers, inputs, per_member=True)
+    assert torch.equal(first, stack.losses(theta, buffers, inputs, targets, cross_entropy, **noise))
+
+
+def test_masks_of_dropout_layers_and_other_random_numbers_are_independent():
+    drawn = []
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.drop = nn.Linear(12, 3), nn.Dropout(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            ones = torch.ones(6, 100)
+            drawn.append((self.drop(ones) > 0, nn.functional.dropout(ones, 0.5, self.training) > 0))
+            return self.layer(x)
+
+    stack, theta, buffers = build_stack(Twice, (0, 1), executor="loop", dtype=torch.float64)
+    inputs, targets = batch(1, 12)
+    stack.losses(theta, buffers, inputs[0], targets[0], cross_entropy, train=True, keys=(1, 2))
+    for layer, other in drawn[-2:]:
+        assert (
+            abs((layer & other).double().mean() - 0.25) < 0.09
+        )  # 5 standard deviations; 0.5 if they are one
+
+
 def test_dropout_is_active_and_its_masks_follow_the_key():
     stack, theta, buffers = build_stack(dropout_net, (0, 0), executor="vmap", dtype=torch.float64)
     inputs, targets = batch(1, 12)

@@ -1,5 +1,6 @@
 """Data sets: identities of splitting, standardising and fingerprinting, and the error for every bad input."""
 
+import dataclasses
 import io
 import sys
 from pathlib import Path
@@ -328,6 +329,22 @@ def test_a_smaller_analysis_set_is_fixed_stratified_and_part_of_training(digits)
     assert np.abs(counts - exact).max() < 1
     matches = (chosen.inputs.flatten(1)[:, None] == digits.train.inputs.flatten(1)).all(dim=2)
     assert matches.any(dim=1).all()
+
+
+def test_an_analysis_set_is_chosen_from_data_on_any_device(digits):
+    class OnDevice(torch.Tensor):
+        """Like a tensor on a GPU: NumPy cannot read it."""
+
+        def numpy(self, **options):
+            raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+        def cpu(self, **options):
+            return self.as_subclass(torch.Tensor)
+
+    split = dataclasses.replace(digits.train, targets=digits.train.targets.as_subclass(OnDevice))
+    moved = dataclasses.replace(digits, train=split)
+    assert torch.equal(analysis_set(moved, 100).inputs, analysis_set(digits, 100).inputs)
+    assert analysis_fingerprint(moved, 100) == analysis_fingerprint(digits, 100)
 
 
 def test_analysis_fingerprint_tells_sizes_and_data_apart_but_not_dtypes(digits):

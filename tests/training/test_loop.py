@@ -18,6 +18,7 @@ from lossray.training.datasets import Dataset, Split
 from lossray.training.evaluation import evaluate_split
 from lossray.training.loop import (
     TrainingSettings,
+    _all_finite,
     batch_indices,
     checkpoint_steps,
     next_minibatch,
@@ -317,6 +318,30 @@ def test_divergence_by_non_finite_values_freezes_finite_parameters() -> None:
     assert all(bool(value.isnan().all()) for value in last.evaluation.values())
     assert last.log["step"].tolist() == [59, 60]
     assert bool(last.log["train_loss"].isnan().all())
+
+
+def test_a_loss_that_starts_negative_diverges_only_where_it_is_not_finite(monkeypatch) -> None:
+    def shifted(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(outputs, targets) - 5.0
+
+    training = {"steps": 20, "checkpoints": {"steps": []}}
+    plain = list(run(MLP, {"name": "sgd", "lr": 1.0}, training))[-1]
+    monkeypatch.setattr("lossray.training.loop.get_loss", lambda name: shifted)
+    first, last = run(MLP, {"name": "sgd", "lr": 1.0}, training)
+    assert bool((first.evaluation["train_loss"] < 0).all())
+    assert last.diverged_at.tolist() == [-1, -1, -1]
+    for name, value in plain.parameters.items():
+        torch.testing.assert_close(last.parameters[name], value)
+    (*_, lost) = run(MLP, {"name": "sgd", "lr": 1e18}, training)
+    assert bool((lost.diverged_at > 0).all())
+
+
+def test_finite_numbers_whose_sum_overflows_are_finite() -> None:
+    large = torch.full((3, 4), 3e38)
+    large[1, 2] = float("inf")
+    large[2, 0] = float("nan")
+    assert _all_finite(large).tolist() == [True, False, False]
+    assert _all_finite(large[:1]).tolist() == [True]
 
 
 def test_parameters_that_overflow_freeze_the_last_finite_ones() -> None:

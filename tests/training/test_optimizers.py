@@ -464,3 +464,6 @@ def test_schedules() -> None:
     assert rates(2, schedule="cosine", floor=0.5) == pytest.approx([2, 1.5, 1])
     assert rates(8, schedule="step") == pytest.approx([2] * 4 + [0.2] * 2 + [0.02] * 3)
     assert rates(4, schedule="step", milestones=[0.25], factor=0.5) == pytest.approx([2, 1, 1, 1, 1])
+    for milestone in (0.07, 0.28, 0.55):  # in binary, each times 100 is more than a whole number
+        late = rates(100, schedule="step", milestones=[milestone], factor=0.5)
+        assert late.count(2.0) == round(100 * milestone)
