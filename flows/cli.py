@@ -90,10 +90,19 @@ def studies() -> None:
 
 
 def run_command() -> None:
-    """Run the command line; every mistake of the user's is said in a line, with exit code 2."""
+    """Run the command line; every mistake of the user's is said in a line, with exit code 2.
+
+    So is a full disk or a lost connection, with exit code 1.
+    """
     try:
         app()
     except LossrayError as error:
         for line in str(error).splitlines():
             print(f"lossray: {line}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        sys.stdout = None  # nothing is left to be flushed
+        sys.exit(1)
+    except OSError as error:
+        print(f"lossray: {error}; what is committed stays: the same command resumes", file=sys.stderr)
+        sys.exit(1)

@@ -82,7 +82,7 @@ class Driver:
         # An actor of a driver that was killed keeps its name for a moment: each driver has names of its own.
         self.namespace = f"{plan.namespace}-{uuid.uuid4().hex[:8]}"
         self.worker_options = worker_options([os.getcwd(), *filter(None, [plan.context.folder])])
-        self.waiting = deque(pack for pack in plan.packs if not ledger.is_done(pack.training_key))
+        self.waiting = deque(pack for pack in plan.packs if not ledger.is_trained(pack))
         self.ready: list[Ready] = []  # heap of curvature jobs whose checkpoint is on disk
         self.trainers: dict[Any, Trainer] = {}  # by generator
         self.in_flight: dict[Any, CurvatureJob] = {}  # by object reference
@@ -119,7 +119,7 @@ class Driver:
     def _left_over(self) -> Iterator[CurvatureJob]:
         """Curvature that an earlier driver left undone in packs that are trained: no actor needed."""
         for pack in self.plan.packs:
-            if self.ledger.is_done(pack.training_key):
+            if self.ledger.is_trained(pack):
                 yield from (self.plan.curvature_job(pack, step) for step in self.ledger.unanalysed(pack))
 
     def _warm_up(self) -> list[Any]:

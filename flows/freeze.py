@@ -48,7 +48,9 @@ def decide(study: Study, dataset: Dataset, device: str, setting: Setting) -> tup
 def _decided(study: Study, dataset: Dataset, device: str, setting: Setting) -> tuple[str, ProductMode]:
     build = partial(build_model, setting.model, dataset.input_shape, dataset.n_outputs)
     loss = get_loss(study.training.loss)
-    few = (dataset.train.inputs[:TRIAL_EXAMPLES], dataset.train.targets[:TRIAL_EXAMPLES])
+    batch = study.training.batch_size  # batch norm takes no batch of one
+    n = TRIAL_EXAMPLES if batch == "full" else min(batch, TRIAL_EXAMPLES)
+    few = (dataset.train.inputs[:n], dataset.train.targets[:n])
     executor = choose_executor(build, *few, loss, device=device)
     size = AUTO_SIZE[executor] if study.resources.pack == "auto" else study.resources.pack
     dtype = getattr(torch, study.curvature.dtype)

@@ -27,6 +27,7 @@ class Ledger:
         self.store = store
         self.committed = frozenset(committed)
         self.guard = guard
+        self._trained = {pack.pack.pack_id for pack in plan.packs if self._was_trained(pack)}
         self.failures: list[str] = []
         self.progress = Progress(store, self._counts(), state="running")
 
@@ -35,9 +36,9 @@ class Ledger:
         self.guard()
         self.progress.refresh()
 
-    def is_done(self, key: str) -> bool:
-        """Whether the task was committed before this driver started."""
-        return key in self.committed
+    def is_trained(self, pack: PackPlan) -> bool:
+        """Whether the pack was trained before this driver started, and leaves nothing to train again."""
+        return pack.pack.pack_id in self._trained
 
     def unanalysed(self, pack: PackPlan) -> list[int]:
         """Steps of the pack whose curvature was not committed when this driver started."""
@@ -50,7 +51,8 @@ class Ledger:
     def training_failed(self, pack: PackPlan, attempt: Attempt, error: str, trace: str) -> None:
         """The pack cannot be trained: record why, and go on with the others."""
         record = failure(pack.training_key, "training", attempt, error, pack_id=pack.pack.pack_id)
-        self.store.publish("runs", pack.training_key, failed_run_rows(pack.pack, self.plan.study, error))
+        if pack.training_key not in self.committed:
+            self.store.publish("runs", pack.training_key, failed_run_rows(pack.pack, self.plan.study, error))
         self._fail(record, f"training of {pack.pack.pack_id}", trace)
         self.progress.counts.runs_failed += len(pack.pack.seeds)
 
@@ -70,6 +72,11 @@ class Ledger:
         self._fail(record, f"curvature of {job.pack.pack_id} at step {job.step}", trace)
         self.progress.counts.checkpoints_failed += 1
 
+    def _was_trained(self, pack: PackPlan) -> bool:
+        """A checkpoint that is still to be analysed may have been deleted: then the pack trains again."""
+        paths = [self.store.checkpoint_path(pack.pack.pack_id, step) for step in self.unanalysed(pack)]
+        return pack.training_key in self.committed and all(map(self.store.exists, paths))
+
     def _fail(self, record: dict[str, object], what: str, trace: str) -> None:
         path = self.store.log_path(f"{record['task_key']}.log")
         self.store.write_bytes(path, trace.encode())
@@ -83,7 +90,7 @@ class Ledger:
         counts = Counts()
         for pack in self.plan.packs:
             steps, analysed = len(pack.curvature_keys), len(pack.curvature_keys) - len(self.unanalysed(pack))
-            trained = self.is_done(pack.training_key)
+            trained = self.is_trained(pack)
             counts.runs += len(pack.pack.seeds)
             counts.runs_done += len(pack.pack.seeds) if trained else 0
             counts.checkpoints += steps

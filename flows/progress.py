@@ -64,8 +64,11 @@ class Progress:
         self.refresh(force=True)
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         """Show and publish the last state, and give the terminal back."""
+        if error is not None:
+            stopped = isinstance(error, KeyboardInterrupt)
+            self.state = "interrupted" if stopped else f"failed: {' '.join(str(error).split())}"
         self.refresh(force=True)
         if self._live:
             self._live.stop()

@@ -31,7 +31,7 @@ def run_serially(plan: Plan, ledger: Ledger, interrupt: Interrupt) -> bool:
 
 def _train(plan: Plan, pack: PackPlan, ledger: Ledger, interrupt: Interrupt) -> bool:
     """Train one pack, each checkpoint analysed as soon as it is published."""
-    if ledger.is_done(pack.training_key):
+    if ledger.is_trained(pack):
         return True
     attempt = Attempt()
     events = train_pack(plan.training_job(pack, attempt))
@@ -52,7 +52,7 @@ def _train(plan: Plan, pack: PackPlan, ledger: Ledger, interrupt: Interrupt) -> 
 
 def _analyse_rest(plan: Plan, pack: PackPlan, ledger: Ledger, interrupt: Interrupt) -> bool:
     """Analyse what an earlier driver left undone in a pack that it had trained."""
-    for step in ledger.unanalysed(pack) if ledger.is_done(pack.training_key) else []:
+    for step in ledger.unanalysed(pack) if ledger.is_trained(pack) else []:
         if interrupt.received:
             return False
         _analyse(plan.curvature_job(pack, step), ledger)

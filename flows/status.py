@@ -3,8 +3,10 @@
 import pandas as pd
 
 from flows.progress import duration
+from lossray.errors import StoreError
 from lossray.results import open_study
 from lossray.storage.lease import is_free, read_holder
+from lossray.storage.store import Store
 
 CELL_WIDTH = 32  # characters of a cell that `lossray tables` shows
 SILENCE_SECONDS = 60.0  # heartbeat age after which a driver on another machine counts as gone
@@ -16,9 +18,7 @@ def describe(out: str) -> str:
     store = study.store
     lines = [f"{study.study.name}: {store.url}"]
     if store.exists("progress.json"):
-        lines += _progress(
-            store.read_json("progress.json"), driven=not is_free(read_holder(store), SILENCE_SECONDS)
-        )
+        lines += _state(store)
     tasks = study.table("tasks")
     if len(tasks):
         counts = tasks.groupby(["kind", "status"]).size().unstack(fill_value=0)
@@ -42,9 +42,9 @@ def head(out: str, table: str, rows: int) -> str:
 
 
 def _failures(tasks: pd.DataFrame) -> list[str]:
-    """One line for each reason: how many tasks, the first of them, and where its traceback is."""
+    """One line for each kind and reason: how many tasks, the first of them, and where its traceback is."""
     lines = []
-    for error, same in tasks.groupby("error"):
+    for (_, error), same in tasks.groupby(["kind", "error"]):
         row = same.iloc[0]
         step = "" if pd.isna(row["step"]) else f" at step {int(row['step'])}"
         more = f" and {len(same) - 1} more" if len(same) > 1 else ""
@@ -53,9 +53,20 @@ def _failures(tasks: pd.DataFrame) -> list[str]:
     return lines
 
 
+def _state(store: Store) -> list[str]:
+    """What the driver has said, if that can be read: it is no part of the results."""
+    try:
+        driven = not is_free(read_holder(store), SILENCE_SECONDS)
+        return _progress(store.read_json("progress.json"), driven=driven)
+    except StoreError as error:
+        return [f"state: unknown: {error}"]
+    except (KeyError, TypeError):
+        return [f"state: unknown: {store.url}/progress.json is damaged; the next run writes it anew"]
+
+
 def _progress(progress: dict[str, object], *, driven: bool) -> list[str]:
-    state = progress["state"]
-    if state not in ("done", "interrupted") and not driven:
+    state = str(progress["state"])
+    if not state.startswith(("done", "interrupted", "failed")) and not driven:
         state = f"{state}, but its driver is gone; the same command resumes"
     lines = [
         f"state: {state} (as of {progress['updated']})",

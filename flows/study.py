@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, chdir
 from dataclasses import dataclass
 
 import ray
@@ -19,7 +19,7 @@ from flows.progress import duration
 from flows.serial import run_serially
 from flows.session import capacity, has_gpus, ray_session
 from lossray.curvature.operators import ProductMode
-from lossray.errors import StoreError, StudyError
+from lossray.errors import DataError, ModelError, StoreError, StudyError
 from lossray.imports import settle_imports
 from lossray.plugins import check_imported
 from lossray.storage.lease import Lease
@@ -67,9 +67,14 @@ def run_study(
 ) -> int:
     """Run or resume a study; see `flows.run`."""
     request = check_request(study, out, overrides)
+    if not in_process and request.store.url.startswith("memory://"):
+        raise StudyError(f"--out {out}: workers have memory of their own; allowed: with --in-process only")
     for line in request.loaded.study.not_computed():
         _say(f"note: {line}")
     if is_complete(request):
+        if not is_recorded(request):
+            with Lease(request.store):
+                freeze(request, try_settings(request, "cpu"))
         _say(f"{request.store.url} is complete: nothing to do")
         return DONE
     with ExitStack() as stack:
@@ -102,14 +107,13 @@ def check_request(study: str, out: str, overrides: Sequence[str]) -> Request:
     Raises:
         LossrayError: the study, its data, its models or its store; one line for each problem.
     """
-    loaded = load_study(study, overrides)
+    with chdir("."):  # which a module of the user's may change
+        loaded = load_study(study, overrides)
     if loaded.study.source is not None:
         raise StudyError(f"{loaded.path}: source = {loaded.study.source!r} is not computed by this version")
     settle_imports(user_folders(loaded))
     store = Store(out)
-    dataset = load_dataset(
-        loaded.study.data, dtype=getattr(torch, loaded.study.training.dtype), base=loaded.folder
-    )
+    dataset = read_data(loaded)
     check_against_data(loaded.study, dataset, str(loaded.path))
     inputs = study_inputs(loaded.study, dataset.fingerprint)
     check_imported(inputs.sources)
@@ -118,6 +122,20 @@ def check_request(study: str, out: str, overrides: Sequence[str]) -> Request:
         check_extension(manifest, loaded.study, inputs)
     context = Context(store.url, loaded.study, str(loaded.folder), dataset.fingerprint, inputs.sources)
     return Request(loaded, store, context, inputs, dataset, manifest)
+
+
+def read_data(loaded: LoadedStudy) -> Dataset:
+    """The study's data, in the dtype of its training.
+
+    Raises:
+        DataError: naming the study file.
+    """
+    dtype = getattr(torch, loaded.study.training.dtype)
+    try:
+        with chdir("."):  # which a function of the user's may change
+            return load_dataset(loaded.study.data, dtype=dtype, base=loaded.folder)
+    except DataError as error:
+        raise DataError(f"{loaded.path}: data: {error}") from error
 
 
 def is_complete(request: Request) -> bool:
@@ -129,16 +147,27 @@ def is_complete(request: Request) -> bool:
     return committed.issuperset(plan.keys()) and tables_current(request.store)
 
 
+def is_recorded(request: Request) -> bool:
+    """Whether manifest.json and study.toml of a complete store are those that `freeze` would write."""
+    old, loaded = request.manifest, request.loaded
+    assert old is not None
+    new = extended(old, loaded.study, request.inputs, old.packs, folder=loaded.folder)
+    return new == old and _holds_study_file(request)
+
+
 def try_settings(request: Request, device: str) -> Rule:
     """Decide for every setting that has no pack yet, while nothing is written.
 
     Raises:
-        ModelError: a model that cannot be trained.
+        ModelError: a model that cannot be trained, naming the study file.
     """
-    study = request.loaded.study
+    study, path = request.loaded.study, request.loaded.path
     known = {pack.setting_id for pack in request.manifest.packs} if request.manifest else set()
     new = [setting for setting in settings_of(study) if setting.setting_id not in known]
-    decided = {setting.setting_id: decide(study, request.dataset, device, setting) for setting in new}
+    try:
+        decided = {setting.setting_id: decide(study, request.dataset, device, setting) for setting in new}
+    except ModelError as error:
+        raise ModelError(f"{path}: models: {error}") from error
     return lambda setting: decided[setting.setting_id]
 
 
@@ -157,24 +186,26 @@ def freeze(request: Request, rule: Rule) -> Plan:
     packs = partition(study, old.packs if old else (), rule)
     if old is None:
         manifest = new_manifest(study, request.inputs, packs, folder=request.loaded.folder)
+        for path in store.paths("parts"):  # of an attempt that committed nothing
+            store.delete(path)
     else:
         manifest = extended(old, study, request.inputs, packs, folder=request.loaded.folder)
     if manifest != old:
         store.write_json("manifest.json", manifest.plain())
-    text = request.loaded.text.encode()
-    if not store.exists("study.toml") or store.read_bytes("study.toml") != text:
-        store.write_bytes("study.toml", text)
+    if not _holds_study_file(request):
+        store.write_bytes("study.toml", request.loaded.text.encode())
     return make_plan(request.context, packs, request.inputs)
 
 
 def read_manifest(store: Store) -> Manifest | None:
-    """The manifest of a store, None where there is no store yet.
+    """The manifest of a store, None where there is no store yet, or where nothing depends on it yet.
 
     Raises:
         StoreError: the manifest is damaged, or the folder holds something else.
     """
     if store.exists("manifest.json"):
-        return Manifest.from_plain(store.read_json("manifest.json"), f"{store.url}/manifest.json")
+        manifest = Manifest.from_plain(store.read_json("manifest.json"), f"{store.url}/manifest.json")
+        return manifest if store.committed_keys() or store.paths("checkpoints") else None
     try:
         strangers = store.paths()
     except OSError as error:
@@ -190,6 +221,11 @@ def read_manifest(store: Store) -> Manifest | None:
 def user_folders(loaded: LoadedStudy) -> list[str]:
     """Where modules of the user's are looked for: the current directory, then the study file's folder."""
     return list(dict.fromkeys([os.getcwd(), str(loaded.folder)]))
+
+
+def _holds_study_file(request: Request) -> bool:
+    store, text = request.store, request.loaded.text.encode()
+    return store.exists("study.toml") and store.read_bytes("study.toml") == text
 
 
 def _missing_seeds(request: Request) -> bool:

@@ -5,9 +5,10 @@ from collections.abc import Iterable
 
 
 def nearest(found: str, allowed: Iterable[str]) -> str | None:
-    """The allowed name most like ``found``, or None where nothing resembles it."""
-    matches = difflib.get_close_matches(found, list(allowed), n=1, cutoff=0.5)
-    return matches[0] if matches else None
+    """The allowed name most like ``found``, or None where nothing resembles it; capitals do not matter."""
+    folded = {name.casefold(): name for name in allowed}
+    matches = difflib.get_close_matches(found.casefold(), list(folded), n=1, cutoff=0.5)
+    return folded[matches[0]] if matches else None
 
 
 def unknown_name(found: str, allowed: Iterable[str]) -> str:

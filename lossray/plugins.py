@@ -8,6 +8,7 @@ import ast
 import hashlib
 import importlib
 import os
+import reprlib
 import sys
 import sysconfig
 import traceback
@@ -75,7 +76,9 @@ def load(spec: str) -> Callable[..., Any]:
             f"{spec!r}: {_file(module)} has no function {function_name!r}{hint}{_taken(module_name)}"
         ) from None
     if not callable(function):
-        raise StudyError(f"{spec!r}: {function_name!r} of {_file(module)} is no function but {function!r}")
+        raise StudyError(
+            f"{spec!r}: {function_name!r} of {_file(module)} is no function but {reprlib.repr(function)}"
+        )
     return function  # type: ignore[no-any-return]
 
 

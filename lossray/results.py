@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from lossray.errors import DataError, ModelError, StoreError, StudyError
 from lossray.names import nearest, unknown_name
 from lossray.networks.models import build_model
-from lossray.plugins import add_user_folders
-from lossray.storage.checkpoints import loads
+from lossray.plugins import add_user_folders, check_imported, source_hash
+from lossray.storage.checkpoints import read_checkpoint
 from lossray.storage.publish import assemble, published_rows, tables_current
 from lossray.storage.store import Store
 from lossray.storage.tables import TABLES
@@ -72,7 +72,8 @@ class StudyResults:
         Reads the data for their shape.
 
         Raises:
-            StudyError: there is no such run, or it has no checkpoint at that step.
+            StudyError: there is no such run, or it has no checkpoint at that step; or the source of a user's
+                function has changed.
             StoreError: the checkpoint is damaged.
             ModelError: the user's model function now makes another model.
             DataError: the data cannot be read, or have changed.
@@ -82,9 +83,11 @@ class StudyResults:
         if not self.store.exists(path):
             steps = self.store.checkpoint_steps(pack.pack_id)
             raise StudyError(f"run {run_id!r} has no checkpoint at step {step}; it has {steps}")
-        checkpoint = loads(self.store.read_bytes(path), name=f"{self.store.url}/{path}")
+        checkpoint = read_checkpoint(self.store, pack.pack_id, step)
+        input_shape, n_outputs = self._dataset.input_shape, self._dataset.n_outputs
+        self._check_source(pack.model.name)
         with torch.random.fork_rng(devices=[]):  # building draws an initialisation, which is then replaced
-            model = build_model(pack.model, self._dataset.input_shape, self._dataset.n_outputs)
+            model = build_model(pack.model, input_shape, n_outputs)
         model = model.to(getattr(torch, self.study.training.dtype))
         own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         saved = {**checkpoint.parameters, **checkpoint.buffers}
@@ -99,7 +102,7 @@ class StudyResults:
         """Inputs [N, ...] and targets [N] or [N, C] of a split; for "train" those of the analysis set.
 
         Raises:
-            StudyError: there is no such split.
+            StudyError: there is no such split, or the source of the user's function has changed.
             DataError: the data cannot be read, or have changed since the study ran.
         """
         if split not in SPLITS:
@@ -115,11 +118,24 @@ class StudyResults:
         """The data of the study, read once; a data set never changes under a store."""
         manifest = self.manifest
         add_user_folders([Path.cwd(), manifest.folder])
+        self._check_source(self.study.data.source)
         dtype = getattr(torch, self.study.training.dtype)
         dataset = load_dataset(self.study.data, dtype=dtype, base=Path(manifest.folder))
         if dataset.fingerprint != manifest.inputs.data_key:
             raise DataError(f"the data have changed since {self.store.url} was made: restore them")
         return dataset
+
+    def _check_source(self, name: str) -> None:
+        """Refuse a function of the user's that is not the one that the study ran with."""
+        expected = self.manifest.inputs.sources.get(name)
+        if expected is None:
+            return
+        if source_hash(name) != expected:
+            raise StudyError(
+                f"{name!r}: its source, or that of a module it imports, is not what the study ran with: "
+                "restore it, or start Python in the folder where the study was run"
+            )
+        check_imported({name: expected})
 
     def _member(self, run_id: str) -> tuple[Pack, int]:
         """The pack of a run, and the run's index in it."""

@@ -48,7 +48,8 @@ def dataset_of(context: Context, dtype: torch.dtype) -> Dataset:
         if dataset.fingerprint != context.data_key:
             raise DataError(
                 f"data: found content hash {dataset.fingerprint[:12]}, but {context.data_key[:12]} when "
-                "the study was planned; restore the data, or run into another --out"
+                "the study was planned; restore the data (a function must return the same at every call), or "
+                "run into another --out"
             )
         _datasets.clear()
         _datasets[name] = dataset

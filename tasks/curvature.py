@@ -19,8 +19,7 @@ from lossray.geometry.angles import angle_rows, subspaces
 from lossray.geometry.directions import direction_rows
 from lossray.networks.stack import Stack
 from lossray.seeds import stream
-from lossray.storage import checkpoints
-from lossray.storage.checkpoints import Checkpoint
+from lossray.storage.checkpoints import Checkpoint, read_checkpoint
 from lossray.storage.store import Store
 from lossray.study import Pack, Study
 from lossray.training.datasets import Dataset, analysis_fingerprint, analysis_set
@@ -63,8 +62,7 @@ def analyse_checkpoint(job: CurvatureJob, device: torch.device | None = None) ->
     device = device or local_device()
     store = Store(job.context.out)
     watch = Stopwatch(job.attempt, device_name(device))
-    path = store.checkpoint_path(job.pack.pack_id, job.step)
-    checkpoint = checkpoints.loads(store.read_bytes(path), device, name=f"{store.url}/{path}")
+    checkpoint = read_checkpoint(store, job.pack.pack_id, job.step, device)
     point = _locate(job, checkpoint, device)
     operator = _hessian(job, point)
     analysis = _analyse(job, operator, checkpoint, n_outputs=point.dataset.n_outputs)

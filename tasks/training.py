@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lossray.errors import StoreError
 from lossray.storage import checkpoints
-from lossray.storage.checkpoints import Checkpoint
+from lossray.storage.checkpoints import Checkpoint, read_checkpoint
 from lossray.storage.store import Store
 from lossray.study import Pack, Study
 from lossray.training.loop import checkpoint_steps, train
@@ -96,11 +96,8 @@ class TrainingActor:
 def _replay(store: Store, job: TrainingJob) -> Iterator[Checkpoint]:
     """The checkpoints on disk, in order, up to the first that is missing or damaged."""
     for step in checkpoint_steps(job.context.study.training):
-        path = store.checkpoint_path(job.pack.pack_id, step)
-        if not store.exists(path):
-            return
         try:
-            yield checkpoints.loads(store.read_bytes(path), name=path)
+            yield read_checkpoint(store, job.pack.pack_id, step)
         except StoreError:
             return  # trained again from the one before
 

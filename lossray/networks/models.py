@@ -158,7 +158,7 @@ def _build_user_model(settings: UserModelSettings, input_shape: tuple[int, ...],
             ) from None
     try:
         model = function(**arguments)
-    except Exception as error:  # a user's function may raise anything
+    except (Exception, SystemExit) as error:  # a user's function may raise anything, or call exit()
         raise ModelError(f"model {settings.name!r} raised {failure(error)}") from error
     return _checked(settings.name, model)
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from lossray.errors import StoreError
+from lossray.storage.store import Store
 
 FORMAT = "checkpoint/1"
 GROUPS = ("parameters", "buffers", "optimizer", "evaluation", "log")
@@ -74,13 +75,35 @@ def loads(data: bytes, device: str | torch.device = "cpu", *, name: str = "check
         tensors = safetensors.torch.load(data)
         header = _header(data)
     except (SafetensorError, ValueError) as error:
-        raise StoreError(f"{name} is damaged: {error}") from error
+        raise StoreError(f"{name} is damaged: {error}; delete it and run the study again") from error
     if header.get("format") != FORMAT:
         raise StoreError(f"{name} is no lossray checkpoint: it says {header.get('format')}, not {FORMAT}")
     try:
         return _checkpoint(header, {key: tensor.to(device) for key, tensor in tensors.items()})
     except KeyError as error:
         raise StoreError(f"{name} is damaged: {error} is missing") from error
+
+
+def read_checkpoint(store: Store, pack_id: str, step: int, device: str | torch.device = "cpu") -> Checkpoint:
+    """The checkpoint of a pack at a step.
+
+    Args:
+        store: where it lies.
+        pack_id: the pack.
+        step: the step.
+        device: where to put the tensors.
+
+    Raises:
+        StoreError: there is none, or its file is damaged or holds another one.
+    """
+    path = store.checkpoint_path(pack_id, step)
+    checkpoint = loads(store.read_bytes(path), device, name=f"{store.url}/{path}")
+    if (checkpoint.pack_id, checkpoint.step) != (pack_id, step):
+        raise StoreError(
+            f"{store.url}/{path} holds step {checkpoint.step} of pack {checkpoint.pack_id}: "
+            "delete it and run the study again"
+        )
+    return checkpoint
 
 
 def _checkpoint(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Checkpoint:

@@ -37,6 +37,9 @@ class Files(Protocol):
     def exists(self, path: str) -> bool:
         """Whether there is a file at the path."""
 
+    def size(self, path: str) -> int | None:
+        """Bytes of the file at the path; None where there is none."""
+
     def delete(self, path: str) -> None:
         """Remove a file; nothing happens where there is none."""
 
@@ -92,6 +95,10 @@ class LocalFiles:
         """See Files."""
         return os.path.isfile(self.absolute(path))
 
+    def size(self, path: str) -> int | None:
+        """See Files."""
+        return os.path.getsize(self.absolute(path)) if self.exists(path) else None
+
     def delete(self, path: str) -> None:
         """See Files."""
         with contextlib.suppress(FileNotFoundError):
@@ -135,6 +142,13 @@ class ObjectFiles:
         """See Files."""
         return bool(self.filesystem.isfile(f"{self.root}/{path}"))
 
+    def size(self, path: str) -> int | None:
+        """See Files."""
+        try:
+            return int(self.filesystem.size(f"{self.root}/{path}"))
+        except FileNotFoundError:
+            return None
+
     def delete(self, path: str) -> None:
         """See Files."""
         with contextlib.suppress(FileNotFoundError):
@@ -150,7 +164,7 @@ def open_files(url: str) -> LocalFiles | ObjectFiles:
     try:
         # A cached listing would hide what other processes have written since.
         filesystem, root = fsspec.core.url_to_fs(os.path.expanduser(url), use_listings_cache=False)
-    except (ImportError, ValueError) as error:
+    except (ImportError, ValueError, OSError) as error:
         raise StoreError(f"cannot open the store {url!r}: {error}") from error
     if isinstance(filesystem, LocalFileSystem):
         return LocalFiles(os.path.abspath(root))  # one name for one store, whatever ".." it was given with

@@ -1,7 +1,8 @@
 """The tables of a store, put together from what its tasks have committed.
 
-tables/manifest.json is written last and names the records that the tables were made from. While it does not
-match the records on disk the tables are out of date, and readers put them together from the parts instead.
+tables/manifest.json is written last and names the records that the tables were made from, and their sizes.
+While it does not match what is on disk, or cannot be read, the tables are out of date, and readers put them
+together from the parts instead.
 """
 
 import datetime
@@ -37,14 +38,12 @@ def publish_tables(store: Store) -> dict[str, int]:
     records = store.records()
     _check_parts(store, records)
     tables = {name: assemble(store, name) for name in TABLES if name != "tasks"}
+    entries = {name: _write(store, name, table) for name, table in tables.items()}
     # `tasks` comes last, so that its gather row can tell how long the others took.
-    for name, table in tables.items():
-        store.write_bytes(store.table_path(name), to_bytes(table))
-    tables["tasks"] = merge("tasks", [records, _gather_row(source, started)])
-    store.write_bytes(store.table_path("tasks"), to_bytes(tables["tasks"]))
-    entries = {name: {"rows": tables[name].num_rows, "schema": TABLES[name].label} for name in TABLES}
+    entries["tasks"] = _write(store, "tasks", merge("tasks", [records, _gather_row(source, started)]))
+    entries = {name: entries[name] for name in TABLES}
     store.write_json(MANIFEST, {"source": source, "tables": entries})
-    return {name: table.num_rows for name, table in tables.items()}
+    return {name: entry["rows"] for name, entry in entries.items()}
 
 
 def tables_current(store: Store) -> bool:
@@ -74,10 +73,23 @@ def _source(store: Store) -> str:
     )
 
 
+def _write(store: Store, name: str, table: pa.Table) -> dict[str, Any]:
+    """Write one table; its entry of the manifest."""
+    data = to_bytes(table)
+    store.write_bytes(store.table_path(name), data)
+    return {"rows": table.num_rows, "bytes": len(data), "schema": TABLES[name].label}
+
+
 def _is_current(store: Store, source: str) -> bool:
     if not store.exists(MANIFEST):
         return False
-    return bool(store.read_json(MANIFEST)["source"] == source)
+    try:
+        manifest = store.read_json(MANIFEST)
+        sizes = {name: entry["bytes"] for name, entry in manifest["tables"].items()}
+        same = manifest["source"] == source
+    except (StoreError, KeyError, TypeError, AttributeError):  # damaged: it is made anew
+        return False
+    return same and all(store.size(store.table_path(name)) == size for name, size in sizes.items())
 
 
 def _check_parts(store: Store, records: pa.Table) -> None:

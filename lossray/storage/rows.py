@@ -71,7 +71,7 @@ def from_bytes(name: str, data: bytes, *, where: str, columns: list[str] | None 
             )
         table = file.read(columns=columns, use_threads=False)
     except (pa.ArrowException, OSError) as error:
-        raise StoreError(f"{where} is damaged: {error}") from error
+        raise StoreError(f"{where} is damaged: {error}; delete it and run the study again") from error
     return table if columns is None else table.select(columns)
 
 

@@ -75,6 +75,10 @@ class Store:
         """Whether there is a file at the path."""
         return self.files.exists(path)
 
+    def size(self, path: str) -> int | None:
+        """Bytes of the file at the path; None where there is none."""
+        return self.files.size(path)
+
     def paths(self, prefix: str = "") -> list[str]:
         """Sorted paths of all files below a folder, relative to the store; temporary files are left out."""
         return self.files.names(prefix.strip("/"))

@@ -47,14 +47,24 @@ def _loss(study: Study, dataset: Dataset) -> list[Problem]:
     if name == "cross_entropy" and targets.is_floating_point():
         text = "found 'cross_entropy', but the targets of the data are floats; allowed: 'mse' or a function"
         return [Problem(place, text)]
-    outputs = torch.zeros(len(targets), dataset.n_outputs, dtype=getattr(torch, study.training.dtype))
+    size = len(targets) * dataset.n_outputs
+    outputs = torch.linspace(-1, 1, size, dtype=getattr(torch, study.training.dtype)).view(
+        -1, dataset.n_outputs
+    )
     try:
-        get_loss(name)(outputs, targets)
+        loss = get_loss(name)
+        once, twice = loss(outputs, targets), loss(torch.cat([outputs] * 2), torch.cat([targets] * 2))
     except LossrayError as error:
         return [Problem(place, str(error))]
     except Exception as error:  # a user's loss may raise anything
         text = (
             f"{name!r} on outputs {list(outputs.shape)} and targets {list(targets.shape)}: {failure(error)}"
+        )
+        return [Problem(place, text)]
+    if not torch.allclose(once, twice, rtol=1e-3, equal_nan=True):
+        text = (
+            f"{name!r} gives {float(once):.4g} for two examples and {float(twice):.4g} for the same examples "
+            "twice; allowed: the mean over examples"
         )
         return [Problem(place, text)]
     return []

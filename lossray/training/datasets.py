@@ -164,7 +164,7 @@ def load_dataset(settings: DataSettings, *, dtype: torch.dtype, base: Path | Non
     n_outputs = _n_outputs(parts, n_classes, settings.source)
     standardisation = _fit(parts.train.inputs, settings.standardise)
     splits = [_as_split(part, standardisation) for part in (parts.train, parts.validation, parts.test)]
-    train, validation, test = (_cast(split, dtype) for split in splits)
+    train, validation, test = (_cast(split, dtype, settings.source) for split in splits)
     return Dataset(
         train=train,
         validation=validation,
@@ -244,11 +244,16 @@ def _as_split(examples: Examples, standardisation: Standardisation | None) -> Sp
     return Split(inputs, torch.from_numpy(np.ascontiguousarray(examples.targets)))
 
 
-def _cast(split: Split, dtype: torch.dtype) -> Split:
-    def cast(values: Tensor) -> Tensor:
-        return values.to(dtype) if values.is_floating_point() else values
+def _cast(split: Split, dtype: torch.dtype, source: str) -> Split:
+    def cast(values: Tensor, what: str) -> Tensor:
+        if not values.is_floating_point():
+            return values
+        found = values.to(dtype)
+        if not bool(found.isfinite().all()):
+            raise DataError(f"{source}: {what} of up to {float(values.abs().max()):.1e} do not fit {dtype}")
+        return found
 
-    return Split(cast(split.inputs), cast(split.targets))
+    return Split(cast(split.inputs, "inputs"), cast(split.targets, "targets"))
 
 
 def _fingerprint(splits: list[Split], n_outputs: int) -> str:

@@ -133,6 +133,8 @@ def _table(settings: ParquetSettings, filesystem: Any, file: str) -> Any:
             for name in columns:
                 if name not in present:
                     raise DataError(f"{file} has no such column: {_unknown_column(name, present)}")
+                if present.count(name) > 1:
+                    raise DataError(f"{file} has {present.count(name)} columns named {name!r}; allowed: one")
             return parquet.read(columns=columns)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file} cannot be read as Parquet: {error}") from error

@@ -97,9 +97,9 @@ class GaussiansSettings(DataSettings):
     """Standard normal inputs, labelled by a random teacher: the class is its largest output."""
 
     source: Literal["gaussians"] = "gaussians"
-    n: int = Field(default=2000, ge=3)
-    dim: int = Field(default=20, ge=1)
-    classes: int = Field(default=2, ge=2)
+    n: int = Field(default=2000, ge=3, le=10**8)
+    dim: int = Field(default=20, ge=1, le=10**6)
+    classes: int = Field(default=2, ge=2, le=10**6)
     # Standard deviation of the Gaussian noise on the teacher's outputs, which themselves are of order 1.
     noise: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     teacher: Literal["linear", "mlp"] = "linear"
@@ -185,7 +185,7 @@ def read_function(settings: FunctionSettings, base: Path | None) -> tuple[Exampl
     _check_arguments(settings, function)
     try:
         returned = function(**settings.arguments)
-    except Exception as error:  # a user's function may raise anything
+    except (Exception, SystemExit) as error:  # a user's function may raise anything, or call exit()
         raise DataError(f"{settings.source} raised {failure(error)}") from error
     if not isinstance(returned, Mapping):
         return _examples(settings, returned, ""), None
@@ -253,6 +253,7 @@ def _array(value: object, what: str) -> Array:
     """A finite, non-empty int64 or float64 array."""
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu()
+        value = value.to_dense() if value.layout != torch.strided else value
         value = (value.double() if value.is_floating_point() else value).numpy()
     try:
         array = np.asarray(value)

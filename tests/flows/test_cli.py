@@ -1,5 +1,6 @@
 """The command line: what it prints, its exit codes, and that mistakes cost one line and nothing else."""
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,8 @@ import pytest
 
 import lossray
 from flows.cli import run_command
+from lossray.storage.files import LocalFiles
+from lossray.storage.store import Store
 
 SGD = [{"name": "sgd", "lr": 0.1}]
 
@@ -42,6 +45,31 @@ def refused(command, *arguments):
 
 
 # ---- mistakes
+
+
+def test_a_store_in_memory_is_for_one_process(command, study_file):
+    assert "--in-process" in refused(command, "run", study_file(), "--out", "memory://lossray-test/out")
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_resumes(command, study_file, out, monkeypatch):
+    write = LocalFiles.write
+
+    def fill_up(self, path, data):
+        if path.startswith("parts/curvature"):
+            raise OSError(errno.ENOSPC, "No space left on device", path)
+        write(self, path, data)
+
+    study = study_file()
+    monkeypatch.setattr(LocalFiles, "write", fill_up)
+    monkeypatch.setattr("flows.serial.analyse_checkpoint", lambda job: 1 / 0)  # recorded, which needs a write
+    monkeypatch.setattr(Store, "log_path", lambda self, name: f"parts/curvature/{name}")
+    code, _, errors = command("run", study, "--out", out, "--in-process")
+    assert code == 1
+    last = errors.splitlines()[-1]
+    assert last.startswith("lossray: [Errno 28] No space left on device: 'parts/curvature/")
+    assert last.endswith("what is committed stays: the same command resumes")
+    assert "Traceback" not in errors
+    monkeypatch.undo()
 
 
 def test_a_bad_study_file_is_one_line_with_file_key_and_the_nearest_name(command, study_file, out):

@@ -44,6 +44,8 @@ def abandoned(study_file, out, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run(study_file(), out)
     monkeypatch.undo()
+    progress = json.loads(Path(out, "progress.json").read_text())
+    Path(out, "progress.json").write_text(json.dumps(progress | {"state": "running"}))  # its last word unsaid
     return out
 
 
@@ -144,3 +146,22 @@ def test_unknown_tables_and_places_are_refused(finished, tmp_path):
         head(finished, "curvatures", 10)
     with pytest.raises(StoreError, match="is no store of a study"):
         describe(str(tmp_path))
+
+
+def test_a_study_that_cannot_go_on_says_why(study_file, finished, capsys):
+    path = next(Path(finished).glob("parts/eigenvalues/*.parquet"))
+    path.unlink()
+    with pytest.raises(StoreError, match="is missing, but its task is committed"):
+        run(study_file(seeds=3, optimizers=[{"name": "sgd"}]), finished)
+    line = describe(finished).splitlines()[1]
+    assert line.startswith(f"state: failed: {path} is missing")
+    assert "resumes" not in line
+
+
+@pytest.mark.parametrize("damage", ["", "{}", "[]"])
+def test_results_are_told_also_where_the_drivers_words_are_damaged(finished, damage):
+    Path(finished, "progress.json").write_text(damage)
+    lines = describe(finished).splitlines()
+    assert lines[1].startswith("state: unknown: ")
+    assert "progress.json is damaged" in lines[1]
+    assert any(line.startswith("curvature") for line in lines)

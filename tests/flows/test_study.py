@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -297,6 +298,27 @@ def test_a_learning_rate_that_diverges_is_a_result_and_harms_no_other_run(study_
     assert files(out) == before  # not tried again
 
 
+HASTY_NETS = """
+from torch import nn
+
+class Net(nn.Linear):
+    def forward(self, x):
+        if len(x) > 4:
+            raise ValueError("too many examples")
+        return super().forward(x)
+
+def net():
+    return Net(6, 3)
+"""
+
+MOVED_DATA = """
+import numpy as np
+
+def data():
+    inputs = np.random.default_rng(0).normal(size=(90, 6))
+    return inputs, (inputs[:, 0] > 0).astype(int)
+"""
+
 USER_MODEL = """
 import os
 import torch
@@ -425,7 +447,11 @@ def test_an_edited_module_of_the_users_is_refused(study_file, out, tmp_path, for
     module.write_text("from torch import nn\ndef net():\n    return nn.Linear(6, 3)\n")
     assert run(study, out) == 0
     before = files(out)
+    run_id = table(out, "runs")["run_id"][0]
+    assert lossray.open_study(out).model(run_id, 12)
     module.write_text("from torch import nn\ndef net():\n    return nn.Linear(6, 3, bias=False)\n")
+    with pytest.raises(StudyError, match=r"edited_nets:net': its source.* is not what the study ran with"):
+        lossray.open_study(out).model(run_id, 12)
     with pytest.raises(StudyError, match="edited_nets:net': this Python process has imported other source"):
         run(study, str(tmp_path / "other"))  # numbers of the old source must not pass for those of the new
     assert not (tmp_path / "other").exists()
@@ -457,6 +483,33 @@ def test_a_module_edited_while_the_study_runs_fails_what_is_left(
     runs = table(out, "runs").set_index("seed")
     assert runs["status"].to_dict() == {0: "finished", 1: "failed"}
     assert "a file was edited meanwhile" in runs.loc[1, "reason"]
+
+
+def test_a_module_that_changes_the_directory_moves_no_store(study_file, out, monkeypatch, forget_modules):
+    study = study_file(models=[{"name": "wandering_nets:net"}], optimizers=[SGD])
+    module = Path(study).with_name("wandering_nets.py")
+    module.write_text(
+        f"import os\nos.chdir({out!r})\nfrom torch import nn\ndef net():\n    return nn.Linear(6, 3)\n"
+    )
+    here = Path.cwd()
+    Path(out).mkdir()
+    assert run(study, "relative") == 0
+    assert Path.cwd() == here
+    assert len(table(str(here / "relative"), "runs")) == 2
+    assert not files(out)
+
+
+def test_a_mistake_of_the_users_can_be_mended_while_nothing_depends_on_it(study_file, out, forget_modules):
+    study = study_file(models=[{"name": "hasty_nets:net"}], optimizers=[SGD])
+    module = Path(study).with_name("hasty_nets.py")
+    module.write_text(HASTY_NETS)
+    assert run(study, out) == 1
+    assert set(table(out, "runs")["status"]) == {"failed"}
+    forget_modules()
+    module.write_text(HASTY_NETS.replace("len(x) > 4", "False"))
+    assert run(study, out) == 0
+    assert set(table(out, "runs")["status"]) == {"finished"}
+    assert set(table(out, "tasks")["status"]) == {"done"}
 
 
 # ---- extension
@@ -491,8 +544,29 @@ def test_what_is_added_extends_a_store_and_recomputes_nothing(
 
 def test_resources_and_claims_may_change_without_recomputing(study_file, finished):
     out, before = finished, files(finished)
-    assert run(study_file(resources={"pack": 1}, claims={"alpha": 0.01}), out) == 0
-    assert files(out) == before
+    study = study_file(resources={"pack": 1}, claims={"alpha": 0.01})
+    assert run(study, out) == 0
+    after = files(out)
+    assert {name for name in after if after[name] != before.get(name)} == {"manifest.json", "study.toml"}
+    assert set(after) == set(before)
+    assert lossray.open_study(out).study.claims.alpha == 0.01
+    assert run(study, out) == 0
+    assert files(out) == after
+
+
+def test_a_study_that_has_moved_is_found_where_it_is_now(
+    study_file, out, tmp_path, no_ray, monkeypatch, forget_modules
+):
+    study = Path(
+        study_file(data={"source": "moved_data:data", "n": None, "dim": None, "classes": None, "noise": None})
+    )
+    study.with_name("moved_data.py").write_text(MOVED_DATA)
+    assert run(str(study), out) == 0
+    moved = shutil.move(study.parent, tmp_path / "moved")
+    forget_modules()  # as another process has not imported it
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder != str(study.parent)])
+    assert run_study(str(moved / study.name), out) == 0  # no Ray either
+    assert lossray.open_study(out).manifest.folder == str(moved)
 
 
 # ---- refusals

@@ -33,7 +33,8 @@ def test_every_table_is_published_sorted_with_a_manifest(store):
     training = store.read_table("tables/training.parquet", "training")
     assert training.select(["run_id", "step"]).to_pydict() == {"run_id": ["a", "a", "b"], "step": [2, 3, 1]}
     manifest = store.read_json("tables/manifest.json")
-    assert manifest["tables"]["training"] == {"rows": 3, "schema": "training/1"}
+    size = len(store.read_bytes("tables/training.parquet"))
+    assert manifest["tables"]["training"] == {"rows": 3, "bytes": size, "schema": "training/1"}
 
 
 def test_the_tasks_table_tells_of_the_gather_that_made_it(store):
@@ -70,6 +71,29 @@ def test_tables_are_current_until_something_is_committed(store):
     assert not tables_current(store)
     assert publish_tables(store)["tasks"] == 3
     assert tables_current(store)
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b"[]", b'{"source": "x", "tables": 3}', b"\xff"])
+def test_a_damaged_manifest_is_made_anew(store, damage):
+    task(store, "k1", "a", 1)
+    publish_tables(store)
+    store.write_bytes("tables/manifest.json", damage)
+    assert not tables_current(store)
+    assert publish_tables(store)["training"] == 1
+    assert tables_current(store)
+
+
+@pytest.mark.parametrize("remains", [None, b"junk"])
+def test_a_table_that_is_gone_or_cut_off_is_published_again(store, remains):
+    task(store, "k1", "a", 1)
+    publish_tables(store)
+    before = store.read_table("tables/training.parquet", "training")
+    store.delete("tables/training.parquet")
+    if remains is not None:
+        store.write_bytes("tables/training.parquet", remains)
+    assert not tables_current(store)
+    publish_tables(store)
+    assert store.read_table("tables/training.parquet", "training").equals(before)
 
 
 def test_tables_do_not_depend_on_the_history_but_for_volatile_columns(tmp_path):

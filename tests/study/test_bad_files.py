@@ -50,6 +50,7 @@ BAD = [
     # optimizers
     (HEAD + MODEL, "optimizers", ["missing", "[[optimizers]]"]),
     (GOOD.replace('"sgd"', '"sdg"'), "optimizers[0].name", ["found 'sdg'", "adam", "did you mean 'sgd'?"]),
+    (GOOD.replace('"sgd"', '"SGD"'), "optimizers[0].name", ["found 'SGD'", "did you mean 'sgd'?"]),
     (GOOD + "[[optimizers]]\nlr = 0.1\n", "optimizers[1].name", ["missing", "adam"]),
     (GOOD + "lr = -0.1\n", "optimizers[0].lr", ["found -0.1", "greater than 0"]),
     (GOOD + 'lr = "big"\n', "optimizers[0].lr", ["found 'big'", "a number"]),

@@ -352,6 +352,25 @@ def test_what_does_not_fit_the_data_is_one_line(changed, targets, line):
     assert "\n" not in str(caught.value)
 
 
+def test_a_loss_that_is_a_sum_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "summed_losses.py").write_text(
+        "from torch.nn.functional import cross_entropy\n"
+        "def summed(outputs, targets):\n    return cross_entropy(outputs, targets, reduction='sum')\n"
+        "def mean(outputs, targets):\n    return cross_entropy(outputs, targets, label_smoothing=0.1)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def check(name):
+        study = study_from_table(tomllib.loads(f'{SMALL}[training]\nloss = "summed_losses:{name}"\n'))
+        check_against_data(study, dataset(), "study.toml")
+
+    check("mean")
+    with pytest.raises(
+        StudyError, match=r"study\.toml: training\.loss: .* twice; allowed: the mean over examples"
+    ):
+        check("summed")
+
+
 def test_checking_models_leaves_the_global_generator_alone():
     state = torch.get_rng_state()
     check_against_data(study_from_table(tomllib.loads(SMALL)), dataset())

@@ -554,6 +554,13 @@ def test_a_wide_table_shows_a_few_of_its_columns(tmp_path):
         read(tmp_path, features=["pixel500"])
 
 
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    columns = [np.arange(12.0), np.arange(12.0), np.arange(12) % 2]
+    pq.write_table(pa.table(columns, names=["x", "x", "y"]), tmp_path / "data.parquet")
+    with pytest.raises(DataError, match=r"data\.parquet has 2 columns named 'x'; allowed: one"):
+        read(tmp_path, features=["x"])
+
+
 @pytest.mark.parametrize(
     ("path", "part"),
     [
@@ -723,6 +730,15 @@ def bad(name):
 
 def fails():
     return 1 / 0
+
+def leaves():
+    raise SystemExit(3)
+
+def sparse():
+    return torch.from_numpy(X).to_sparse(), torch.from_numpy(Y)
+
+def large():
+    return X, 1e300 * X[:, :1]
 """
 
 
@@ -745,6 +761,18 @@ class TestFunction:
         assert [len(split.targets) for split in splits(dataset)] == [28, 6, 6]
         assert joined(dataset) == {(2.0 * i, i % 2) for i in range(40)}
         assert not dataset.train.inputs.requires_grad
+
+    def test_a_sparse_tensor_is_taken_as_a_dense_one(self):
+        assert joined(self.load("sparse")) == joined(self.load("pair"))
+
+    def test_exit_is_an_error_like_any_other(self):
+        with pytest.raises(DataError, match="lossray_test_data:leaves raised SystemExit: 3"):
+            self.load("leaves")
+
+    def test_numbers_that_the_dtype_cannot_hold_are_refused(self):
+        assert self.load("large").n_outputs == 1
+        with pytest.raises(DataError, match=r"large: targets of up to 3\.8e\+301 do not fit torch\.float32"):
+            self.load("large", dtype=torch.float32)
 
     def test_a_mapping_is_taken_as_it_is(self):
         dataset = self.load("parts")
