@@ -52,6 +52,8 @@ def run(
         return
     if out is None:
         raise StudyError("--out is missing: name the folder or URI that receives the tables")
+    if in_process and address is not None:
+        raise StudyError("found --address beside --in-process, which uses no Ray; allowed: one of them")
     from flows.study import run_study
 
     code = run_study(
@@ -100,9 +102,6 @@ def run_command() -> None:
         for line in str(error).splitlines():
             print(f"lossray: {line}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # the reader of a pipe has seen enough
-        sys.stdout = None  # nothing is left to be flushed
-        sys.exit(1)
     except OSError as error:
         print(f"lossray: {error}; what is committed stays: the same command resumes", file=sys.stderr)
         sys.exit(1)

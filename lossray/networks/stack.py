@@ -303,7 +303,7 @@ def build_stack(
         The stack, ``theta`` [R, d], and the buffers by name, [R, *shape] (frozen parameters among them).
 
     Raises:
-        ModelError: no trainable parameter, or members that differ in shape.
+        ModelError: no trainable parameter, members that differ in shape, or a `build` that seeds torch.
     """
     models = [_initialised(build, seed).to(dtype) for seed in seeds]
     layout = _layout(models[0])
@@ -400,9 +400,16 @@ def _places(model: nn.Module) -> list[tuple[str, dict[str, Any], str]]:
 
 
 def _initialised(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+    own = stream(seed, "initialisation")
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(stream(seed, "initialisation"))
-        return build()
+        torch.default_generator.manual_seed(own)
+        model = build()
+        if torch.default_generator.initial_seed() != own:
+            raise ModelError(
+                "the model's function seeds torch's generator, so that all seeds would start alike: "
+                "take torch.manual_seed out of it"
+            )
+    return model
 
 
 def _layout(model: nn.Module) -> Layout:

@@ -51,6 +51,11 @@ def test_a_store_in_memory_is_for_one_process(command, study_file):
     assert "--in-process" in refused(command, "run", study_file(), "--out", "memory://lossray-test/out")
 
 
+def test_an_address_is_of_no_use_without_ray(command, study_file, out):
+    line = refused(command, "run", study_file(), "--out", out, "--in-process", "--address", "auto")
+    assert "--address beside --in-process" in line
+
+
 def test_a_full_disk_is_one_line_and_the_same_command_resumes(command, study_file, out, monkeypatch):
     write = LocalFiles.write
 

@@ -361,6 +361,17 @@ def test_frozen_parameters_are_buffers_and_a_model_without_any_other_is_refused(
         build_stack(lambda: nn.Flatten(), (0,), executor="vmap", dtype=torch.float64)
 
 
+def test_a_model_that_seeds_torch_itself_is_refused():
+    def always_the_same() -> nn.Module:
+        torch.manual_seed(0)
+        return dropout_net()
+
+    state = torch.get_rng_state()
+    with pytest.raises(ModelError, match=r"take torch\.manual_seed out of it"):
+        build_stack(always_the_same, (0, 1), executor="vmap", dtype=torch.float64)
+    assert torch.equal(state, torch.get_rng_state())
+
+
 def test_a_table_of_positions_is_no_matrix():
     class Positions(nn.Module):
         def __init__(self) -> None:
