@@ -27,6 +27,7 @@ from lossray.storage.publish import publish_tables, tables_current
 from lossray.storage.store import Store
 from lossray.study import (
     LoadedStudy,
+    Pack,
     Setting,
     StudyInputs,
     check_against_data,
@@ -149,10 +150,9 @@ def is_complete(request: Request) -> bool:
 
 def is_recorded(request: Request) -> bool:
     """Whether manifest.json and study.toml of a complete store are those that `freeze` would write."""
-    old, loaded = request.manifest, request.loaded
+    old = request.manifest
     assert old is not None
-    new = extended(old, loaded.study, request.inputs, old.packs, folder=loaded.folder)
-    return new == old and _holds_study_file(request)
+    return _extended(old, request, old.packs) == old and _holds_study_file(request)
 
 
 def try_settings(request: Request, device: str) -> Rule:
@@ -189,7 +189,7 @@ def freeze(request: Request, rule: Rule) -> Plan:
         for path in store.paths("parts"):  # of an attempt that committed nothing
             store.delete(path)
     else:
-        manifest = extended(old, study, request.inputs, packs, folder=request.loaded.folder)
+        manifest = _extended(old, request, packs)
     if manifest != old:
         store.write_json("manifest.json", manifest.plain())
     if not _holds_study_file(request):
@@ -221,6 +221,13 @@ def read_manifest(store: Store) -> Manifest | None:
 def user_folders(loaded: LoadedStudy) -> list[str]:
     """Where modules of the user's are looked for: the current directory, then the study file's folder."""
     return list(dict.fromkeys([os.getcwd(), str(loaded.folder)]))
+
+
+def _extended(old: Manifest, request: Request, packs: Sequence[Pack]) -> Manifest:
+    """The folder goes with a study of the user's; a ready-made one may be run again from anywhere."""
+    loaded = request.loaded
+    folder = None if loaded.ready_made else loaded.folder
+    return extended(old, loaded.study, request.inputs, packs, folder=folder)
 
 
 def _holds_study_file(request: Request) -> bool:

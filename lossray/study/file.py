@@ -28,6 +28,7 @@ class LoadedStudy:
         text: a study file that reads as this study: the user's own text, or the effective table where values
             were overridden. What a store keeps as study.toml.
         overrides: as given, in order.
+        ready_made: whether it came with lossray, and so has no folder of its own.
     """
 
     study: Study
@@ -35,6 +36,7 @@ class LoadedStudy:
     folder: Path
     text: str
     overrides: tuple[str, ...] = ()
+    ready_made: bool = False
 
 
 def ready_made_studies() -> dict[str, Path]:
@@ -69,7 +71,7 @@ def load_study(name: str | Path, overrides: Sequence[str] = ()) -> LoadedStudy:
         raise StudyError("\n".join(lines))
     if changes:
         text = f"# {path.name} with {'; '.join(change.origin for change in changes)}\n\n{toml_text(changed)}"
-    return LoadedStudy(study, path, folder, text, tuple(overrides))
+    return LoadedStudy(study, path, folder, text, tuple(overrides), ready_made)
 
 
 def _find(name: str) -> tuple[Path, bool]:
