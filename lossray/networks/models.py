@@ -130,6 +130,8 @@ def check_model(settings: ModelSettings, inputs: Tensor, n_outputs: int) -> int:
     found = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
     if found != wanted:
         raise ModelError(f"model {settings.name!r} returns {found} where a tensor {wanted} is needed")
+    if not outputs.is_floating_point():
+        raise ModelError(f"model {settings.name!r} returns {outputs.dtype} where floats are needed")
     if not torch.allclose(outputs, again, equal_nan=True):
         raise ModelError(
             f"model {settings.name!r} is random in eval mode: the same inputs gave outputs that differ by "

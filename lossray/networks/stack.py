@@ -79,9 +79,7 @@ class Stack:
         replace_dropout(template, self.tape)
         template.train()  # every layer, whatever its constructor left: the mode is read from the root's flag
         self._places = _places(template)
-        self._replaced: set[str] = (
-            set()
-        )  # buffers that the forward pass replaces; the recorded pass finds them
+        self._replaced: set[str] = set()  # buffers that forward passes replace, found in the recorded one
         self._noise_cache: dict[torch.Size, tuple[list[tuple[torch.Size, float]], bool]] = {}
 
     @property

@@ -399,6 +399,17 @@ class TestCheckModel:
         with pytest.raises(ModelError, match=r"on inputs \[2, 5\]: RuntimeError"):
             check_model(model_settings(table), inputs(2, 5), 4)
 
+    def test_refuses_outputs_that_are_no_floats(self, user_module):
+        user_module(
+            "lossray_test_signs",
+            "import torch\n"
+            "class Net(torch.nn.Linear):\n"
+            "    def forward(self, x):\n        return super().forward(x) > 0\n"
+            "def net():\n    return Net(6, 3)\n",
+        )
+        with pytest.raises(ModelError, match=r"returns torch\.bool where floats are needed"):
+            check_model(model_settings({"name": "lossray_test_signs:net"}), inputs(2, 6), 3)
+
     def test_refuses_models_that_are_random_in_eval_mode(self, user_module):
         user_module(
             "lossray_test_random",
