@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.report import table, write_section
+from lossray.networks.executor import choose_executor
 from lossray.networks.models import build_model, model_settings
-from lossray.networks.stack import build_stack, choose_executor
+from lossray.networks.stack import build_stack
 from lossray.seeds import generator, stream
 from lossray.training.datasets import Dataset, DataSettings, load_dataset
 from lossray.training.loop import TrainingSettings, train

@@ -6,9 +6,10 @@ import torch
 
 from lossray.curvature.operators import ProductMode, choose_product_mode
 from lossray.errors import LossrayError, ModelError
+from lossray.networks.executor import choose_executor
 from lossray.networks.losses import get_loss
 from lossray.networks.models import build_model
-from lossray.networks.stack import build_stack, choose_executor
+from lossray.networks.stack import build_stack
 from lossray.plugins import failure
 from lossray.study import Setting, Study
 from lossray.study.packs import AUTO_SIZE

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from lossray.errors import ModelError
-from lossray.networks.stack import EXECUTORS, build_stack, choose_executor
+from lossray.networks.executor import choose_executor
+from lossray.networks.stack import EXECUTORS, build_stack
 from lossray.seeds import stream
 
 cross_entropy = nn.functional.cross_entropy

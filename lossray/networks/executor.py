@@ -1,0 +1,79 @@
+"""Which executor a setting gets: found by trying, decided once, and frozen in the manifest."""
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lossray.networks.stack import Loss, Members, Stack, build_stack
+
+
+def choose_executor(
+    build: Callable[[], nn.Module],
+    inputs: Tensor,
+    targets: Tensor,
+    loss: Loss,
+    *,
+    device: torch.device | str,
+) -> str:
+    """The executor of a setting: "vmap" where it works, agrees with "loop" and pays, otherwise "loop".
+
+    Convolutions on a CPU run at 0.7-0.8 of a loop under vmap (DESIGN), so they loop. Every other model is
+    tried: loss, gradient and a Hessian-vector product of two members in float64, in train and in eval mode,
+    and the outputs without gradients, for which a layer may have a path of its own. The trial runs on the
+    CPU, where it costs milliseconds; ``device`` is where the study will run.
+
+    Args:
+        build: makes a freshly initialised model.
+        inputs: a few examples [B, ...].
+        targets: their targets.
+        loss: the loss of the study.
+        device: device of the study's training.
+    """
+    stack, theta, buffers = build_stack(build, (0, 1), executor="loop", dtype=torch.float64)
+    if torch.device(device).type == "cpu" and "kernel" in stack.layout.roles:
+        return "loop"
+    inputs = inputs.double() if inputs.is_floating_point() else inputs
+    targets = targets.double() if targets.is_floating_point() else targets
+    batched = stack.with_executor("vmap")
+    for train in (False, True):
+        expected = _trial(stack, theta, buffers, inputs, targets, loss, train)
+        try:
+            with warnings.catch_warnings():
+                # A missing batching rule is a slow loop inside vmap.
+                warnings.filterwarnings("error", message=".*performance drop.*")
+                found = _trial(batched, theta, buffers, inputs, targets, loss, train)
+        except Exception:  # any failure of vmap, whose errors have no common type, means: use the loop
+            return "loop"
+        if not all(torch.allclose(a, b, rtol=1e-8, atol=1e-10) for a, b in zip(expected, found, strict=True)):
+            return "loop"
+    return "vmap"
+
+
+def _trial(
+    stack: Stack,
+    theta: Tensor,
+    buffers: Members,
+    inputs: Tensor,
+    targets: Tensor,
+    loss: Loss,
+    train: bool,
+) -> tuple[Tensor, ...]:
+    """What a study asks of a stack: losses [R], gradient and a Hessian-vector product [R, d], outputs.
+
+    The product alone needs attention that can be differentiated twice, which fused kernels cannot.
+    """
+    own = {name: tensor.clone() for name, tensor in buffers.items()}
+    losses, gradient = stack.gradients(theta, own, inputs, targets, loss, train=train, keys=(0, 1))
+    leaf = theta.clone().requires_grad_()
+    with sdpa_kernel(SDPBackend.MATH):
+        again = stack.losses(leaf, own, inputs, targets, loss, train=train, keys=(0, 1))
+        (graph,) = torch.autograd.grad(again.sum(), leaf, create_graph=True)
+        product = torch.zeros_like(gradient)
+        if graph.requires_grad:
+            (product,) = torch.autograd.grad(graph, leaf, gradient, materialize_grads=True)
+    with torch.no_grad():
+        outputs = stack.outputs(theta, buffers, inputs)
+    return losses, gradient, product, outputs
