@@ -18,6 +18,7 @@ from lossray.errors import StoreError
 from lossray.storage.store import Store
 
 FORMAT = "checkpoint/1"
+REMEDY = "delete it and run the study again"  # what is still needed of it is trained again, bit for bit
 GROUPS = ("parameters", "buffers", "optimizer", "evaluation", "log")
 SINGLE = ("alive", "diverged_at", "initial_loss")
 
@@ -75,13 +76,14 @@ def loads(data: bytes, device: str | torch.device = "cpu", *, name: str = "check
         tensors = safetensors.torch.load(data)
         header = _header(data)
     except (SafetensorError, ValueError) as error:
-        raise StoreError(f"{name} is damaged: {error}; delete it and run the study again") from error
+        raise StoreError(f"{name} is damaged: {error}; {REMEDY}") from error
     if header.get("format") != FORMAT:
-        raise StoreError(f"{name} is no lossray checkpoint: it says {header.get('format')}, not {FORMAT}")
+        found = header.get("format")
+        raise StoreError(f"{name} is no lossray checkpoint: it says {found}, not {FORMAT}; {REMEDY}")
     try:
         return _checkpoint(header, {key: tensor.to(device) for key, tensor in tensors.items()})
     except KeyError as error:
-        raise StoreError(f"{name} is damaged: {error} is missing") from error
+        raise StoreError(f"{name} is damaged: {error} is missing; {REMEDY}") from error
 
 
 def read_checkpoint(store: Store, pack_id: str, step: int, device: str | torch.device = "cpu") -> Checkpoint:
@@ -100,8 +102,7 @@ def read_checkpoint(store: Store, pack_id: str, step: int, device: str | torch.d
     checkpoint = loads(store.read_bytes(path), device, name=f"{store.url}/{path}")
     if (checkpoint.pack_id, checkpoint.step) != (pack_id, step):
         raise StoreError(
-            f"{store.url}/{path} holds step {checkpoint.step} of pack {checkpoint.pack_id}: "
-            "delete it and run the study again"
+            f"{store.url}/{path} holds step {checkpoint.step} of pack {checkpoint.pack_id}; {REMEDY}"
         )
     return checkpoint
 

@@ -81,8 +81,7 @@ def test_wall_time_counts_the_actors_and_the_slot_that_is_kept_for_curvature():
         return [Cost(1, 1, training, curvature, 1)] * number
 
     assert wall_seconds(packs(1, 2, 3), 1) == STARTUP_SECONDS + WORKER_SECONDS + 5
-    assert wall_seconds(packs(8, 2, 0), 2) == STARTUP_SECONDS + 8 * (
-        WORKER_SECONDS + 2
-    )  # one after the other
+    one_after_the_other = 8 * (WORKER_SECONDS + 2)
+    assert wall_seconds(packs(8, 2, 0), 2) == STARTUP_SECONDS + one_after_the_other
     assert wall_seconds(packs(8, 2, 100), 4) == STARTUP_SECONDS + 8 * (WORKER_SECONDS + 102) / 4
     assert wall_seconds([*packs(8, 2, 0), *packs(1, 900, 0)], 64) == STARTUP_SECONDS + WORKER_SECONDS + 900
