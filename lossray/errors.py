@@ -23,3 +23,7 @@ class ModelError(LossrayError):
 
 class StoreError(LossrayError):
     """A store that is damaged, belongs to another study, or is in use by another driver."""
+
+
+class ResourceError(LossrayError):
+    """Work that does not fit the machine; the message says what would."""

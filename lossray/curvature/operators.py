@@ -84,11 +84,13 @@ class StackHessian:
         """Products of the members' Hessians with their vectors.
 
         Args:
-            vectors: [R, d], any floating dtype.
+            vectors: [R, d] or [R, b, d], any floating dtype.
 
         Returns:
-            [R, d], float64.
+            Of the same shape, float64.
         """
+        if vectors.ndim == 3:
+            return torch.stack([self.apply(column) for column in vectors.unbind(1)], dim=1)
         self.matvecs += 1
         vectors = vectors.to(device=self.device, dtype=self.dtype)
         with exact_products():

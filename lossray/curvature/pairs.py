@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class PackedOperator(Protocol):
-    """R symmetric operators of one size, applied to one vector each."""
+    """R symmetric operators of one size, applied to one vector each, or to b."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -24,7 +24,10 @@ class PackedOperator(Protocol):
         """Where the vectors live."""
 
     def apply(self, vectors: Tensor) -> Tensor:
-        """The products [R, d] with ``vectors`` [R, d], float64; row r depends on row r alone."""
+        """The products with ``vectors`` [R, d] or [R, b, d], float64, of the same shape.
+
+        Those of member r depend on its own vectors alone.
+        """
 
 
 @dataclass(frozen=True)
