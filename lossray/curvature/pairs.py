@@ -11,6 +11,7 @@ from torch import Tensor
 from lossray.curvature.ends import Wanted
 
 PRODUCTS_AT_ONCE = 16  # in one call of the operator
+SMALLEST_LENGTH, LARGEST_LENGTH = 1e-140, 1e140  # whose squares are sound in float64
 
 
 class PackedOperator(Protocol):
@@ -134,10 +135,13 @@ def orthogonality_loss(vectors: Tensor) -> float:
 
 def row_norms(rows: Tensor) -> Tensor:
     """Lengths [n] of the rows [n, d], also where their squares would overflow or vanish."""
+    lengths: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    if bool(((lengths > SMALLEST_LENGTH) & (lengths < LARGEST_LENGTH)).all()):
+        return lengths
     largest = rows.abs().amax(dim=1, keepdim=True)
     unit = torch.where((largest > 0) & torch.isfinite(largest), largest, 1)
-    lengths: Tensor = torch.linalg.vector_norm(rows / unit, dim=1) * unit[:, 0]
-    return lengths
+    scaled: Tensor = torch.linalg.vector_norm(rows / unit, dim=1) * unit[:, 0]
+    return scaled
 
 
 def _images(operator: PackedOperator, blocks: Sequence[Tensor]) -> list[Tensor]:
