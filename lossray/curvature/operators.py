@@ -229,8 +229,8 @@ def _differentiating(objective: Objective) -> Iterator[None]:
         raise
     except Exception as error:
         raise ModelError(
-            f"{objective.names['model']} with loss {objective.names['loss']!r}: differentiating it twice failed: "
-            f"{failure(error)}"
+            f"{objective.names['model']} with loss {objective.names['loss']!r}: differentiating it twice "
+            f"failed: {failure(error)}"
         ) from error
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.func import grad, linearize
 
 from lossray.curvature.objectives import Batch, Objective
+from lossray.errors import ModelError
 
 Linear = Callable[[Tensor], Tensor]
 
@@ -111,4 +112,26 @@ def _derivative(
     (derivative,) = torch.autograd.grad(
         values, point, vectors, create_graph=create_graph, retain_graph=retain, materialize_grads=True
     )
+    if create_graph:
+        _require_twice_differentiable(derivative)
     return derivative
+
+
+def _require_twice_differentiable(derivative: Tensor) -> None:
+    """Refuse a graph with a function that may be differentiated once only.
+
+    Autograd leaves such a function out when it looks for a way to theta, so that the product would be wrong
+    without a word.
+    """
+    seen, todo = set(), [derivative.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        if node.name().endswith("autograd::Error"):
+            raise ModelError(
+                "the model or its loss uses a function that can be differentiated once only "
+                "(once_differentiable): it has no Hessian here; use a differentiable implementation"
+            )
+        seen.add(node)
+        todo.extend(following for following, _ in node.next_functions)
