@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from lossray.curvature.operators import ProductMode, choose_product_mode
+from lossray.curvature.modes import ProductMode, choose_product_mode
 from lossray.errors import LossrayError, ModelError
 from lossray.networks.executor import choose_executor
 from lossray.networks.losses import get_loss

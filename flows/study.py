@@ -18,7 +18,7 @@ from flows.plan import Plan, make_plan
 from flows.progress import duration
 from flows.serial import run_serially
 from flows.session import capacity, has_gpus, ray_session
-from lossray.curvature.operators import ProductMode
+from lossray.curvature.modes import ProductMode
 from lossray.errors import DataError, ModelError, StoreError, StudyError
 from lossray.imports import settle_imports
 from lossray.plugins import check_imported

@@ -8,13 +8,48 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lossray.curvature.matrices import (
+        EmpiricalFisher,
+        GaussNewton,
+        Hessian,
+        Preconditioned,
+        Restricted,
+        Scaled,
+    )
+    from lossray.curvature.single import analyse, eigenpairs, spectral_density, trace
     from lossray.results import open_study
 
 __version__ = "0.1.0"
 
-_HOMES = {"open_study": "lossray.results"}
+_HOMES = {
+    "EmpiricalFisher": "lossray.curvature.matrices",
+    "GaussNewton": "lossray.curvature.matrices",
+    "Hessian": "lossray.curvature.matrices",
+    "Preconditioned": "lossray.curvature.matrices",
+    "Restricted": "lossray.curvature.matrices",
+    "Scaled": "lossray.curvature.matrices",
+    "analyse": "lossray.curvature.single",
+    "eigenpairs": "lossray.curvature.single",
+    "open_study": "lossray.results",
+    "spectral_density": "lossray.curvature.single",
+    "trace": "lossray.curvature.single",
+}
 
-__all__ = ["__version__", "main", "open_study"]
+__all__ = [
+    "EmpiricalFisher",
+    "GaussNewton",
+    "Hessian",
+    "Preconditioned",
+    "Restricted",
+    "Scaled",
+    "__version__",
+    "analyse",
+    "eigenpairs",
+    "main",
+    "open_study",
+    "spectral_density",
+    "trace",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -37,7 +37,6 @@ from tasks.context import (
 )
 from tasks.record import Attempt, Stopwatch
 
-RECOMPUTED_EXAMPLES = 256  # in one graph, where the products are recomputed batch by batch
 Row = dict[str, Any]
 
 
@@ -117,16 +116,15 @@ def _locate(job: CurvatureJob, checkpoint: Checkpoint, device: torch.device) -> 
 
 def _hessian(job: CurvatureJob, point: _Point) -> StackHessian:
     """The Hessians on the analysis set; a diverged member's is NaN, which keeps it out of everything."""
-    settings, mode = job.context.study.curvature, job.pack.product_mode
+    settings = job.context.study.curvature
     examples = analysis_set(point.dataset, settings.examples)
-    size = RECOMPUTED_EXAMPLES if mode == "recompute" else len(examples.targets)
     return StackHessian(
         point.stack,
         point.theta.masked_fill(~point.alive[:, None], float("nan")),
         point.buffers,
         loss_of(job.context),
-        list(zip(torch.split(examples.inputs, size), torch.split(examples.targets, size), strict=True)),
-        mode=mode,
+        [(examples.inputs, examples.targets)],
+        mode=job.pack.product_mode,
         dtype=getattr(torch, settings.dtype),
     )
 

@@ -207,7 +207,7 @@ class Stack:
             member = {**weights, **{name: tensor[r] for name, tensor in buffers.items()}}
             own = tuple(arg[r] for arg in args) if per_member else args
             seed = stream(keys[r], "ambient") if ambient and keys is not None else None
-            with _seeded(seed, theta.device):
+            with seeded(seed, theta.device):
                 return played(member, tuple(mask[r] for mask in masks), *own)
 
         return evaluate
@@ -270,7 +270,7 @@ class Stack:
         if inputs.shape not in self._noise_cache:
             member = {name: tensor[0].detach().clone() for name, tensor in self.layout.split(theta).items()}
             member |= {name: tensor[0].clone() for name, tensor in buffers.items()}
-            with torch.no_grad(), _seeded(0, theta.device), self.tape.recording() as calls:
+            with torch.no_grad(), seeded(0, theta.device), self.tape.recording() as calls:
                 before = _random_state(theta.device)
                 self._call(member, inputs)
                 ambient = not torch.equal(before, _random_state(theta.device))
@@ -302,7 +302,7 @@ def build_stack(
         ModelError: no trainable parameter, members that differ in shape, or a `build` that seeds torch.
     """
     models = [_initialised(build, seed).to(dtype) for seed in seeds]
-    layout = _layout(models[0])
+    layout = layout_of(models[0])
     rows = [_flat(model, layout) for model in models]
     frozen = [name for name, parameter in models[0].named_parameters() if not parameter.requires_grad]
     tensors = [
@@ -339,7 +339,12 @@ def _initialised(build: Callable[[], nn.Module], seed: int) -> nn.Module:
     return model
 
 
-def _layout(model: nn.Module) -> Layout:
+def layout_of(model: nn.Module) -> Layout:
+    """How theta divides into the trainable parameters of ``model``.
+
+    Raises:
+        ModelError: there are none.
+    """
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trainable:
         raise ModelError(f"{type(model).__name__} has no trainable parameter: nothing to train or to analyse")
@@ -371,7 +376,7 @@ def _flat(model: nn.Module, layout: Layout) -> Tensor:
     return torch.cat([p.detach().reshape(-1) for p in parameters.values()])
 
 
-class _seeded:
+class seeded:
     """Torch's default generators of the CPU and of ``device`` forked and seeded; nothing for seed None."""
 
     def __init__(self, seed: int | None, device: torch.device) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lossray.curvature.operators import ProductMode
+from lossray.curvature.modes import ProductMode
 from lossray.networks.layers import ModelSettings
 from lossray.networks.models import model_settings
 from lossray.settings import content_hash

@@ -12,17 +12,15 @@ from torch.func import functional_call
 
 from lossray.curvature.eigensolver import packed_eigenpairs
 from lossray.curvature.ends import Wanted
-from lossray.curvature.operators import (
-    Batch,
-    StackHessian,
-    choose_product_mode,
-    exact_products,
-    retained_bytes,
-)
+from lossray.curvature.modes import choose_product_mode, retained_bytes
+from lossray.curvature.operators import StackHessian
 from lossray.curvature.pairs import EigenPairs
+from lossray.curvature.precision import exact_products
 from lossray.networks.losses import get_loss
 from lossray.networks.models import build_model, model_settings
 from lossray.networks.stack import Stack, build_stack
+
+Batch = tuple[Tensor, Tensor]
 
 CLASSES = 3
 MODELS = {
@@ -408,7 +406,7 @@ def test_empty_data_and_unknown_modes_are_refused() -> None:
     stack, theta, buffers, batches = _case("mlp-relu")
     with pytest.raises(ValueError, match="at least one example"):
         _operator((stack, theta, buffers, []))
-    with pytest.raises(ValueError, match="found 'fast'; allowed: retained, recompute"):
+    with pytest.raises(ValueError, match="found 'fast'; allowed: auto, retained, linearized, recompute"):
         _operator((stack, theta, buffers, batches), mode="fast")
     inputs, targets = batches[0]
     with_empty = _operator((stack, theta, buffers, [(inputs, targets), (inputs[:0], targets[:0])]))

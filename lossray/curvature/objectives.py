@@ -1,0 +1,258 @@
+"""What is differentiated: the mean loss of R members over fixed batches, as a function of theta [R, d].
+
+An `Objective` is shared by the operators of a point. Two kinds exist: `StackObjective` here, for the members
+of a pack, and `ModuleObjective` (modules.py), for one module of the user's. Batches count by their number of
+examples, or by the weights of these: a mean over examples, never a mean of batch means.
+"""
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lossray.errors import ModelError
+from lossray.networks.losses import Loss
+from lossray.networks.stack import Layout, Stack
+
+SAME_MEAN = 1e-4  # relative difference of two ways to take one mean, float32 rounding included
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples that are evaluated together."""
+
+    inputs: Any  # tensors [B, ...]: one, or a nest of them; of a closure: its whole batch
+    targets: Any  # tensors [B, ...]; None for a closure
+    share: float  # of all examples (or of their weights) that lies in this batch
+    weights: Tensor | None = None  # [B], of the examples
+
+    @property
+    def size(self) -> int | None:
+        """Number of examples B; None where the tensors do not share one."""
+        sizes = {len(leaf) if leaf.ndim else -1 for leaf in _tensors((self.inputs, self.targets))}
+        size = sizes.pop() if len(sizes) == 1 else -1
+        return size if size >= 0 else None
+
+    def pick(self, index: Tensor | slice) -> "Batch":
+        """The examples at ``index``, with their share."""
+        inputs, targets = tree_map(
+            lambda leaf: leaf[index] if isinstance(leaf, Tensor) else leaf, (self.inputs, self.targets)
+        )
+        if self.weights is None:
+            part = replace(self, inputs=inputs, targets=targets)
+            return replace(part, share=self.share * (part.size or 0) / (self.size or 1))
+        weights = self.weights[index]
+        share = self.share * float(weights.sum() / self.weights.sum())
+        return Batch(inputs, targets, share, weights)
+
+    def split(self, size: int | None) -> list["Batch"]:
+        """Parts of ``size`` examples at most, as even as can be; the batch itself for None."""
+        n = self.size
+        if size is None or n is None or n <= size:
+            return [self]
+        parts = -(-n // size)
+        edges = [n * i // parts for i in range(parts + 1)]
+        pieces = [self.pick(slice(a, b)) for a, b in itertools.pairwise(edges)]
+        return [piece for piece in pieces if piece.share > 0]
+
+
+class Objective(Protocol):
+    """The mean loss of R members over fixed batches."""
+
+    theta: Tensor  # [R, d], a leaf in the dtype of the products; zeros for dead members
+    dead: Tensor  # [R] bool: members with a parameter that is not finite; what is theirs becomes NaN
+    dtype: torch.dtype
+    device: torch.device
+    layout: Layout
+    coupled: tuple[str, ...]  # layers that mix the examples of a batch, which is therefore never split
+    names: Mapping[str, str]  # for messages: "model" and "loss"
+
+    @property
+    def sizes(self) -> Sequence[int | None]:
+        """Examples in each batch; None where that is not known."""
+
+    def batches(self) -> Iterator[Batch]:
+        """The batches, on the device and in the dtype, one after the other."""
+
+    def losses(self, theta: Tensor, batch: Batch) -> Tensor:
+        """Mean loss of every member over ``batch``, [R], differentiable in theta."""
+
+    def outputs(self, theta: Tensor, batch: Batch) -> Tensor:
+        """Outputs of every member, [R, B, ...], differentiable in theta."""
+
+    def losses_of(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Mean losses [R] of ``outputs`` [R, B, ...]."""
+
+    def example_losses(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Loss of each example alone, [R, B]."""
+
+    def to(self, dtype: torch.dtype) -> "Objective":
+        """The same objective in another dtype, from the original parameters and data."""
+
+
+class StackObjective:
+    """The members of a pack in eval mode, all on the same examples.
+
+    Args:
+        stack: the architecture.
+        theta: parameters [R, d]; copied.
+        buffers: buffers by name, [R, *shape]; copied.
+        loss: mean loss over the examples of a batch.
+        batches: pairs (inputs, targets), of any sizes; empty ones count for nothing.
+        dtype: of the products; parameters, buffers and floating data are converted to it.
+
+    Raises:
+        ValueError: there is no example.
+    """
+
+    def __init__(
+        self,
+        stack: Stack,
+        theta: Tensor,
+        buffers: Mapping[str, Tensor],
+        loss: Loss,
+        batches: Sequence[tuple[Tensor, Tensor]],
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        total = sum(len(targets) for _, targets in batches)
+        if total == 0:
+            raise ValueError("the curvature needs at least one example")
+        self.stack, self.loss, self.layout = stack, loss, stack.layout
+        self.device = theta.device
+        self.coupled: tuple[str, ...] = ()
+        self.names: Mapping[str, str] = {
+            "model": type(stack.template).__name__,
+            "loss": getattr(loss, "__name__", "loss"),
+        }
+        self.dead = ~torch.isfinite(theta).all(dim=1)
+        self._raw = [Batch(x, y, len(y) / total) for x, y in batches if len(y)]
+        self._point = theta.detach().clone()
+        self._state = {name: tensor.detach().clone() for name, tensor in buffers.items()}
+        self._convert(dtype)
+
+    def _convert(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        values = self._point.to(dtype, copy=True).masked_fill_(self.dead[:, None], 0)
+        self.theta = values.requires_grad_()
+        self._buffers = {name: self._sound(tensor) for name, tensor in self._state.items()}
+
+    def to(self, dtype: torch.dtype) -> "StackObjective":
+        """The same objective in another dtype, from the original parameters and data."""
+        other = copy.copy(self)
+        other._convert(dtype)
+        return other
+
+    @property
+    def sizes(self) -> list[int | None]:
+        """Examples in each batch."""
+        return [batch.size for batch in self._raw]
+
+    def batches(self) -> Iterator[Batch]:
+        """The batches, on the device and in the dtype."""
+        for batch in self._raw:
+            yield converted(batch, self.device, self.dtype)
+
+    def losses(self, theta: Tensor, batch: Batch) -> Tensor:
+        """Mean loss of every member over ``batch``, [R]."""
+        return self.stack.losses(theta, self._buffers, batch.inputs, batch.targets, self.loss)
+
+    def outputs(self, theta: Tensor, batch: Batch) -> Tensor:
+        """Outputs of every member, [R, B, ...]."""
+        return self.stack.outputs(theta, self._buffers, batch.inputs)
+
+    def losses_of(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Mean losses [R] of ``outputs`` [R, B, ...]."""
+        return self._each(self.loss, outputs, batch.targets)
+
+    def example_losses(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Loss of each example alone, [R, B]."""
+        return self._each(partial(example_losses, self.loss), outputs, batch.targets)
+
+    def _each(self, function: Callable[..., Tensor], outputs: Tensor, targets: Any) -> Tensor:
+        """``function(outputs, targets)`` of every member, by the stack's executor."""
+        if self.stack.executor == "vmap" and len(outputs) > 1:
+            values: Tensor = vmap(lambda own: function(own, targets))(outputs)
+            return values
+        return torch.stack([function(own, targets) for own in outputs])
+
+    def _sound(self, buffer: Tensor) -> Tensor:
+        """A copy of ``buffer`` [R, *shape] in the dtype of the products, with ones for dead members."""
+        dtype = self.dtype if buffer.is_floating_point() else buffer.dtype
+        dead = self.dead.view(-1, *[1] * (buffer.ndim - 1))
+        return buffer.to(dtype, copy=True).masked_fill_(dead, 1)
+
+
+def example_losses(loss: Loss, outputs: Tensor, targets: Any) -> Tensor:
+    """The loss of each example as a batch of one, [B].
+
+    Vectorised where the loss allows it, otherwise one after the other.
+    """
+
+    def single(output: Tensor, target: Any) -> Tensor:
+        return loss(output[None], tree_map(lambda leaf: leaf[None], target))
+
+    try:
+        values: Tensor = vmap(single)(outputs, targets)
+    except Exception:  # a user's loss may branch on values; vmap's errors have no common type
+        rows = [
+            loss(outputs[n : n + 1], tree_map(lambda leaf, n=n: leaf[n : n + 1], targets))
+            for n in range(len(outputs))
+        ]
+        values = torch.stack(rows)
+    return values
+
+
+def is_example_mean(objective: Objective, batch: Batch) -> bool:
+    """Whether the loss over a few examples is the mean of the losses over their halves.
+
+    Only then may a batch be split, and do several batches make one mean. A sum over examples is not, nor is a
+    model that mixes the examples of a batch.
+    """
+    n = min(batch.size or 0, 4)
+    if n < 2:
+        return batch.size is not None
+    few = replace(batch, weights=None).pick(slice(0, n))
+    halves = few.split((n + 1) // 2)
+    with torch.no_grad():
+        whole = objective.losses(objective.theta, few)
+        mean = sum(half.share / few.share * objective.losses(objective.theta, half) for half in halves)
+    return torch.allclose(whole, torch.as_tensor(mean), rtol=SAME_MEAN, atol=1e-12, equal_nan=True)
+
+
+def require_example_mean(objective: Objective, batch: Batch, *, purpose: str) -> None:
+    """Refuse an objective whose loss is no mean over examples.
+
+    Raises:
+        ModelError: it is not; the message says for which ``purpose`` it has to be.
+    """
+    if not is_example_mean(objective, batch):
+        model, loss = objective.names["model"], objective.names["loss"]
+        raise ModelError(
+            f"loss {loss!r} of model {model!r} is no mean over examples: over a few examples it differs from "
+            f"the mean over their halves, so that {purpose} would be wrong; return the mean over the "
+            "examples (reduction='mean'), or pass all of them as one batch"
+        )
+
+
+def converted(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
+    """The batch on ``device``, its floating tensors in ``dtype``."""
+
+    def move(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.detach().to(device, dtype if leaf.is_floating_point() else leaf.dtype)
+
+    inputs, targets, weights = tree_map(move, (batch.inputs, batch.targets, batch.weights))
+    return Batch(inputs, targets, batch.share, weights)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

@@ -1,0 +1,31 @@
+"""The numerical settings of torch under which products are formed: full precision, twice differentiable."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+@contextmanager
+def exact_products(device: torch.device | str = "cpu") -> Iterator[None]:
+    """Full float32 products (no TF32, bfloat16, autocast) and attention that can be differentiated twice.
+
+    Gradients are recorded inside even where the caller has switched that off. Everything is restored.
+
+    Args:
+        device: where the work runs, whose autocast is switched off.
+    """
+    cuda, cudnn, mkldnn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
+    names = [(cuda, "matmul"), *((library, name) for library in (cudnn, mkldnn) for name in ("conv", "rnn"))]
+    places = [getattr(library, name) for library, name in [*names, (mkldnn, "matmul")]]
+    before = [place.fp32_precision for place in places]
+    autocast_off = torch.autocast(torch.device(device).type, enabled=False)
+    try:
+        for place in places:
+            place.fp32_precision = "ieee"
+        with torch.enable_grad(), autocast_off, sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        for place, precision in zip(places, before, strict=True):
+            place.fp32_precision = precision
