@@ -111,6 +111,7 @@ def test_a_study_leaves_every_table_complete(study_file, out, no_ray):
     assert tasks.groupby("kind").size().to_dict() == {
         "checkpoint": 2 * 3,
         "curvature": 2 * 3,
+        "pair": 2 * 2,
         "training": 2,
         "gather": 1,
     }
