@@ -42,9 +42,11 @@ def tasks(out, **keys):
 
 
 def forget(out, kind, step):
-    """Delete the commit of a task."""
+    """Delete the commit of a task, its rows, and the tables: what is compared later is made anew."""
     (key,) = tasks(out, kind=kind, step=step)["task_key"]
-    (out / "parts" / "tasks" / f"{key}.parquet").unlink()
+    for path in out.glob(f"parts/*/{key}.parquet"):
+        path.unlink()
+    shutil.rmtree(out / "tables")
 
 
 def vectors(out, step):
