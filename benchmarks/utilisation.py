@@ -1,8 +1,8 @@
 """The share of wall time that a study's cores spend in useful work, from the `tasks` table of `quick`.
 
 Useful work is the training between two checkpoints, evaluation and publication included (kind `checkpoint`),
-and the curvature of a checkpoint (kind `curvature`). All else is counted against it: the start of Python, Ray
-and its workers, waiting, gathering, shutting down.
+the curvature of a checkpoint (kind `curvature`), and its comparison with the one before (kind `pair`). All
+else is counted against it: the start of Python, Ray and its workers, waiting, gathering, shutting down.
 """
 
 import subprocess
@@ -18,7 +18,7 @@ import psutil
 import lossray
 from benchmarks.report import table, write_section
 
-USEFUL = ("checkpoint", "curvature")
+USEFUL = ("checkpoint", "curvature", "pair")
 CPUS = 1.0  # of every task: the default of [resources], which `quick` keeps
 
 

@@ -1,4 +1,6 @@
-"""The ray.wait loop: streams checkpoints from training actors to curvature tasks, bounds, retries, drains.
+"""The ray.wait loop: streams checkpoints from training actors to analysis tasks, bounds, retries, drains.
+
+An analysis task is the curvature of a checkpoint or, once two neighbours have theirs, their comparison.
 
 Ray's own retries are off. A task or an actor that dies with its worker or node is submitted again from here,
 so that every attempt is counted. Work is never cancelled: a cancel that races with completion can abort the
@@ -10,7 +12,7 @@ import os
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any, NamedTuple
@@ -28,14 +30,15 @@ from ray.exceptions import (
 
 from flows.interrupt import Interrupt
 from flows.ledger import Ledger
-from flows.plan import PackPlan, Plan
+from flows.plan import AnalysisJob, PackPlan, Plan
 from flows.session import Capacity, worker_options
-from tasks.curvature import CurvatureJob, curvature, warm_up
+from tasks.curvature import curvature, warm_up
+from tasks.pairs import PairJob, pair
 from tasks.record import Attempt
 from tasks.training import Published, TrainingActor, TrainingJob
 
 ATTEMPTS = 4  # tries at a task whose worker or node died
-QUEUED = 1  # curvature tasks submitted beyond those that can run, so that no worker waits for the driver
+QUEUED = 1  # analysis tasks submitted beyond those that can run, so that no worker waits for the driver
 WAIT_SECONDS = 0.25  # longest time between two looks at signals and the progress display
 SYSTEM_FAILURES = (
     WorkerCrashedError,
@@ -47,11 +50,11 @@ SYSTEM_FAILURES = (
 
 
 class Ready(NamedTuple):
-    """A curvature job in the order of the queue."""
+    """An analysis job in the order of the queue."""
 
     step: int
     arrival: int  # decides between equal steps
-    job: CurvatureJob
+    job: AnalysisJob
 
 
 @dataclass
@@ -83,12 +86,11 @@ class Driver:
         self.namespace = f"{plan.namespace}-{uuid.uuid4().hex[:8]}"
         self.worker_options = worker_options([os.getcwd(), *filter(None, [plan.context.folder])])
         self.waiting = deque(pack for pack in plan.packs if not ledger.is_trained(pack))
-        self.ready: list[Ready] = []  # heap of curvature jobs whose checkpoint is on disk
+        self.ready: list[Ready] = []  # heap of the analysis jobs that can start
         self.trainers: dict[Any, Trainer] = {}  # by generator
-        self.in_flight: dict[Any, CurvatureJob] = {}  # by object reference
+        self.in_flight: dict[Any, AnalysisJob] = {}  # by object reference
         self._order = count()
-        for job in self._left_over():
-            self._queue(job)
+        self._queue(self._left_over())
 
     def run(self) -> bool:
         """Run until everything is done or has failed.
@@ -116,11 +118,11 @@ class Driver:
             self.ledger.tick()
         return True
 
-    def _left_over(self) -> Iterator[CurvatureJob]:
-        """Curvature that an earlier driver left undone in packs that are trained: no actor needed."""
-        for pack in self.plan.packs:
-            if self.ledger.is_trained(pack):
-                yield from (self.plan.curvature_job(pack, step) for step in self.ledger.unanalysed(pack))
+    def _left_over(self) -> Iterator[AnalysisJob]:
+        """Analysis that an earlier driver left undone in packs that are trained: no actor needed."""
+        for pack in filter(self.ledger.is_trained, self.plan.packs):
+            for step in pack.curvature_keys:
+                yield from self.ledger.next_jobs(pack, step)
 
     def _warm_up(self) -> list[Any]:
         """Let workers import torch and read the data while the first actors start, which takes as long."""
@@ -131,12 +133,13 @@ class Driver:
         workers = max(0, self._room() - QUEUED - min(len(self.waiting), self.capacity.trainers))
         return [task.remote(self.plan.context) for _ in range(workers)]
 
-    def _queue(self, job: CurvatureJob) -> None:
+    def _queue(self, jobs: Iterable[AnalysisJob]) -> None:
         """Early steps go first: every pack has rows soon, however many checkpoints others have."""
-        heapq.heappush(self.ready, Ready(job.step, next(self._order), job))
+        for job in jobs:
+            heapq.heappush(self.ready, Ready(job.step, next(self._order), job))
 
     def _room(self) -> int:
-        """Curvature tasks that may be submitted: those that can run beside the actors, and a few to queue."""
+        """Analysis tasks that may be submitted: those that can run beside the actors, and a few to queue."""
         return max(1, self.capacity.curvatures - len(self.trainers)) + QUEUED
 
     def _submit(self) -> None:
@@ -144,7 +147,7 @@ class Driver:
             self._start_trainer(self.waiting.popleft(), Attempt(), set())
         while self.ready and len(self.in_flight) < self._room():
             job = heapq.heappop(self.ready).job
-            self._start_curvature(replace(job, attempt=Attempt()))
+            self._start_analysis(replace(job, attempt=Attempt()))
 
     def _start_trainer(self, plan: PackPlan, attempt: Attempt, seen: set[int]) -> None:
         share, retry = self.capacity.train, f"#{attempt.number}" if attempt.number > 1 else ""
@@ -156,9 +159,10 @@ class Driver:
         stream = actor.fit.options(name="train", num_returns="streaming").remote(job, share.cpus)
         self.trainers[stream] = Trainer(plan, actor, attempt, seen)
 
-    def _start_curvature(self, job: CurvatureJob) -> None:
+    def _start_analysis(self, job: AnalysisJob) -> None:
         share = self.capacity.curvature
-        task = curvature.options(name="curvature", max_retries=0, **share.options(), **self.worker_options)
+        function: Any = pair if isinstance(job, PairJob) else curvature
+        task = function.options(name=job.kind, max_retries=0, **share.options(), **self.worker_options)
         self.in_flight[task.remote(job, share.cpus)] = job
 
     def _arrived(self, seconds: float) -> list[Any]:
@@ -174,7 +178,7 @@ class Driver:
         if reference in self.trainers:
             self._receive_checkpoint(reference)
         else:
-            self._receive_curvature(reference)
+            self._receive_analysis(reference)
 
     def _receive_checkpoint(self, stream: Any) -> None:
         trainer = self.trainers[stream]
@@ -190,20 +194,19 @@ class Driver:
             if published.step not in trainer.seen:
                 trainer.seen.add(published.step)
                 self.ledger.checkpoint_trained()
-                if published.step in self.ledger.unanalysed(trainer.plan):
-                    self._queue(self.plan.curvature_job(trainer.plan, published.step))
+                self._queue(self.ledger.next_jobs(trainer.plan, published.step))
 
-    def _receive_curvature(self, reference: Any) -> None:
+    def _receive_analysis(self, reference: Any) -> None:
         job = self.in_flight.pop(reference)
         try:
             ray.get(reference)
         except RayError as error:
             if _is_system_failure(error) and job.attempt.number < ATTEMPTS:
-                self._start_curvature(replace(job, attempt=Attempt(job.attempt.number + 1)))
+                self._start_analysis(replace(job, attempt=Attempt(job.attempt.number + 1)))
             else:
-                self.ledger.curvature_failed(job, _reason(error), str(error))
+                self.ledger.analysis_failed(job, _reason(error), str(error))
         else:
-            self.ledger.checkpoint_analysed()
+            self._queue(self.ledger.analysis_done(job))
 
     def _end_trainer(self, stream: Any) -> None:
         ray.kill(self.trainers.pop(stream).actor)
@@ -219,7 +222,7 @@ class Driver:
             self.ledger.training_failed(trainer.plan, trainer.attempt, _reason(error), str(error))
 
     def _drain(self) -> None:
-        """Let curvature tasks in flight finish, for as long as the signal allows; their commits are kept.
+        """Let analysis tasks in flight finish, for as long as the signal allows; their commits are kept.
 
         Training ends at once: it resumes from its newest checkpoint, and the tasks may need its CPUs.
         """
@@ -230,11 +233,13 @@ class Driver:
         while self.in_flight and (left := deadline - time.monotonic()) > 0:
             ready, _ = ray.wait(list(self.in_flight), num_returns=1, timeout=left)
             for reference in ready:
-                self._receive_curvature(reference)
+                self._receive_analysis(reference)
 
     def _running(self) -> list[str]:
         training = [f"train {trainer.plan.pack.pack_id}" for trainer in self.trainers.values()]
-        return training + [f"curvature {job.pack.pack_id} step {job.step}" for job in self.in_flight.values()]
+        return training + [
+            f"{job.kind} {job.pack.pack_id} step {job.step}" for job in self.in_flight.values()
+        ]
 
 
 def _reason(error: RayError) -> str:

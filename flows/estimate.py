@@ -26,7 +26,7 @@ from tasks.curvature import pairs_needed
 
 TIMED_STEPS = 5
 TIMED_PRODUCTS = 2
-TABLE_BYTES = 75_000  # of a pack's checkpoint in parts/ and tables/: a few hundred rows in small files
+TABLE_BYTES = 100_000  # of a pack's checkpoint in parts/ and tables/: a few hundred rows in small files
 PRODUCTS_PER_PAIR = 10  # observed: 46 to 140 products for ten pairs at tolerance 1e-3
 NO_STORE = "memory://dry-run"  # empty, and gone with the process
 STARTUP_SECONDS = 6.0  # of Ray

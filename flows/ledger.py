@@ -1,11 +1,12 @@
 """The driver's books: what is committed, what is counted, what failed."""
 
+from collections import defaultdict
 from collections.abc import Callable, Collection
 
-from flows.plan import PackPlan, Plan
+from flows.plan import AnalysisJob, PackPlan, Plan
 from flows.progress import Counts, Progress
 from lossray.storage.store import Store
-from tasks.curvature import CurvatureJob
+from tasks.pairs import PairJob
 from tasks.record import Attempt, failure
 from tasks.training import failed_run_rows
 
@@ -27,7 +28,10 @@ class Ledger:
         self.store = store
         self.committed = frozenset(committed)
         self.guard = guard
-        self._trained = {pack.pack.pack_id for pack in plan.packs if self._was_trained(pack)}
+        self._packs = {pack.pack.pack_id: pack for pack in plan.packs}
+        self._unanalysed = {name: self._without_analysis(pack) for name, pack in self._packs.items()}
+        self._trained = {name for name, pack in self._packs.items() if self._was_trained(pack)}
+        self._comparable: dict[str, set[int]] = defaultdict(set)  # by pack: steps on disk and analysed
         self.failures: list[str] = []
         self.progress = Progress(store, self._counts(), state="running")
 
@@ -41,8 +45,21 @@ class Ledger:
         return pack.pack.pack_id in self._trained
 
     def unanalysed(self, pack: PackPlan) -> list[int]:
-        """Steps of the pack whose curvature was not committed when this driver started."""
-        return [step for step, key in pack.curvature_keys.items() if key not in self.committed]
+        """Steps of the pack whose curvature this driver is to compute."""
+        return self._unanalysed[pack.pack.pack_id]
+
+    def uncompared(self, pack: PackPlan) -> list[tuple[int, int]]:
+        """Neighbouring steps of the pack whose comparison was not committed when this driver started."""
+        return [steps for steps, key in pack.pair_keys.items() if key not in self.committed]
+
+    def next_jobs(self, pack: PackPlan, step: int) -> list[AnalysisJob]:
+        """What can start once the checkpoint at a step is on disk; asked once for each.
+
+        That is its analysis. Where an earlier driver has done it, the comparisons with its neighbours.
+        """
+        if step in self.unanalysed(pack):
+            return [self.plan.curvature_job(pack, step)]
+        return [*self._comparisons(pack, step)]
 
     def training_done(self, pack: PackPlan) -> None:
         """All members of the pack are trained (or have diverged)."""
@@ -61,20 +78,55 @@ class Ledger:
         self.progress.counts.checkpoints_trained += 1
         self.progress.counts.units_done += 1
 
-    def checkpoint_analysed(self) -> None:
-        """A curvature task is committed."""
-        self.progress.counts.checkpoints_analysed += 1
+    def analysis_done(self, job: AnalysisJob) -> list[PairJob]:
+        """A curvature or pair task is committed; returns the pair tasks that can start now."""
         self.progress.counts.units_done += 1
+        if isinstance(job, PairJob):
+            self.progress.counts.pairs_done += 1
+            return []
+        self.progress.counts.checkpoints_analysed += 1
+        return self._comparisons(self._packs[job.pack.pack_id], job.step)
 
-    def curvature_failed(self, job: CurvatureJob, error: str, trace: str) -> None:
-        """A checkpoint cannot be analysed: record why, and go on with the others."""
-        record = failure(job.key, "curvature", job.attempt, error, pack_id=job.pack.pack_id, step=job.step)
-        self._fail(record, f"curvature of {job.pack.pack_id} at step {job.step}", trace)
-        self.progress.counts.checkpoints_failed += 1
+    def analysis_failed(self, job: AnalysisJob, error: str, trace: str) -> None:
+        """A checkpoint cannot be analysed, or a pair not compared: record why, and go on with the others."""
+        record = failure(job.key, job.kind, job.attempt, error, pack_id=job.pack.pack_id, step=job.step)
+        self._fail(record, f"{job.kind} of {job.pack.pack_id} at step {job.step}", trace)
+        if isinstance(job, PairJob):
+            self.progress.counts.pairs_failed += 1
+        else:
+            self.progress.counts.checkpoints_failed += 1
+
+    def _comparisons(self, pack: PackPlan, step: int) -> list[PairJob]:
+        """The comparisons of a step, just analysed, with those of its neighbours that are."""
+        known = self._comparable[pack.pack.pack_id]
+        known.add(step)
+        pairs = [steps for steps in self.uncompared(pack) if step in steps and known.issuperset(steps)]
+        return [self.plan.pair_job(pack, steps) for steps in pairs]
+
+    def _without_analysis(self, pack: PackPlan) -> list[int]:
+        """Steps whose curvature is not committed, or is to be computed again for its eigenvectors."""
+        again = self._without_vectors(pack) if self.plan.study.curvature.vectors else ()
+        return [
+            step for step, key in pack.curvature_keys.items() if key not in self.committed or step in again
+        ]
+
+    def _without_vectors(self, pack: PackPlan) -> list[int]:
+        """Analysed steps that are still to be compared, and whose eigenvectors have been deleted."""
+        return [
+            step
+            for step in self._compared_steps(pack)
+            if pack.curvature_keys[step] in self.committed
+            and not self.store.exists(self.store.vectors_path(pack.pack.pack_id, step))
+        ]
+
+    def _compared_steps(self, pack: PackPlan) -> set[int]:
+        """Steps that are still to be compared with a neighbour."""
+        return {step for steps in self.uncompared(pack) for step in steps}
 
     def _was_trained(self, pack: PackPlan) -> bool:
-        """A checkpoint that is still to be analysed may have been deleted: then the pack trains again."""
-        paths = [self.store.checkpoint_path(pack.pack.pack_id, step) for step in self.unanalysed(pack)]
+        """A checkpoint that is still needed may have been deleted: then the pack trains again."""
+        needed = {*self.unanalysed(pack), *self._compared_steps(pack)}
+        paths = [self.store.checkpoint_path(pack.pack.pack_id, step) for step in sorted(needed)]
         return pack.training_key in self.committed and all(map(self.store.exists, paths))
 
     def _fail(self, record: dict[str, object], what: str, trace: str) -> None:
@@ -96,6 +148,8 @@ class Ledger:
             counts.checkpoints += steps
             counts.checkpoints_trained += steps if trained else 0
             counts.checkpoints_analysed += analysed
-        counts.units = 2 * counts.checkpoints
-        counts.units_done = counts.checkpoints_trained + counts.checkpoints_analysed
+            counts.pairs += len(pack.pair_keys)
+            counts.pairs_done += len(pack.pair_keys) - len(self.uncompared(pack))
+        counts.units = 2 * counts.checkpoints + counts.pairs
+        counts.units_done = counts.checkpoints_trained + counts.checkpoints_analysed + counts.pairs_done
         return counts

@@ -2,14 +2,27 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 from lossray.settings import content_hash
-from lossray.study import Pack, Study, StudyInputs, checkpoint_key, curvature_key, training_key
+from lossray.study import (
+    Pack,
+    Study,
+    StudyInputs,
+    checkpoint_key,
+    curvature_key,
+    pair_key,
+    pair_tables,
+    training_key,
+)
 from lossray.training.loop import checkpoint_steps
 from tasks.context import Context
 from tasks.curvature import CurvatureJob
+from tasks.pairs import PairJob
 from tasks.record import Attempt
 from tasks.training import TrainingJob
+
+AnalysisJob = CurvatureJob | PairJob
 
 
 @dataclass(frozen=True)
@@ -20,6 +33,7 @@ class PackPlan:
     training_key: str
     checkpoint_keys: Mapping[int, str]  # step -> key of the training segment that ends there
     curvature_keys: Mapping[int, str]  # step -> key of the checkpoint's analysis
+    pair_keys: Mapping[tuple[int, int], str]  # two neighbouring steps -> key of their comparison
 
 
 @dataclass(frozen=True)
@@ -45,6 +59,7 @@ class Plan:
             yield pack.training_key
             yield from pack.checkpoint_keys.values()
             yield from pack.curvature_keys.values()
+            yield from pack.pair_keys.values()
 
     def training_job(self, plan: PackPlan, attempt: Attempt) -> TrainingJob:
         """What the training of a pack is given."""
@@ -53,6 +68,11 @@ class Plan:
     def curvature_job(self, plan: PackPlan, step: int, attempt: Attempt | None = None) -> CurvatureJob:
         """What the analysis of a checkpoint is given."""
         return CurvatureJob(self.context, plan.pack, step, plan.curvature_keys[step], attempt or Attempt())
+
+    def pair_job(self, plan: PackPlan, steps: tuple[int, int]) -> PairJob:
+        """What the comparison of two neighbouring checkpoints is given."""
+        earlier, later = (self.curvature_job(plan, step) for step in steps)
+        return PairJob(earlier, later, plan.pair_keys[steps], Attempt())
 
 
 def make_plan(context: Context, packs: tuple[Pack, ...], inputs: StudyInputs) -> Plan:
@@ -63,9 +83,17 @@ def make_plan(context: Context, packs: tuple[Pack, ...], inputs: StudyInputs) ->
 def _plan_pack(pack: Pack, study: Study, inputs: StudyInputs) -> PackPlan:
     steps = checkpoint_steps(study.training)
     training = training_key(pack, study, inputs)
+    curvature = {step: curvature_key(pack, step, study, inputs) for step in steps}
     return PackPlan(
         pack,
         training,
         {step: checkpoint_key(training, step) for step in steps},
-        {step: curvature_key(pack, step, study, inputs) for step in steps},
+        curvature,
+        _pair_keys(curvature, study),
     )
+
+
+def _pair_keys(curvature: Mapping[int, str], study: Study) -> dict[tuple[int, int], str]:
+    """The comparisons of neighbouring steps, where the study asks for something of them."""
+    pairs = pairwise(sorted(curvature)) if pair_tables(study) else ()
+    return {(a, b): pair_key(curvature[a], curvature[b], study) for a, b in pairs}

@@ -28,7 +28,10 @@ class Counts:
     checkpoints_trained: int = 0
     checkpoints_analysed: int = 0
     checkpoints_failed: int = 0
-    units: int = 0  # checkpoints trained plus checkpoints analysed: the measure of time left
+    pairs: int = 0  # of neighbouring checkpoints, to be compared
+    pairs_done: int = 0
+    pairs_failed: int = 0
+    units: int = 0  # checkpoints trained, checkpoints analysed, pairs compared: the measure of time left
     units_done: int = 0
 
 
@@ -124,6 +127,7 @@ class Progress:
             f"{self.state}: runs {c.runs_done}/{c.runs}{failed}; "
             f"checkpoints trained {c.checkpoints_trained}/{c.checkpoints}, "
             f"analysed {c.checkpoints_analysed}/{c.checkpoints}"
+            + (f", pairs compared {c.pairs_done}/{c.pairs}" if c.pairs else "")
             + (f"; {rate:.0f} a minute" if rate else "")
             + (f"; about {duration(left)} left" if left else "")
         )

@@ -1,13 +1,16 @@
 """A study in this process, without Ray: the same plan, task after task, for a debugger."""
 
 import traceback
+from collections import deque
+from collections.abc import Sequence
 
 import torch
 
 from flows.interrupt import Interrupt
 from flows.ledger import Ledger
-from flows.plan import PackPlan, Plan
-from tasks.curvature import CurvatureJob, analyse_checkpoint
+from flows.plan import AnalysisJob, PackPlan, Plan
+from tasks.curvature import analyse_checkpoint
+from tasks.pairs import PairJob, compare_checkpoints
 from tasks.record import Attempt
 from tasks.training import train_pack
 
@@ -22,7 +25,7 @@ def run_serially(plan: Plan, ledger: Ledger, interrupt: Interrupt) -> bool:
     torch.set_num_threads(max(1, int(plan.study.resources.train.cpus)))
     try:
         return all(
-            _train(plan, pack, ledger, interrupt) and _analyse_rest(plan, pack, ledger, interrupt)
+            _train(plan, pack, ledger, interrupt) and _analyse_rest(pack, ledger, interrupt)
             for pack in plan.packs
         )
     finally:
@@ -45,25 +48,29 @@ def _train(plan: Plan, pack: PackPlan, ledger: Ledger, interrupt: Interrupt) -> 
             ledger.training_done(pack)
             return True
         ledger.checkpoint_trained()
-        if published.step in ledger.unanalysed(pack):
-            _analyse(plan.curvature_job(pack, published.step), ledger)
+        _analyse(ledger.next_jobs(pack, published.step), ledger, interrupt)
     return False
 
 
-def _analyse_rest(plan: Plan, pack: PackPlan, ledger: Ledger, interrupt: Interrupt) -> bool:
-    """Analyse what an earlier driver left undone in a pack that it had trained."""
-    for step in ledger.unanalysed(pack) if ledger.is_trained(pack) else []:
-        if interrupt.received:
-            return False
-        _analyse(plan.curvature_job(pack, step), ledger)
-    return True
+def _analyse_rest(pack: PackPlan, ledger: Ledger, interrupt: Interrupt) -> bool:
+    """Analyse and compare what an earlier driver left undone in a pack that it had trained."""
+    steps = pack.curvature_keys if ledger.is_trained(pack) else ()
+    return all(_analyse(ledger.next_jobs(pack, step), ledger, interrupt) for step in steps)
 
 
-def _analyse(job: CurvatureJob, ledger: Ledger) -> None:
-    try:
-        analyse_checkpoint(job)
-    except Exception as error:  # as above
-        ledger.curvature_failed(job, f"{type(error).__name__}: {error}", traceback.format_exc())
-    else:
-        ledger.checkpoint_analysed()
-    ledger.tick()
+def _analyse(jobs: Sequence[AnalysisJob], ledger: Ledger, interrupt: Interrupt) -> bool:
+    """Run the jobs and those that they make possible; False after an interrupt."""
+    waiting = deque(jobs)
+    while waiting and not interrupt.received:
+        job = waiting.popleft()
+        try:
+            if isinstance(job, PairJob):
+                compare_checkpoints(job)
+            else:
+                analyse_checkpoint(job)
+        except Exception as error:  # as above
+            ledger.analysis_failed(job, f"{type(error).__name__}: {error}", traceback.format_exc())
+        else:
+            waiting.extend(ledger.analysis_done(job))
+        ledger.tick()
+    return not interrupt.received

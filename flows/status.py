@@ -74,6 +74,10 @@ def _progress(progress: dict[str, object], *, driven: bool) -> list[str]:
         f"checkpoints: {progress['checkpoints_trained']} of {progress['checkpoints']} trained, "
         f"{progress['checkpoints_analysed']} analysed, {progress['checkpoints_failed']} failed",
     ]
+    if pairs := progress.get("pairs"):  # none in a store of an older version
+        lines.append(
+            f"pairs: {progress['pairs_done']} of {pairs} compared, {progress['pairs_failed']} failed"
+        )
     left = progress["seconds_left"]
     if driven and isinstance(left, int | float):
         lines.append(f"time left: about {duration(left)}")

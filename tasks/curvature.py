@@ -6,13 +6,13 @@ All members are analysed at once. One that has diverged is left out of every com
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import ray
-import safetensors.torch
 import torch
 from torch import Tensor
 
+from lossray.curvature import vectors
 from lossray.curvature.analysis import Analysis, packed_analysis
 from lossray.curvature.operators import StackHessian
 from lossray.geometry.angles import angle_rows, subspaces
@@ -37,6 +37,7 @@ from tasks.context import (
 )
 from tasks.record import Attempt, Stopwatch
 
+HESSIAN = ("hessian", "all")  # operator and block
 Row = dict[str, Any]
 
 
@@ -49,6 +50,7 @@ class CurvatureJob:
     step: int
     key: str
     attempt: Attempt
+    kind: ClassVar[str] = "curvature"
 
 
 def analyse_checkpoint(job: CurvatureJob, device: torch.device | None = None) -> None:
@@ -62,13 +64,13 @@ def analyse_checkpoint(job: CurvatureJob, device: torch.device | None = None) ->
     store = Store(job.context.out)
     watch = Stopwatch(job.attempt, device_name(device))
     checkpoint = read_checkpoint(store, job.pack.pack_id, job.step, device)
-    point = _locate(job, checkpoint, device)
-    operator = _hessian(job, point)
+    point = locate(job, checkpoint, device)
+    operator = hessian_at(job, point)
     analysis = _analyse(job, operator, checkpoint, n_outputs=point.dataset.n_outputs)
     directions = _directions(job, point, analysis)
     if job.context.study.curvature.vectors:
-        vectors = safetensors.torch.save({"hessian": analysis.pairs.vectors.float().cpu()})
-        store.write_bytes(store.vectors_path(job.pack.pack_id, job.step), vectors)
+        content = vectors.dumps({HESSIAN: analysis.pairs}, key=job.key)
+        store.write_bytes(store.vectors_path(job.pack.pack_id, job.step), content)
     for name, rows in {
         "eigenvalues": _eigenvalue_rows(job, analysis),
         "curvature": _curvature_rows(job, analysis, operator, point.dataset),
@@ -76,7 +78,7 @@ def analyse_checkpoint(job: CurvatureJob, device: torch.device | None = None) ->
         "angles": _angle_rows(job, directions, analysis, point.dataset),
     }.items():
         store.publish(name, job.key, rows)
-    store.commit(watch.record(job.key, "curvature", pack_id=job.pack.pack_id, step=job.step))
+    store.commit(watch.record(job.key, job.kind, pack_id=job.pack.pack_id, step=job.step))
 
 
 @ray.remote(num_cpus=1, max_retries=0)
@@ -93,7 +95,7 @@ def warm_up(context: Context) -> None:
 
 
 @dataclass(frozen=True)
-class _Point:
+class Point:
     """Where a pack stands at one checkpoint, in the training dtype."""
 
     stack: Stack
@@ -104,17 +106,18 @@ class _Point:
     dataset: Dataset
 
 
-def _locate(job: CurvatureJob, checkpoint: Checkpoint, device: torch.device) -> _Point:
+def locate(job: CurvatureJob, checkpoint: Checkpoint, device: torch.device) -> Point:
+    """The pack at the checkpoint that the job is about, on ``device``."""
     dtype = getattr(torch, job.context.study.training.dtype)
     dataset = on_device(dataset_of(job.context, dtype), device)
     stack, _, _ = stack_of(job.pack, dataset, dtype=dtype, device=device)
     theta = stack.layout.join(checkpoint.parameters)
     optimizer = StackOptimizer(job.pack.optimizer, theta, stack.layout)
     optimizer.load_state(checkpoint.optimizer)
-    return _Point(stack, theta, checkpoint.buffers, optimizer, checkpoint.alive, dataset)
+    return Point(stack, theta, checkpoint.buffers, optimizer, checkpoint.alive, dataset)
 
 
-def _hessian(job: CurvatureJob, point: _Point) -> StackHessian:
+def hessian_at(job: CurvatureJob, point: Point) -> StackHessian:
     """The Hessians on the analysis set; a diverged member's is NaN, which keeps it out of everything."""
     settings = job.context.study.curvature
     examples = analysis_set(point.dataset, settings.examples)
@@ -151,13 +154,13 @@ def pairs_needed(study: Study, n_outputs: int, dim: int) -> int:
     return min(max(study.curvature.top, *needed, 1), dim)
 
 
-def _directions(job: CurvatureJob, point: _Point, analysis: Analysis) -> dict[str, Tensor]:
+def _directions(job: CurvatureJob, point: Point, analysis: Analysis) -> dict[str, Tensor]:
     """Vectors [R, d] by name; those that do not exist (momentum at step 0) are missing."""
     study = job.context.study
     args = (point.stack, point.theta, point.buffers, loss_of(job.context), point.dataset)
     _, minibatch_gradient = step_gradient(*args, study.training, job.pack.seeds, job.step)
     lr = learning_rate(job.pack.optimizer, job.step, study.training.steps)
-    vectors = {
+    known = {
         "gradient": analysis.gradient,
         "minibatch_gradient": minibatch_gradient,
         "update": point.optimizer.virtual_update(minibatch_gradient, lr),
@@ -166,7 +169,7 @@ def _directions(job: CurvatureJob, point: _Point, analysis: Analysis) -> dict[st
     alive = point.alive[:, None]
     return {
         name: vector.double().masked_fill(~alive, float("nan"))
-        for name, vector in vectors.items()
+        for name, vector in known.items()
         if vector is not None and name in study.angles.directions
     }
 
@@ -222,21 +225,22 @@ def _direction_rows(
     job: CurvatureJob, directions: Mapping[str, Tensor], operator: StackHessian, analysis: Analysis
 ) -> list[Row]:
     rows = direction_rows(directions, operator, analysis.gradient)
-    return [_table_row(job, asdict(row)) for row in rows]
+    return [table_row(job, asdict(row)) for row in rows]
 
 
 def _angle_rows(
     job: CurvatureJob, directions: Mapping[str, Tensor], analysis: Analysis, dataset: Dataset
 ) -> list[Row]:
     rows = angle_rows(directions, analysis.pairs, n_outputs=dataset.n_outputs)
-    return [_table_row(job, asdict(row)) for row in rows]
+    return [table_row(job, asdict(row)) for row in rows]
 
 
 def _row_key(job: CurvatureJob, member: int) -> Row:
-    return {"run_id": job.pack.run_ids[member], "step": job.step, "operator": "hessian", "block": "all"}
+    operator, block = HESSIAN
+    return {"run_id": job.pack.run_ids[member], "step": job.step, "operator": operator, "block": block}
 
 
-def _table_row(job: CurvatureJob, row: Row) -> Row:
+def table_row(job: CurvatureJob, row: Row) -> Row:
     """A row of the geometry room, its member named by its run."""
     member = row.pop("member")
     return {"run_id": job.pack.run_ids[member], "step": job.step, **row}

@@ -1,20 +1,18 @@
-"""A checkpoint as bytes: safetensors, so that nothing in a store is ever unpickled.
+"""A checkpoint as bytes.
 
-Tensor keys are "<group>/<name>", for example "parameters/0.weight", or the field's name alone. The rest is
-JSON in the file's metadata, under one key: safetensors writes several in random order.
+Tensor keys are "<group>/<name>", for example "parameters/0.weight", or the field's name alone. The rest is in
+the file's header (see `lossray.storage.tensors`).
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from lossray.errors import StoreError
+from lossray.storage import tensors as files
 from lossray.storage.store import Store
 
 FORMAT = "checkpoint/1"
@@ -56,9 +54,7 @@ def dumps(checkpoint: Checkpoint) -> bytes:
         "seconds": checkpoint.seconds,
         "names": {group: list(members) for group, members in groups.items()},  # safetensors sorts its tensors
     }
-    # Parameters are views of one flat tensor; safetensors refuses memory that tensors share, so copy.
-    plain = {key: _plain_copy(tensor) for key, tensor in tensors.items()}
-    return bytes(safetensors.torch.save(plain, metadata={"lossray": json.dumps(header)}))
+    return files.dumps(tensors, header)
 
 
 def loads(data: bytes, device: str | torch.device = "cpu", *, name: str = "checkpoint") -> Checkpoint:
@@ -72,14 +68,7 @@ def loads(data: bytes, device: str | torch.device = "cpu", *, name: str = "check
     Raises:
         StoreError: the file is damaged, or is no checkpoint of this version of lossray.
     """
-    try:
-        tensors = safetensors.torch.load(data)
-        header = _header(data)
-    except (SafetensorError, ValueError) as error:
-        raise StoreError(f"{name} is damaged: {error}; {REMEDY}") from error
-    if header.get("format") != FORMAT:
-        found = header.get("format")
-        raise StoreError(f"{name} is no lossray checkpoint: it says {found}, not {FORMAT}; {REMEDY}")
+    tensors, header = files.loads(data, FORMAT, name=name, remedy=REMEDY)
     try:
         return _checkpoint(header, {key: tensor.to(device) for key, tensor in tensors.items()})
     except KeyError as error:
@@ -118,15 +107,3 @@ def _checkpoint(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Che
         seconds=header["seconds"],
         **fields,
     )
-
-
-def _header(data: bytes) -> dict[str, Any]:
-    """Our part of the metadata; empty for a foreign file. The first 8 bytes give the header's length."""
-    length = int.from_bytes(data[:8], "little")
-    metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
-    header = json.loads(metadata.get("lossray", "{}"))
-    return header if isinstance(header, dict) else {}
-
-
-def _plain_copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

@@ -269,6 +269,28 @@ ANGLES = TableSchema(
     ),
 )
 
+OVERLAPS = TableSchema(
+    "overlaps",
+    1,
+    "the leading eigenspace of one dimension at one checkpoint and at the one before",
+    (
+        RUN,
+        _key("step", INTEGER, "steps", "optimizer steps taken at the later checkpoint"),
+        _key("previous_step", INTEGER, "steps", "those at the earlier one, its neighbour"),
+        OPERATOR,
+        BLOCK,
+        _key(
+            "k", INTEGER, "1", "dimension of the eigenspaces: 1, 5, 10, C-1, C, 2C for C outputs, and `top`"
+        ),
+        _number(
+            "subspace_overlap", "1", "|V'W|_F^2 / k of their orthonormal bases: 1 the same, 0 orthogonal"
+        ),
+        _number("chance", "1", "k/d: its mean for random subspaces"),
+        Column("dim", INTEGER, "1", "dimension d of the space"),
+        Column("resolved", FLAG, "", "whether both eigenspaces are: their residual/gap is below 0.1"),
+    ),
+)
+
 TASKS = TableSchema(
     "tasks",
     1,
@@ -279,13 +301,14 @@ TASKS = TableSchema(
             "kind",
             TEXT,
             "",
-            "`checkpoint` (training up to one published checkpoint), `training` (a pack's end), `curvature`, "
-            "or `gather` (the task that made these tables)",
+            "`checkpoint` (training up to one published checkpoint), `training` (a pack's end), `curvature` "
+            "(of one checkpoint), `pair` (of one and the one before), or `gather` (the task that made these "
+            "tables)",
         ),
         Column("status", TEXT, "", "`done`, `diverged` (done, with a run that diverged) or `failed`"),
         Column("pack_id", TEXT, "", "the pack that the task worked on"),
         Column("run_id", TEXT, "", "the run, where the task worked on one only"),
-        Column("step", INTEGER, "steps", "the checkpoint, where the task worked on one only"),
+        Column("step", INTEGER, "steps", "the checkpoint, where the task worked on one; the later of a pair"),
         Column("tables", TEXT, "", "the tables that the task published parts of, comma-separated"),
         _volatile("attempts", INTEGER, "1", "executions, the successful one included"),
         _volatile("wall_seconds", NUMBER, "s", "time of the successful execution"),
@@ -301,7 +324,7 @@ TASKS = TableSchema(
 
 TABLES: dict[str, TableSchema] = {
     schema.name: schema
-    for schema in (RUNS, TRAINING, CHECKPOINTS, EIGENVALUES, CURVATURES, DIRECTIONS, ANGLES, TASKS)
+    for schema in (RUNS, TRAINING, CHECKPOINTS, EIGENVALUES, CURVATURES, DIRECTIONS, ANGLES, OVERLAPS, TASKS)
 }
 
 

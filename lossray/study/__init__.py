@@ -2,7 +2,15 @@
 
 from lossray.study.checks import check_against_data
 from lossray.study.file import LoadedStudy, load_study, ready_made_studies
-from lossray.study.keys import StudyInputs, checkpoint_key, curvature_key, study_inputs, training_key
+from lossray.study.keys import (
+    StudyInputs,
+    checkpoint_key,
+    curvature_key,
+    pair_key,
+    pair_tables,
+    study_inputs,
+    training_key,
+)
 from lossray.study.packs import Pack, Setting, partition, settings_of
 from lossray.study.settings import ClaimsSettings, Resources, Study, TaskResources
 from lossray.study.table import study_from_table
@@ -20,6 +28,8 @@ __all__ = [
     "checkpoint_key",
     "curvature_key",
     "load_study",
+    "pair_key",
+    "pair_tables",
     "partition",
     "ready_made_studies",
     "settings_of",

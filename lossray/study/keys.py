@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lossray.curvature import vectors
 from lossray.plugins import source_hash
 from lossray.settings import content_hash
 from lossray.storage.tables import TABLES
@@ -58,9 +59,27 @@ def curvature_key(pack: Pack, step: int, study: Study, inputs: StudyInputs) -> s
             "product_mode": pack.product_mode,
             "curvature": study.curvature.plain(),
             "angles": study.angles.plain(),
+            "vectors": vectors.FORMAT,
             "tables": {name: TABLES[name].version for name in CURVATURE_TABLES},
         }
     )
+
+
+def pair_key(earlier: str, later: str, study: Study) -> str:
+    """Key of the comparison of two neighbouring checkpoints, from those of their analyses."""
+    tables = {name: TABLES[name].version for name in pair_tables(study)}
+    return content_hash({"kind": "pair", "curvature": [earlier, later], "tables": tables})
+
+
+def pair_tables(study: Study) -> tuple[str, ...]:
+    """The tables that a comparison writes; none where the study asks for nothing of it.
+
+    Overlaps and angles need the eigenvectors that `curvature.vectors` keeps.
+    """
+    vectors = study.curvature.vectors
+    displacement = "displacement" in study.angles.directions
+    wanted = {"overlaps": vectors, "directions": displacement, "angles": vectors and displacement}
+    return tuple(name for name, asked in wanted.items() if asked)
 
 
 def _training_content(pack: Pack, study: Study, inputs: StudyInputs) -> dict[str, Any]:

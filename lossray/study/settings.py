@@ -17,7 +17,6 @@ from lossray.training.optimizers import OptimizerSettings
 
 MOST_SEEDS = 1_000_000
 LARGEST_INTEGER = 2**63 - 1  # int64, as in the tables
-COMPUTED_DIRECTIONS = ("gradient", "minibatch_gradient", "update", "momentum")
 LATER_SECTIONS = ("degeneracy", "trajectory", "surfaces", "connectivity", "ensembles")
 
 
@@ -73,7 +72,7 @@ class Resources(Settings):
 
     Attributes:
         train: of a training actor.
-        curvature: of a curvature task.
+        curvature: of a curvature task, and of the task that compares two checkpoints.
         pack: runs per new pack, or "auto" (see `lossray.study.packs.partition`).
     """
 
@@ -138,7 +137,7 @@ class Study(Settings):
     def not_computed(self) -> list[str]:
         """One line for each thing that the file asks for and this version does not compute yet.
 
-        What the file leaves to its default is not listed.
+        And for what goes missing by its own choice. What the file leaves to its default is not listed.
         """
         lines = [
             f"[{name}]: not computed by this version"
@@ -149,7 +148,6 @@ class Study(Settings):
             lines.insert(0, f"source = {self.source!r}: not computed by this version")
         for section, key, computed in (
             ("curvature", "operators", ("hessian",)),
-            ("angles", "directions", COMPUTED_DIRECTIONS),
             ("angles", "gauges", ("raw",)),
             ("angles", "shadow", ()),
         ):
@@ -163,4 +161,8 @@ class Study(Settings):
             lines.append("curvature.probes, curvature.steps: the density is not computed by this version")
         if "window" in self.angles.model_fields_set and self.angles.window > 0:
             lines.append("angles.window: the alignment statistic is not computed by this version")
+        if not self.curvature.vectors:
+            displacement = "displacement" in self.angles.directions
+            angles = ", and no angles of the displacement" if displacement else ""
+            lines.append(f"curvature.vectors = false: no overlaps{angles}; both need the eigenvectors")
         return lines

@@ -62,8 +62,8 @@ def test_it_counts_what_a_store_has_and_says_what_is_not_computed(study, tmp_pat
     out = str(tmp_path / "out")
     assert run(study, out, overrides=["seeds=2"], in_process=True) == 0
     text = dry_run(study, out, overrides=["degeneracy={}"])
-    # Done: 2 packs x (3 checkpoints + training + 3 curvatures); to do: the packs of the third seed.
-    assert "done already: 14 of 28 tasks" in text
+    # Done: 2 packs x (3 checkpoints + training + 3 curvatures + 2 pairs); to do: those of the third seed.
+    assert "done already: 18 of 36 tasks" in text
     assert "[degeneracy]" in text
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from flows.freeze import decide, study_device
-from flows.plan import make_plan
-from lossray.study import partition, study_from_table, study_inputs
+from flows.plan import _pair_keys, make_plan
+from lossray.study import pair_key, partition, study_from_table, study_inputs
 from lossray.training.datasets import load_dataset
 from tasks.context import Context
 from tasks.record import Attempt
@@ -44,13 +44,13 @@ def keys(plan, kind):
     }
 
 
-KINDS = ("training", "checkpoint", "curvature")
+KINDS = ("training", "checkpoint", "curvature", "pair")
 
 
 def test_every_task_has_a_key_of_its_own():
     plan = plan_of()
     found = list(plan.keys())
-    assert len(found) == 2 * (1 + 3 + 3)
+    assert len(found) == 2 * (1 + 3 + 3 + 2)
     assert len(set(found)) == len(found)
 
 
@@ -78,8 +78,8 @@ def test_keys_do_not_depend_on_the_place_of_the_store():
         ({"training": TABLE["training"] | {"log_every": 1}}, KINDS),
         ({"data": TABLE["data"] | {"seed": 1}}, KINDS),
         ({"angles": {"shadow": ["adam"]}}, KINDS),
-        ({"curvature": {"top": 3}}, ("curvature",)),
-        ({"angles": {"directions": ["update"]}}, ("curvature",)),
+        ({"curvature": {"top": 3}}, ("curvature", "pair")),
+        ({"angles": {"directions": ["update"]}}, ("curvature", "pair")),
     ],
 )
 def test_keys_change_with_what_their_numbers_depend_on(changes, changed):
@@ -110,6 +110,29 @@ def test_jobs_carry_their_keys_and_attempts():
     curvature = plan.curvature_job(plan.packs[1], 5)
     assert (curvature.key, curvature.step) == (plan.packs[1].curvature_keys[5], 5)
     assert curvature.attempt.number == 1
+    pair = plan.pair_job(plan.packs[1], (5, 12))
+    assert (pair.key, pair.step, pair.attempt.number) == (plan.packs[1].pair_keys[5, 12], 12, 1)
+    assert (pair.earlier.step, pair.earlier.key) == (5, curvature.key)
+    assert (pair.later.step, pair.later.key) == (12, plan.packs[1].curvature_keys[12])
+
+
+def test_neighbours_are_compared_and_one_checkpoint_has_none():
+    study = study_from_table(TABLE)
+    found = _pair_keys({12: "c", 0: "a", 5: "b"}, study)
+    assert found == {(0, 5): pair_key("a", "b", study), (5, 12): pair_key("b", "c", study)}
+    assert _pair_keys({7: "a"}, study) == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "pairs"),
+    [
+        ({"curvature": {"vectors": False}, "angles": {"directions": ["update"]}}, 0),
+        ({"curvature": {"vectors": False}}, 2),
+        ({"angles": {"directions": []}}, 2),
+    ],
+)
+def test_pairs_are_compared_where_there_is_something_to_compare(changes, pairs):
+    assert {len(pack.pair_keys) for pack in plan_of(**changes).packs} == {pairs}
 
 
 def test_two_stores_of_one_study_have_namespaces_of_their_own():

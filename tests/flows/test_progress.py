@@ -103,6 +103,13 @@ def test_a_line_names_failures_rate_and_time_left(store, capsys):
     )
 
 
+def test_pairs_are_told_where_there_are_some(store, capsys):
+    with Progress(store, Counts(**COUNTS, pairs=4, pairs_done=1), state="running"):
+        pass
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "running: runs 2/4; checkpoints trained 3/6, analysed 0/6, pairs compared 1/4"
+
+
 def test_notes_stay_as_they_are_written(store, capsys):
     Progress(store, Counts()).note("[bold]training[/bold] of x failed: " + "long " * 50)
     assert capsys.readouterr().err == "[bold]training[/bold] of x failed: " + "long " * 50 + "\n"

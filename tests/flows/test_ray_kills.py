@@ -42,7 +42,7 @@ def test_a_driver_killed_three_times_ends_with_the_rows_of_an_undisturbed_run(
     assert keys(out, "eigenvalues")
     assert not keys(out, "eigenvalues") & (keys(out, "curvature") | keys(out, "tasks"))
     kill_at("*/tables/runs.parquet", "--address", ray_address)
-    assert len(keys(out, "tasks")) == 7  # 3 checkpoints, the training, 3 analyses
+    assert len(keys(out, "tasks")) == 9  # 3 checkpoints, the training, 3 analyses, 2 comparisons
     assert [path.name for path in out.glob("tables/[!.]*")] == ["runs.parquet"]
     run = lossray_run(study_path, "--out", out, "--address", ray_address)
     assert run.result() == 0, run.said
@@ -84,6 +84,7 @@ def await_files(run, out, number, helpers):
 
 def is_worker(process):
     try:
-        return process.cmdline()[0].startswith(("ray::curvature", "ray::train", "ray::Train", "ray::gather"))
+        kinds = ("ray::curvature", "ray::pair", "ray::train", "ray::Train", "ray::gather")
+        return process.cmdline()[0].startswith(kinds)
     except (psutil.NoSuchProcess, IndexError):
         return False

@@ -18,10 +18,11 @@ def out(undisturbed, tmp_path, monkeypatch):
 
 
 def forget_analysis(out, step):
-    """Delete the commit of the analysis at a step."""
+    """Delete the commit of the analysis at a step, and the tables: what is compared later is made anew."""
     tasks = lossray.open_study(out).table("tasks")
     (key,) = tasks[(tasks["kind"] == "curvature") & (tasks["step"] == step)]["task_key"]
     (out / "parts" / "tasks" / f"{key}.parquet").unlink()
+    shutil.rmtree(out / "tables")
 
 
 def checkpoint(out, step):

@@ -55,8 +55,9 @@ def test_a_finished_study_says_done_and_counts_its_tasks(finished):
     assert lines[1].startswith("state: done (as of ")
     assert "runs: 2 of 2 done, 0 failed" in lines
     assert "checkpoints: 3 of 3 trained, 3 analysed, 0 failed" in lines
-    counts = {line.split()[0]: int(line.split()[1]) for line in lines[-4:]}
-    assert counts == {"checkpoint": 3, "curvature": 3, "gather": 1, "training": 1}
+    assert "pairs: 2 of 2 compared, 0 failed" in lines
+    counts = {line.split()[0]: int(line.split()[1]) for line in lines[-5:]}
+    assert counts == {"checkpoint": 3, "curvature": 3, "gather": 1, "pair": 2, "training": 1}
     assert "resumes" not in describe(finished)
 
 

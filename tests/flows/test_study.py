@@ -111,6 +111,7 @@ def test_a_study_leaves_every_table_complete(study_file, out, no_ray):
     assert tasks.groupby("kind").size().to_dict() == {
         "checkpoint": 2 * 3,
         "curvature": 2 * 3,
+        "pair": 2 * 2,
         "training": 2,
         "gather": 1,
     }
@@ -185,7 +186,7 @@ class Killed(BaseException):
     """Nothing that the driver does survives it."""
 
 
-@pytest.mark.parametrize("write", [1, 2, 7, 22, 40, 62])
+@pytest.mark.parametrize("write", [1, 2, 7, 22, 24, 26, 48, 86])
 def test_a_driver_killed_at_a_write_ends_with_the_same_rows(study_file, out, undisturbed, monkeypatch, write):
     original, written = LocalFiles.write, []
 
@@ -545,7 +546,7 @@ def test_what_is_added_extends_a_store_and_recomputes_nothing(
     assert len(table(out, "runs")) == runs
     assert len(table(out, "curvature")) == 3 * runs
     old = {row["run_id"] for row in undisturbed["runs"]}
-    for name in ("runs", "eigenvalues", "angles"):
+    for name in ("runs", "eigenvalues", "angles", "overlaps"):
         assert [row for row in stable_rows(out, name) if row["run_id"] in old] == undisturbed[name]
     done = files(out)
     assert run(study_file(**changes), out) == 0

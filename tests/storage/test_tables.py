@@ -22,6 +22,7 @@ PROMISED = {
     "relative_curvature cosine_with_gradient",
     "angles": "run_id step direction gauge subspace cosine angle_degrees energy null_ratio null_p "
     "null_p_lower k dim resolved",
+    "overlaps": "run_id step previous_step k subspace_overlap chance",
     "tasks": "task_key kind status attempts wall_seconds queue_seconds started finished node device "
     "peak_bytes error",
 }
@@ -33,6 +34,7 @@ KEYS = {
     "curvature": "run_id step operator block",
     "directions": "run_id step direction",
     "angles": "run_id step direction gauge subspace",
+    "overlaps": "run_id step previous_step operator block k",
     "tasks": "task_key",
 }
 

@@ -1,11 +1,16 @@
 """Task keys: changed by everything that a result depends on, and by nothing else."""
 
+from dataclasses import replace
+
 import pytest
 
+from lossray.storage.tables import TABLES
 from lossray.study import (
     StudyInputs,
     checkpoint_key,
     curvature_key,
+    pair_key,
+    pair_tables,
     partition,
     study_from_table,
     study_inputs,
@@ -126,6 +131,32 @@ def test_executor_changes_training_and_product_mode_curvature():
     assert keys(one, inputs(), mode="graph")[1] != BASE[1]
     assert training != BASE[0]
     assert curvature != BASE[1]
+
+
+def test_the_key_of_a_pair_is_made_of_those_of_its_two_analyses(monkeypatch):
+    base = pair_key("a", "b", study())
+    assert pair_key("a", "b", study(name="other", seeds=9)) == base
+    assert (
+        len({base, pair_key("b", "a", study()), pair_key("a", "c", study()), pair_key("c", "b", study())})
+        == 4
+    )
+    for name in pair_tables(study()):
+        with monkeypatch.context() as patch:
+            patch.setitem(TABLES, name, replace(TABLES[name], version=TABLES[name].version + 1))
+            assert pair_key("a", "b", study()) != base
+
+
+@pytest.mark.parametrize(
+    ("changes", "tables"),
+    [
+        ({}, ("overlaps", "directions", "angles")),
+        ({"curvature": {"vectors": False}}, ("directions",)),
+        ({"angles": {"directions": ["update"]}}, ("overlaps",)),
+        ({"curvature": {"vectors": False}, "angles": {"directions": ["update"]}}, ()),
+    ],
+)
+def test_a_pair_writes_what_the_study_asks_for(changes, tables):
+    assert pair_tables(study(**changes)) == tables
 
 
 def test_keys_of_steps_and_kinds_differ():

@@ -298,7 +298,6 @@ def test_defaults_are_not_listed_as_missing(small):
         ("[connectivity]\n", "[connectivity]"),
         ("[ensembles]\n", "[ensembles]"),
         ('[angles]\ngauges = ["raw", "balanced"]\n', "angles.gauges: 'balanced' "),
-        ('[angles]\ndirections = ["gradient", "displacement"]\n', "angles.directions: 'displacement' "),
         ('[angles]\nshadow = ["adam"]\n', "angles.shadow: 'adam' "),
         ("[angles]\nwindow = 5\n", "angles.window"),
         ('[curvature]\noperators = ["hessian", "ggn"]\n', "curvature.operators: 'ggn' "),
@@ -313,10 +312,19 @@ def test_what_is_asked_for_and_not_computed_is_said(asked, line):
 
 
 def test_what_is_asked_for_and_computed_is_not_listed():
-    asked = (
-        '[angles]\ngauges = ["raw"]\ndirections = ["gradient", "update"]\nwindow = 0\n[curvature]\ntop = 3\n'
-    )
+    angles = '[angles]\ngauges = ["raw"]\ndirections = ["gradient", "update", "displacement"]\nwindow = 0\n'
+    asked = f"{angles}[curvature]\ntop = 3\n"
     assert study_from_table(tomllib.loads(SMALL + asked)).not_computed() == []
+
+
+@pytest.mark.parametrize(
+    ("directions", "missing"),
+    [("", "no overlaps, and no angles of the displacement;"), ('directions = ["update"]\n', "no overlaps;")],
+)
+def test_a_study_that_keeps_no_eigenvectors_is_told_what_goes_missing(directions, missing):
+    asked = f"[curvature]\nvectors = false\n[angles]\n{directions}"
+    (line,) = study_from_table(tomllib.loads(SMALL + asked)).not_computed()
+    assert line == f"curvature.vectors = false: {missing} both need the eigenvectors"
 
 
 # Checks against the data

@@ -4,11 +4,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from torch.func import functional_call
 
 import lossray
+from lossray.curvature import vectors
 from lossray.networks.losses import get_loss
 from lossray.storage import checkpoints
 from lossray.storage.publish import assemble
@@ -152,19 +152,20 @@ def test_the_stored_residual_is_that_of_the_stored_vector(planned):
     train(plan)
     analyse(plan, 12)
     store, pack = Store(plan.context.out), plan.packs[0].pack
-    stored = safetensors.torch.load(store.read_bytes(store.vectors_path(pack.pack_id, 12)))
-    assert list(stored) == ["hessian"]
-    assert (stored["hessian"].dtype, stored["hessian"].shape) == (
-        torch.float32,
-        (2, 6, 30 * 4 + 4 + 4 * 3 + 3),
-    )
+    content = store.read_bytes(store.vectors_path(pack.pack_id, 12))
+    stored = vectors.loads(content, key=plan.packs[0].curvature_keys[12])
+    assert list(stored) == [("hessian", "all")]
+    pairs = stored["hessian", "all"]
+    assert pairs.vectors.shape == (2, 6, 30 * 4 + 4 + 4 * 3 + 3)
     seen = []
     for r, run_id in enumerate(run_ids(plan)):
         exact = dense(plan, run_id, 12)
         rows = rows_of(frame(plan, "eigenvalues"), run_id=run_id)
-        vectors = stored["hessian"][r].double().numpy()
-        np.testing.assert_allclose(vectors @ vectors.T, np.eye(6), atol=1e-6)
-        images = vectors @ exact.hessian - rows["eigenvalue"].to_numpy()[:, None] * vectors
+        basis = pairs.vectors[r].numpy()
+        np.testing.assert_allclose(basis @ basis.T, np.eye(6), atol=1e-6)
+        for column, kept in {"eigenvalue": pairs.values, "residual": pairs.residuals}.items():
+            assert rows[column].tolist() == kept[r].tolist()
+        images = basis @ exact.hessian - rows["eigenvalue"].to_numpy()[:, None] * basis
         residuals = np.linalg.norm(images, axis=1)
         np.testing.assert_allclose(rows["residual"], residuals, rtol=1e-3, atol=1e-6)
         assert (rows["converged"] == (rows["residual"] <= 0.3 * exact.values[0])).all()
