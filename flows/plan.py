@@ -4,8 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from lossray.settings import content_hash
-from lossray.study import Pack, Study, StudyInputs, checkpoint_key, curvature_key, training_key
-from lossray.training.loop import checkpoint_steps
+from lossray.study import Pack, Study, StudyInputs, checkpoint_keys, curvature_key, training_key
 from tasks.context import Context
 from tasks.curvature import CurvatureJob
 from tasks.record import Attempt
@@ -61,11 +60,10 @@ def make_plan(context: Context, packs: tuple[Pack, ...], inputs: StudyInputs) ->
 
 
 def _plan_pack(pack: Pack, study: Study, inputs: StudyInputs) -> PackPlan:
-    steps = checkpoint_steps(study.training)
-    training = training_key(pack, study, inputs)
+    checkpoints = checkpoint_keys(pack, study, inputs)
     return PackPlan(
         pack,
-        training,
-        {step: checkpoint_key(training, step) for step in steps},
-        {step: curvature_key(pack, step, study, inputs) for step in steps},
+        training_key(pack, study, inputs),
+        checkpoints,
+        {step: curvature_key(pack, step, study, inputs) for step in checkpoints},
     )

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lossray.results import open_study
+    from lossray.training.record import record
 
 __version__ = "0.1.0"
 
-_HOMES = {"open_study": "lossray.results"}
+_HOMES = {"open_study": "lossray.results", "record": "lossray.training.record"}
 
-__all__ = ["__version__", "main", "open_study"]
+__all__ = ["__version__", "main", "open_study", "record"]
 
 
 def __getattr__(name: str) -> Any:
