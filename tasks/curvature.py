@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lossray.curvature.analysis import Analysis, analyse
+from lossray.curvature.analysis import Analysis, packed_analysis
 from lossray.curvature.operators import StackHessian
 from lossray.geometry.angles import angle_rows, subspaces
 from lossray.geometry.directions import direction_rows
@@ -140,10 +140,12 @@ def _analyse(
 ) -> Analysis:
     study, dim = job.context.study, operator.shape[1]
     settings = study.curvature
-    return analyse(
+    return packed_analysis(
         operator,
         top=pairs_needed(study, n_outputs, dim),
         tolerance=settings.tolerance,
+        probes=settings.probes,
+        steps=settings.steps,
         seeds=[stream(seed, "lanczos", job.step) for seed in job.pack.seeds],
         alive=checkpoint.alive,
     )

@@ -2,15 +2,34 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from pydantic import BeforeValidator, Field, field_validator
 from torch import Tensor
 
-from lossray.curvature.lanczos import leading_pairs
-from lossray.curvature.pairs import EigenPairs, PackedOperator
+from lossray.curvature.dense import dense_spectra
+from lossray.curvature.density import (
+    Densities,
+    SpectralDensity,
+    check_density,
+    densities,
+    exact_densities,
+    trace_estimate,
+)
+from lossray.curvature.eigensolver import (
+    basis_size,
+    check_solve,
+    is_small,
+    living_members,
+    most_matvecs,
+)
+from lossray.curvature.ends import Wanted
+from lossray.curvature.estimates import Estimate, MemberEstimate
+from lossray.curvature.lanczos import KrylovPass
+from lossray.curvature.pairs import EigenPairs, MemberPairs, PackedOperator, certify
+from lossray.curvature.quadrature import Probing
 from lossray.settings import Settings
 
 Operator = Literal[
@@ -23,6 +42,9 @@ Operator = Literal[
     "fisher:layers",
     "preconditioned:layers",
 ]
+
+
+RESOLVED_SHARE = 1e-2  # of |lambda|max: about what a quadrature of 64 nodes resolves (SCIENCE 5B)
 
 
 def _examples(value: Any) -> Any:
@@ -64,51 +86,185 @@ class CurvatureSettings(Settings):
 
 
 class CurvatureOperator(PackedOperator, Protocol):
-    """A packed operator that knows its losses and gradients too; see `StackHessian`."""
+    """A packed operator that knows its losses and gradients too."""
 
     losses: Tensor  # [R] float64
     gradient: Tensor  # [R, d] float64
+
+    def product_error(self, vectors: Tensor) -> Tensor:
+        """How far the products with unit vectors [R, d] are from those in float64, [R]."""
+
+
+@dataclass(frozen=True)
+class MemberAnalysis:
+    """One operator at one point; see `Analysis`."""
+
+    pairs: MemberPairs
+    smallest: MemberPairs
+    ipr: Tensor  # [top]
+    product_error: float
+    density: SpectralDensity
+    trace: MemberEstimate
+    frobenius: MemberEstimate
+    negative_mass: MemberEstimate
+    participation: MemberEstimate
+    effective_dimension: MemberEstimate
+    regulariser: float
     matvecs: int
+    loss: float
+    gradient: Tensor  # [d] float64
+    gradient_norm: float
 
 
 @dataclass(frozen=True)
 class Analysis:
     """One operator at one point, for R members; NaN in the rows of dead members."""
 
-    pairs: EigenPairs
-    ipr: Tensor  # [R, k] inverse participation ratios sum v_i^4: 1/d spread out, 1 localised
+    pairs: EigenPairs  # the largest, [R, top]
+    smallest: EigenPairs  # the algebraically smallest, [R, 1]
+    ipr: Tensor  # [R, top] inverse participation ratios sum v_i^4 of the largest: 1/d spread, 1 localised
+    product_error: Tensor  # [R] |(H - H in float64) v| for the top vector: rounding of the products
+    density: Densities
+    trace: Estimate
+    frobenius: Estimate  # Frobenius norm
+    negative_mass: Estimate  # sum of |lambda| over negative eigenvalues, over the sum over all
+    participation: Estimate  # (sum |lambda|)^2 / sum lambda^2
+    effective_dimension: Estimate  # sum of lambda / (lambda + regulariser) over positive lambda
+    regulariser: Tensor  # [R] RESOLVED_SHARE of |lambda|max
+    matvecs: Tensor  # [R] int64, products with each member, all told
     losses: Tensor  # [R] float64
     gradient: Tensor  # [R, d] float64
     gradient_norm: Tensor  # [R]
     alive: Tensor  # [R] bool: members that were analysed
 
+    def member(self, r: int) -> "MemberAnalysis":
+        """The analysis of one member."""
+        return MemberAnalysis(
+            pairs=self.pairs.member(r),
+            smallest=self.smallest.member(r),
+            ipr=self.ipr[r],
+            product_error=float(self.product_error[r]),
+            density=self.density.member(r),
+            trace=self.trace.member(r),
+            frobenius=self.frobenius.member(r),
+            negative_mass=self.negative_mass.member(r),
+            participation=self.participation.member(r),
+            effective_dimension=self.effective_dimension.member(r),
+            regulariser=float(self.regulariser[r]),
+            matvecs=int(self.matvecs[r]),
+            loss=float(self.losses[r]),
+            gradient=self.gradient[r],
+            gradient_norm=float(self.gradient_norm[r]),
+        )
 
-def analyse(
+
+def packed_analysis(
     operator: CurvatureOperator,
     *,
     top: int,
     tolerance: float,
+    probes: int,
+    steps: int,
     seeds: Sequence[int],
     alive: Tensor | None = None,
+    block: int = 1,
 ) -> Analysis:
-    """Analyse all members at once.
+    """Everything about R operators from one Krylov pass.
+
+    The first round finds the pairs at both ends. The second starts from ``probes`` random vectors outside
+    them: it confirms the pairs, and its quadrature gives density, trace and the other sums. It goes on until
+    the confirmation is done and its basis resolves what the pairs leave of the spectrum as finely as a basis
+    of ``steps`` vectors resolves the whole.
 
     Args:
         operator: R operators of size d.
         top: eigenpairs at the large end, at most d.
         tolerance: largest residual of a converged pair, as a share of |lambda|max.
+        probes: random vectors of the density.
+        steps: vectors of a basis that resolves the whole spectrum.
         seeds: one per member; its result depends on its own seed.
         alive: [R] bool; dead members are skipped, as are those whose loss or gradient is not finite.
+        block: vectors of a block in the first round; more than one pays on a GPU.
+
+    Raises:
+        StudyError: an impossible argument.
+        ResourceError: the basis would not fit the memory.
     """
+    n_members, dim = operator.shape
+    check_solve(n_members, seeds=seeds, tolerance=tolerance, block=block, max_matvecs=None)
+    check_density(probes, steps)
     finite = torch.isfinite(operator.losses) & torch.isfinite(operator.gradient).all(dim=1)
     analysed = finite if alive is None else finite & alive.to(finite.device)
-    pairs = leading_pairs(operator, top, seeds=seeds, tolerance=tolerance, alive=analysed)
+    wanted = (Wanted("largest", min(top, dim)), Wanted("smallest", 1))
+    width = max(basis_size(wanted, block=max(block, probes)), steps + probes)
+    living = living_members(n_members, analysed)
+    if is_small(operator, wanted, width + max(block, probes)):
+        spectra = dense_spectra(operator, living)
+        blocks = [spectra.blocks(end) for end in wanted]
+        density = exact_densities(spectra)
+        trace = density.estimate(lambda nodes: nodes)
+    else:
+        solver = KrylovPass(
+            operator,
+            wanted,
+            seeds=seeds,
+            tolerance=tolerance,
+            alive=living,
+            basis=width,
+            block=block,
+            max_matvecs=most_matvecs(wanted),
+            probing=Probing(probes, steps),
+        )
+        members = solver.run()
+        blocks = [solver.blocks(end) for end in wanted]
+        quadratures = [member.quadrature for member in members]
+        density = densities([[own] for own in quadratures], dim, operator.device)
+        trace = trace_estimate(quadratures, operator.device)
+    largest = certify(operator, blocks[0], wanted[0], tolerance=tolerance)
+    own = [replace(block, matvecs=0) for block in blocks[1]]  # the pass is counted once
+    smallest = certify(operator, own, wanted[1], tolerance=tolerance)
+    return _summary(operator, largest, smallest, density, trace, analysed)
+
+
+def _summary(
+    operator: CurvatureOperator,
+    largest: EigenPairs,
+    smallest: EigenPairs,
+    density: Densities,
+    trace: Estimate,
+    analysed: Tensor,
+) -> Analysis:
+    """The results, with what follows from the density."""
+    regulariser = RESOLVED_SHARE * largest.scale
     gradient = operator.gradient.masked_fill(~analysed[:, None], float("nan"))
+    leading = largest.vectors[:, 0]
     return Analysis(
-        pairs=pairs,
-        ipr=pairs.vectors.pow(4).sum(dim=2),
+        pairs=largest,
+        smallest=smallest,
+        ipr=largest.vectors.pow(4).sum(dim=2),
+        product_error=operator.product_error(leading.nan_to_num(nan=0.0)).masked_fill(
+            leading.isnan().any(dim=1), float("nan")
+        ),
+        density=density,
+        trace=trace,
+        frobenius=density.estimate(torch.square, of=lambda means: means[..., 0].sqrt()),
+        negative_mass=density.estimate(
+            lambda nodes: (-nodes).clamp(min=0), torch.abs, of=lambda means: means[..., 0] / means[..., 1]
+        ),
+        participation=density.estimate(
+            torch.abs, torch.square, of=lambda means: means[..., 0].square() / means[..., 1]
+        ),
+        effective_dimension=density.estimate(lambda nodes: _effective(nodes, regulariser)),
+        regulariser=regulariser,
+        matvecs=largest.matvecs + smallest.matvecs,
         losses=operator.losses.masked_fill(~analysed, float("nan")),
         gradient=gradient,
         gradient_norm=torch.linalg.vector_norm(gradient, dim=1),
         alive=analysed,
     )
+
+
+def _effective(nodes: Tensor, regulariser: Tensor) -> Tensor:
+    """Lambda / (lambda + regulariser) of the positive nodes [R, probes, n]; 0 for the others."""
+    positive = nodes.clamp(min=0)
+    return positive / (positive + regulariser[:, None, None])

@@ -1,104 +1,74 @@
-"""The k algebraically largest eigenpairs of R symmetric operators at once.
+"""Eigenpairs at the ends of the spectra of R symmetric operators, by one block Krylov pass.
 
-Thick-restart Lanczos (Wu & Simon 2000) in float64 with full reorthogonalisation and locking. The members
-share each call of the operator and nothing else: every member has its own start vectors, basis and stopping
-rule, so its result depends on its own seed.
+Thick-restart block Lanczos (Wu & Simon 2000) in float64 with full reorthogonalisation and locking. The
+members share each call of the operator and nothing else: every member has its own start vectors, basis and
+stopping rule, so its result depends on its own seed.
 
-The Krylov space of one start vector holds one copy of a multiple eigenvalue, so a single run misses the
-others with every residual small. Hence converged pairs are *locked*, and a fresh random vector orthogonal to
-them runs until the complement's leading pair has itself converged. What it finds above the current k-th value
-is locked too and another vector runs; the solve is *confirmed* when it finds nothing.
+The Krylov space of a block of b vectors holds at most b copies of a multiple eigenvalue, so a single run can
+miss the others with every residual small. Hence converged pairs are *locked*, and a fresh random block
+orthogonal to them runs until the complement's leading pair has itself converged. What it finds above the
+current k-th value is locked too and another block runs; the solve is *confirmed* when it finds nothing.
 
 What is proved (SCIENCE 2.15): some eigenvalue lies within its residual of every value, and the block of k
 pairs accounts for k eigenvalues with their multiplicity. That nothing larger was missed is very likely, not
 proved: a confirmation can overlook an eigenvalue that exceeds the k-th by less than tolerance * |lambda|max,
 and, with a probability that falls exponentially with its steps, a larger one.
+
+The fresh blocks serve a second purpose: they are uniformly random in the complement of the locked vectors,
+so they are the probes of `density`, which thus costs little beyond the confirmation.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import ceil
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lossray.curvature.pairs import Block, EigenPairs, PackedOperator, certify, orthogonality_loss, row_norms
+from lossray.curvature.ends import Wanted
+from lossray.curvature.krylov import KrylovBases
+from lossray.curvature.pairs import Block, PackedOperator, orthogonality_loss, row_norms
+from lossray.curvature.quadrature import Probing, Quadrature, Sketch
 from lossray.seeds import generator
 
 Array = NDArray[np.float64]
-Span = tuple[int, int]
 
 FIRST_CHECK = 8  # steps of a run before it is judged: fewer would confirm too little
-CHECK_EVERY = 4  # steps between judgements, each a small dense eigenproblem
+CHECK_EVERY = 4  # products between judgements, each a small dense eigenproblem
 LOCKING_MARGIN = 0.5  # pairs are locked at this share of the tolerance; the rest is for the final rotation
 
 
-def leading_pairs(
-    operator: PackedOperator,
-    k: int,
-    *,
-    seeds: Sequence[int],
-    tolerance: float = 1e-3,
-    alive: Tensor | None = None,
-    basis: int | None = None,
-    max_matvecs: int | None = None,
-) -> EigenPairs:
-    """The k algebraically largest eigenpairs of every member.
-
-    Args:
-        operator: R symmetric operators of size d.
-        k: number of pairs; min(k, d) are returned.
-        seeds: one seed per member, for its random start vectors.
-        tolerance: largest residual of a converged pair, as a share of |lambda|max.
-        alive: [R] bool; the other members are skipped and come out as NaN. All by default. A member whose
-            products turn out not to be finite is given up in the same way.
-        basis: most vectors in a member's Krylov basis; max(64, 2 k + 20) by default.
-        max_matvecs: most Lanczos products per member, 1000 + 100 k by default; what has not converged by then
-            is flagged. The final certificates cost one more product for each pair.
-
-    Raises:
-        ValueError: an impossible k, tolerance, basis, cap or number of seeds.
-    """
-    n_members, dim = operator.shape
-    k = min(k, dim)
-    width = min(dim, max(64, 2 * k + 20) if basis is None else basis)
-    limit = 1000 + 100 * k if max_matvecs is None else max_matvecs
-    if k < 1 or not 0 < tolerance < 1 or limit < 1 or width < min(dim, k + 4):
-        raise ValueError(
-            "need k >= 1, 0 < tolerance < 1, max_matvecs >= 1 and a basis of at least k + 4 vectors; "
-            f"found k={k}, tolerance={tolerance}, max_matvecs={limit}, basis={width}"
-        )
-    if len(seeds) != n_members:
-        raise ValueError(f"need one seed for each of {n_members} members; found {len(seeds)}")
-    living = [True] * n_members if alive is None else [bool(flag) for flag in alive]
-    solver = _Solver(operator, k, seeds, living, tolerance, width, limit)
-    solver.iterate()
-    return certify(operator, [solver.block(r) for r in range(n_members)], k, tolerance=tolerance)
-
-
 @dataclass
-class _Member:
-    """Where one member's solve stands."""
+class MemberPass:
+    """Where the pass of one member stands, and in the end its outcome."""
 
     seed: int
-    running: bool
-    projected: Array  # [width, width]: V H V' of the current basis, filled up to `size`
-    size: int = 0  # vectors in the current basis
-    steps: int = 0  # products of the current run
-    runs: int = 0  # start vectors drawn
+    running: bool  # in the current round
+    searching: bool  # in further rounds
+    projected: Array  # [width, width]: V H V' of the current basis, filled up to its size
+    complements: list[
+        float
+    ]  # for each end wanted: leading Ritz value outside the locked vectors; NaN: unknown
+    coupling: Array = field(
+        default_factory=lambda: np.zeros((0, 0))
+    )  # [b, b] of the last products to the rest
+    start: Array = field(default_factory=lambda: np.zeros((0, 0)))  # [b, b] of the start block to the basis
     matvecs: int = 0
     scale: float = 0.0  # largest |Ritz value| or |H v| seen: a lower bound of |lambda|max
-    locked: Array = field(default_factory=lambda: np.zeros(0))  # values, in the order of their vectors
-    errors: Array = field(default_factory=lambda: np.zeros(0))  # how far the locked values may be off
-    complement: float = float("nan")  # leading Ritz value outside the locked vectors, once known
+    values: Array = field(default_factory=lambda: np.zeros(0))  # locked, in the order of their vectors
+    errors: Array = field(default_factory=lambda: np.zeros(0))  # how far these may be off
+    share: float = 1.0  # spread of what is not locked, relative to the whole spectrum's
     confirmed: bool = False
     orthogonality_loss: float = 0.0
+    sketch: Sketch | None = None
+    quadrature: Quadrature | None = None
 
 
 @dataclass(frozen=True)
-class _Ritz:
-    """Ritz pairs of one member's current basis, descending."""
+class Ritz:
+    """Ritz pairs of one member's basis, ascending."""
 
     values: Array  # [m]
     rotation: Array  # [m, m], columns: coefficients in the basis
@@ -113,246 +83,314 @@ class _Ritz:
         return bounds
 
 
-class _Solver:
-    """The iteration: the vectors of all members in one tensor, the control of each on the host."""
+class KrylovPass:
+    """One pass over R members: a round of runs that looks for what is wanted, then rounds that confirm it.
+
+    Args:
+        operator: R symmetric operators of size d.
+        wanted: the ends, each with its number of pairs; none for a density alone.
+        seeds: one per member.
+        tolerance: largest residual of a converged pair, as a share of |lambda|max.
+        alive: the members to solve.
+        basis: most vectors in a basis.
+        block: vectors of a block.
+        max_matvecs: most products per member.
+        probing: what the second round (the first, where nothing is wanted) yields beside; None for nothing.
+        guesses: [R, n, d] approximate eigenvectors that the first round starts from, beside a random vector.
+    """
 
     def __init__(
         self,
         operator: PackedOperator,
-        k: int,
+        wanted: Sequence[Wanted],
+        *,
         seeds: Sequence[int],
-        living: Sequence[bool],
         tolerance: float,
-        width: int,
-        limit: int,
+        alive: Sequence[bool],
+        basis: int,
+        block: int = 1,
+        max_matvecs: int,
+        probing: Probing | None = None,
+        guesses: Tensor | None = None,
     ) -> None:
-        n_members, self.dim = operator.shape
-        self.operator, self.k, self.tolerance, self.width, self.limit = operator, k, tolerance, width, limit
-        self.eps = torch.finfo(operator.dtype).eps
-        self.capacity = min(2 * k, self.dim)  # locked vectors; beyond it the lowest is given up
-        self.origin = self.capacity  # locked vectors end where the basis begins, so that both are one slice
-        size = (n_members, self.capacity + width, self.dim)
-        self.vectors = torch.zeros(size, dtype=torch.float64, device=operator.device)
+        self.operator, self.wanted, self.tolerance = operator, tuple(wanted), tolerance
+        self.width, self.block, self.limit, self.probing = basis, block, max_matvecs, probing
+        self.guesses = guesses
+        self.bases = KrylovBases(
+            operator, locked=capacity(self.wanted), width=basis + self._largest_block(), seeds=seeds
+        )
         self.members = [
-            _Member(seed, running, np.zeros((width, width)))
-            for seed, running in zip(seeds, living, strict=True)
+            MemberPass(seed, False, living, np.zeros((basis, basis)), [float("nan")] * len(self.wanted))
+            for seed, living in zip(seeds, alive, strict=True)
         ]
+        self.round = 0
+        self.steps = 0  # blocks of the current round
 
-    def iterate(self) -> None:
-        """Advance the members together, one product each, until every one has ended."""
-        for r, member in enumerate(self.members):
-            if member.running:
-                self._start_run(r)
-        while any(member.running for member in self.members):
-            products = self._products()
-            overlaps, norms = _orthogonalise(self.vectors, products, self._spans())
-            for r, member in enumerate(self.members):
-                if member.running:
-                    self._advance(r, overlaps[r][-member.size :], norms[r], products[r])
+    def run(self) -> list[MemberPass]:
+        """All rounds, until every member is confirmed, capped or given up."""
+        while any(member.searching for member in self.members):
+            self._run_round()
+            self.round += 1
+        return self.members
 
-    def block(self, r: int) -> Block:
-        """What member r's certificates rest on: its k largest pairs, and those that may yet exceed them."""
+    def blocks(self, wanted: Wanted) -> list[Block]:
+        """What one end's certificates rest on: its k leading pairs, and those that may yet exceed them."""
+        return [self._block(r, wanted) for r in range(len(self.members))]
+
+    # One round.
+
+    def _run_round(self) -> None:
+        self.steps = 0
+        for member in self.members:
+            member.running = member.searching
+            member.projected[:] = 0
+        starts = self.bases.start(self._start_block(), self._running())
+        for r in self._running():
+            self.members[r].start = starts[r]
+        while self._running():
+            self._step()
+
+    def _step(self) -> None:
+        """Multiply the last block, and judge every running member."""
+        size, block = self.bases.size, self.bases.block
+        products = self._products()
+        running = self._running()
+        scales = [member.scale for member in self.members]
+        draw = self.round * 100_000 + self.steps
+        overlaps, couplings = self.bases.extend(products, running, scales, draw)
+        self.steps += 1
+        for r in running:
+            member = self.members[r]
+            member.projected[:size, size - block : size] = overlaps[r]
+            member.projected[size - block : size, :size] = overlaps[r].T
+            member.coupling = couplings[r]
+        full = size + block > self.width
+        every = max(1, CHECK_EVERY // block)
+        # The first round confirms nothing, so that vectors count in it; a warm start may need few steps.
+        enough = size >= FIRST_CHECK if self.round == 0 else self.steps >= FIRST_CHECK
+        due = enough and self.steps % every == 0
+        ritz = {r: self._ritz(r, size) for r in running if due or full or self._at_an_end(r)}
+        for r, pairs in ritz.items():
+            self._judge(r, pairs)
+        if full and self._running():
+            keep = min((size + self._most_wanted()) // 2, size - block)
+            self._compress({r: ritz[r] for r in self._running()}, keep)
+
+    def _products(self) -> Tensor:
+        """H v [R, b, d] with the last block; a member whose products are not finite is given up."""
+        products = self.operator.apply(self.bases.last_block()).to(torch.float64)
+        n_members, block = products.shape[:2]
+        norms = row_norms(products.flatten(0, 1)).view(n_members, block).amax(dim=1).tolist()
+        for r in self._running():
+            member = self.members[r]
+            if np.isfinite(norms[r]):
+                member.matvecs += block
+                member.scale = max(member.scale, norms[r])
+            else:  # an operator that is not finite has no eigenpairs
+                member.running = member.searching = False
+                member.values = np.zeros(0)
+                self.bases.set_locked(r, self.bases.locked(r)[:0])
+        stopped = [r for r, member in enumerate(self.members) if not member.running]
+        products[stopped] = 0
+        return products
+
+    def _at_an_end(self, r: int) -> bool:
+        """Whether member r cannot go on: an invariant subspace, or too many products."""
+        return self._exhausted(r) or self.members[r].matvecs >= self.limit
+
+    def _exhausted(self, r: int) -> bool:
+        return not self.members[r].coupling.any() or self.members[r].scale == 0
+
+    def _ritz(self, r: int, size: int) -> Ritz:
+        """Ritz pairs of member r's basis of ``size`` vectors, whose last block leaves the coupling."""
         member = self.members[r]
-        vectors, complement = self._locked_vectors(r), member.complement
-        if len(member.locked) > self.k:
-            kth = np.sort(member.locked)[-self.k]
-            chosen = member.locked >= kth - self.tolerance * member.scale
+        values, rotation = np.linalg.eigh(member.projected[:size, :size])
+        member.scale = max(member.scale, float(np.abs(values).max()))
+        # Scaled, so that no square overflows or vanishes.
+        largest = np.abs(member.coupling).max()
+        coupling = member.coupling / largest if largest > 0 else member.coupling
+        lengths = np.linalg.norm(coupling @ rotation[size - len(coupling) :], axis=0)
+        return Ritz(values, rotation, largest * lengths)
+
+    def _judge(self, r: int, ritz: Ritz) -> None:
+        """End member r's run where it has found what it was for, or cannot go on."""
+        member, size = self.members[r], len(ritz.values)
+        capped = member.matvecs >= self.limit
+        self._note_quadrature(r, ritz)
+        found = [self._found(member, ritz, wanted) for wanted in self.wanted]
+        settled = all(indices is not None for indices in found)
+        if not settled and capped:  # the best of what has not converged joins the block; it will be flagged
+            best = [wanted.order(ritz.values)[: wanted.k] for wanted in self.wanted]
+            self._end_run(r, ritz, best)
+            member.searching = False
+        elif settled and (size >= self._least(member) or self._exhausted(r) or capped):
+            indices = [chosen for chosen in found if chosen is not None]
+            self._end_run(r, ritz, indices)
+            nothing_new = all(len(chosen) == 0 for chosen in indices)
+            member.confirmed = nothing_new
+            member.searching = not nothing_new and not capped
+
+    def _found(self, member: MemberPass, ritz: Ritz, wanted: Wanted) -> NDArray[np.intp] | None:
+        """Ritz pairs to lock for one end; None while the run has to go on.
+
+        It may end once all pairs that are still missing have converged, or once a converged pair lies below
+        the k-th locked one: then the complement's leading pair is known.
+        """
+        order = wanted.order(ritz.values)
+        keys, residuals = wanted.keys(ritz.values)[order], ritz.residuals[order]
+        known = wanted.keys(member.values)
+        threshold = -np.inf
+        if len(known) >= wanted.k:
+            kth = np.argsort(-known, kind="stable")[wanted.k - 1]
+            threshold = known[kth] + member.errors[kth] + 32 * self.bases.eps * member.scale
+        bound = self.tolerance * member.scale * np.where(keys > threshold, LOCKING_MARGIN, 1.0)
+        converged = residuals <= bound
+        prefix = len(converged) if converged.all() else int(np.argmin(converged))
+        above = int((keys[:prefix] > threshold).sum())
+        needed = wanted.k - len(known) if len(known) < wanted.k else wanted.k
+        settled = above >= needed or above < prefix or converged.all()
+        return order[: min(above, needed)] if settled else None
+
+    def _end_run(self, r: int, ritz: Ritz, chosen: Sequence[NDArray[np.intp]]) -> None:
+        """Lock the chosen Ritz pairs, and note what is left outside."""
+        member = self.members[r]
+        member.running = False
+        member.orthogonality_loss = max(member.orthogonality_loss, orthogonality_loss(self.bases.occupied(r)))
+        indices = np.unique(np.concatenate([np.zeros(0, np.intp), *chosen]))
+        rest = np.delete(ritz.values, indices)
+        member.complements = [
+            float(rest[wanted.order(rest)[0]]) if len(rest) else float("nan") for wanted in self.wanted
+        ]
+        if self.round == 0 and len(rest):
+            whole = np.ptp(ritz.values)
+            member.share = float(np.ptp(rest) / whole) if whole > 0 else 0.0
+        if self.round == 0 and self.probing is not None and self.wanted:
+            member.sketch = self._sketch(r, ritz, indices, self.probing.probes)
+        if len(indices):
+            self._lock(r, ritz, indices)
+
+    def _lock(self, r: int, ritz: Ritz, indices: NDArray[np.intp]) -> None:
+        """Lock Ritz pairs; beyond the capacity those that no end wants any more are given up."""
+        member = self.members[r]
+        vectors = torch.cat([self.bases.locked(r), self.bases.rotated(r, ritz.rotation[:, indices])])
+        values = np.concatenate([member.values, ritz.values[indices]])
+        errors = np.concatenate([member.errors, ritz.errors()[indices]])
+        kept = np.unique(np.concatenate([w.order(values)[: 2 * w.k] for w in self.wanted]))
+        member.values, member.errors = values[kept], errors[kept]
+        self.bases.set_locked(r, vectors[torch.from_numpy(kept).to(vectors.device)])
+
+    def _note_quadrature(self, r: int, ritz: Ritz) -> None:
+        """Keep the quadrature of the probing round, as of the largest basis before a compression."""
+        member = self.members[r]
+        if self.probing is None or self.round != self._probing_round or self.bases.compressed:
+            return
+        components = member.start.T @ ritz.rotation[: len(member.start)]  # [b, m]
+        lengths = np.square(member.start).sum(axis=0)
+        weights = np.square(components) / lengths[:, None]
+        products = weights @ ritz.values
+        traces = self.bases.dim * products
+        if member.sketch is not None:
+            traces = member.sketch.traces(products, self.bases.dim)
+        member.quadrature = Quadrature(ritz.values, weights, member.values, traces)
+
+    def _sketch(self, r: int, ritz: Ritz, indices: NDArray[np.intp], probes: int) -> Sketch:
+        """Member r's, for the probes that start its next run, outside the Ritz pairs to be locked."""
+        member, size, block = self.members[r], len(ritz.values), self.bases.block
+        draws = self._draws(r, self.round + 1, probes)
+        basis = self.bases.krylov(r, size + block)
+        overlaps = (basis @ draws.T).cpu().numpy()  # [size + block, probes]
+        locked = ritz.rotation[:, indices]
+        shares = locked.T @ overlaps[:size]
+        lengths = np.sqrt(draws.square().sum(dim=1).cpu().numpy() - np.square(shares).sum(axis=0))
+        inside = (overlaps[:size] - locked @ shares) / lengths
+        coupled = member.coupling.T @ overlaps[size:] / lengths  # [block, probes]
+        projected = member.projected[:size, :size]
+        return Sketch(
+            trace=float(np.trace(projected)),
+            inside=(inside * (projected @ inside)).sum(axis=0)
+            + 2 * (inside[size - block :] * coupled).sum(axis=0),
+            outside=1 - np.square(inside).sum(axis=0),
+            size=size,
+        )
+
+    def _compress(self, ritz: dict[int, Ritz], keep: int) -> None:
+        """Restart from the Ritz vectors that are wanted most, and the block that would have come next."""
+        rotations = {}
+        for r, pairs in ritz.items():
+            indices = self._most_promising(pairs, keep)
+            rotations[r] = pairs.rotation[:, indices]
+            member = self.members[r]
+            member.projected[:] = 0
+            np.fill_diagonal(member.projected[:keep, :keep], pairs.values[indices])
+        self.bases.compress(rotations)
+
+    def _most_promising(self, ritz: Ritz, keep: int) -> NDArray[np.intp]:
+        """Indices of ``keep`` Ritz pairs, taken from the ends in turn in proportion to what they want."""
+        if not self.wanted:
+            return np.arange(len(ritz.values) - keep, len(ritz.values))
+        ranks = [np.argsort(w.order(ritz.values)) / (w.k + 4) for w in self.wanted]
+        return np.sort(np.argsort(np.min(ranks, axis=0), kind="stable")[:keep])
+
+    # What a round is for.
+
+    def _start_block(self) -> Tensor:
+        """Random vectors [R, b, d] of this round, and the guesses in front of them in the first."""
+        n_members, dim = self.operator.shape
+        size = self._block_size()
+        starts = torch.zeros(n_members, size, dim, dtype=torch.float64, device=self.operator.device)
+        for r in self._running():
+            starts[r] = self._draws(r, self.round, size)
+        if self.guesses is None or self.round > 0:
+            return starts
+        return torch.cat([self.guesses.to(starts), starts[:, :1]], dim=1)
+
+    def _draws(self, r: int, round_index: int, size: int) -> Tensor:
+        """The random vectors [size, d] of member r in a round."""
+        draws = generator(self.members[r].seed, "lanczos", round_index)
+        vectors = torch.randn(size, self.bases.dim, dtype=torch.float64, generator=draws)
+        return vectors.to(self.operator.device)
+
+    def _block_size(self) -> int:
+        if self.probing is not None and self.round == self._probing_round:
+            return self.probing.probes
+        return self.block
+
+    @property
+    def _probing_round(self) -> int:
+        return 1 if self.wanted else 0
+
+    def _least(self, member: MemberPass) -> int:
+        """Vectors of a basis below which a settled run goes on."""
+        if self.probing is None or self.round != self._probing_round:
+            return 0
+        share = member.share if self.wanted else 1.0
+        return min(ceil(self.probing.steps * share), self.width - self.probing.probes)
+
+    def _largest_block(self) -> int:
+        guesses = 0 if self.guesses is None else self.guesses.shape[1] + 1
+        return max(self.block, guesses, self.probing.probes if self.probing else 0)
+
+    def _most_wanted(self) -> int:
+        return sum(wanted.k for wanted in self.wanted)
+
+    def _running(self) -> list[int]:
+        return [r for r, member in enumerate(self.members) if member.running]
+
+    def _block(self, r: int, wanted: Wanted) -> Block:
+        member, vectors = self.members[r], self.bases.locked(r)
+        complement = member.complements[self.wanted.index(wanted)]
+        keys = wanted.keys(member.values)
+        if len(keys) > wanted.k:
+            kth = np.sort(keys)[-wanted.k]
+            chosen = keys >= kth - self.tolerance * member.scale
             vectors = vectors[torch.from_numpy(chosen).to(vectors.device)]
-            complement = float(np.max([complement, *member.locked[~chosen]]))  # NaN stays NaN
+            outside = np.append(member.values[~chosen], complement)  # NaN stays NaN
+            complement = float(outside[np.argmax(wanted.keys(outside))])
         return Block(
             vectors, complement, member.scale, member.confirmed, member.matvecs, member.orthogonality_loss
         )
 
-    # One step.
 
-    def _products(self) -> Tensor:
-        """H v [R, d] with the last basis vector of every running member; zeros in the other rows."""
-        current = torch.zeros_like(self.vectors[:, 0])
-        for r, member in enumerate(self.members):
-            if member.running:
-                current[r] = self.vectors[r, self.origin + member.size - 1]
-        products = self.operator.apply(current).to(torch.float64)
-        norms = row_norms(products).tolist()
-        for r, member in enumerate(self.members):
-            if member.running and np.isfinite(norms[r]):
-                member.matvecs += 1
-                member.scale = max(member.scale, norms[r])
-                continue
-            if member.running:  # an operator that is not finite has no eigenpairs
-                member.running, member.locked = False, np.zeros(0)
-            products[r] = 0
-        return products
-
-    def _advance(self, r: int, overlaps: Array, norm: float, rest: Tensor) -> None:
-        """Take in member r's last product, in two parts: ``overlaps``, and ``rest`` of length ``norm``."""
-        member = self.members[r]
-        m = member.size
-        member.steps += 1
-        member.projected[:m, m - 1] = member.projected[m - 1, :m] = overlaps
-        # An invariant subspace, or no room left: the rest is rounding.
-        exhausted = norm <= 4 * self.eps * member.scale or m + len(member.locked) == self.dim
-        capped = member.matvecs >= self.limit
-        due = member.steps >= FIRST_CHECK and (member.steps - FIRST_CHECK) % CHECK_EVERY == 0
-        if due or exhausted or capped or m == self.width:
-            ritz = _ritz(member.projected[:m, :m], 0.0 if exhausted else norm)
-            member.scale = max(member.scale, float(np.abs(ritz.values).max()))
-            if self._judge(r, ritz, exhausted=exhausted, capped=capped):
-                return
-            if m == self.width:
-                self._restart(r, ritz)
-        self._append(r, rest / norm)
-
-    def _judge(self, r: int, ritz: _Ritz, *, exhausted: bool, capped: bool) -> bool:
-        """Lock what member r's run was for, once converged. True where the run, or the member, has ended."""
-        member = self.members[r]
-        converged = ritz.residuals <= LOCKING_MARGIN * self.tolerance * member.scale
-        prefix = len(converged) if converged.all() else int(np.argmin(converged))
-        above = int((ritz.values[:prefix] > self._threshold(member)).sum())
-        needed = self.k - len(member.locked) if len(member.locked) < self.k else self.k
-        if above >= needed or above < prefix or exhausted:
-            self._note_orthogonality(r)
-            self._lock(r, ritz, min(above, needed))
-            if above == 0 or len(member.locked) == self.dim:
-                member.running, member.confirmed = False, True
-                member.complement = float(ritz.values[0]) if above == 0 else -np.inf
-            elif capped:
-                member.running = False
-            else:
-                self._start_run(r)
-            return True
-        if capped:  # the best of what has not converged joins the block: the certificates flag it
-            self._note_orthogonality(r)
-            count = min(self.k, member.size)
-            self._lock(r, ritz, count)
-            member.running = False
-            member.complement = float(ritz.values[count]) if count < member.size else float("nan")
-        return capped
-
-    def _threshold(self, member: _Member) -> float:
-        """What a pair must exceed to matter: the k-th locked value, by more than that may be off."""
-        if len(member.locked) < self.k:
-            return -np.inf
-        kth = np.argsort(-member.locked, kind="stable")[self.k - 1]
-        return float(member.locked[kth] + member.errors[kth] + 32 * self.eps * member.scale)
-
-    # The vectors of one member.
-
-    def _start_run(self, r: int) -> None:
-        """Begin a run from a fresh random vector orthogonal to the locked ones."""
-        member = self.members[r]
-        draws = generator(member.seed, "lanczos", member.runs)
-        start = torch.randn(1, self.dim, dtype=torch.float64, generator=draws).to(self.vectors.device)
-        member.runs, member.steps, member.size = member.runs + 1, 0, 0
-        member.projected[:] = 0
-        _, (norm,) = _orthogonalise(self.vectors[r : r + 1], start, [self._spans()[r]])
-        self._append(r, start[0] / norm)
-
-    def _restart(self, r: int, ritz: _Ritz) -> None:
-        """Compress a full basis to its leading Ritz vectors."""
-        member = self.members[r]
-        keep = min((self.width + self.k) // 2, self.width - 2)
-        self.vectors[r, self.origin : self.origin + keep] = self._rotated(r, ritz, keep)
-        member.projected[:] = 0
-        np.fill_diagonal(member.projected[:keep, :keep], ritz.values[:keep])
-        member.size = keep
-
-    def _lock(self, r: int, ritz: _Ritz, count: int) -> None:
-        """Lock the first ``count`` Ritz pairs; beyond the capacity the lowest locked ones are given up."""
-        member = self.members[r]
-        vectors = torch.cat([self._locked_vectors(r), self._rotated(r, ritz, count)])
-        values = np.concatenate([member.locked, ritz.values[:count]])
-        errors = np.concatenate([member.errors, ritz.errors()[:count]])
-        kept = np.sort(np.argsort(-values, kind="stable")[: self.capacity])
-        member.locked, member.errors = values[kept], errors[kept]
-        self._locked_vectors(r).copy_(vectors[torch.from_numpy(kept).to(vectors.device)])
-
-    def _append(self, r: int, vector: Tensor) -> None:
-        member = self.members[r]
-        self.vectors[r, self.origin + member.size] = vector
-        member.size += 1
-
-    def _locked_vectors(self, r: int) -> Tensor:
-        """View [n, d]."""
-        return self.vectors[r, self.origin - len(self.members[r].locked) : self.origin]
-
-    def _rotated(self, r: int, ritz: _Ritz, count: int) -> Tensor:
-        """The first ``count`` Ritz vectors [count, d]."""
-        basis = self.vectors[r, self.origin : self.origin + self.members[r].size]
-        return torch.from_numpy(ritz.rotation[:, :count].T.copy()).to(basis.device) @ basis
-
-    def _spans(self) -> list[Span]:
-        """Where in `vectors` each member's locked vectors and basis are; nowhere once it has ended."""
-        return [
-            (self.origin - len(m.locked), self.origin + m.size) if m.running else (self.origin, self.origin)
-            for m in self.members
-        ]
-
-    def _note_orthogonality(self, r: int) -> None:
-        member = self.members[r]
-        first, last = self._spans()[r]
-        found = orthogonality_loss(self.vectors[r, first:last])
-        member.orthogonality_loss = max(member.orthogonality_loss, found)
-
-
-def _ritz(projected: Array, norm: float) -> _Ritz:
-    """Ritz pairs of ``projected`` [m, m], the last basis vector of which leaves a rest of length ``norm``."""
-    values, rotation = np.linalg.eigh(projected)
-    values, rotation = values[::-1], rotation[:, ::-1]
-    return _Ritz(values, rotation, norm * np.abs(rotation[-1]))
-
-
-def _orthogonalise(
-    vectors: Tensor, products: Tensor, spans: Sequence[Span]
-) -> tuple[list[Array], list[float]]:
-    """Remove from each row of ``products`` its components along its span, in place.
-
-    Two passes always; more for a member while a pass still removes half of what was left (Kahan-Parlett):
-    what is left is then mostly rounding, about to be scaled up.
-
-    Args:
-        vectors: [R, n, d] orthonormal rows in each member's span.
-        products: [R, d], changed in place.
-        spans: R slices of n; members with an empty one are left alone.
-
-    Returns:
-        For each member the removed components, in the order of its span, and the length of the rest.
-    """
-    total, before = _project(vectors, products, spans)
-    for _ in range(4):
-        overlaps, after = _project(vectors, products, spans)
-        total = [t + o if len(o) else t for t, o in zip(total, overlaps, strict=True)]
-        again = [a < 0.5 * b for a, b in zip(after, before, strict=True)]
-        spans = [(first, last if more else first) for (first, last), more in zip(spans, again, strict=True)]
-        before = after
-        if not any(again):
-            break
-    return total, before
-
-
-def _project(vectors: Tensor, products: Tensor, spans: Sequence[Span]) -> tuple[list[Array], list[float]]:
-    """One pass of `_orthogonalise`."""
-    # On a CPU the batched product of a matrix and a vector takes 3-5 times as long as one after the other.
-    each = _project_each if products.device.type == "cpu" else _project_batched
-    overlaps = each(vectors, products, spans)
-    return overlaps, row_norms(products).tolist()
-
-
-def _project_each(vectors: Tensor, products: Tensor, spans: Sequence[Span]) -> list[Array]:
-    """Member after member; arguments as in `_orthogonalise`."""
-    overlaps = []
-    for r, (first, last) in enumerate(spans):
-        overlap = vectors[r, first:last] @ products[r]
-        products[r].addmv_(vectors[r, first:last].T, overlap, alpha=-1)
-        overlaps.append(overlap.cpu().numpy())
-    return overlaps
-
-
-def _project_batched(vectors: Tensor, products: Tensor, spans: Sequence[Span]) -> list[Array]:
-    """All members in one product over the union of their spans; arguments as in `_orthogonalise`."""
-    low, high = min(first for first, _ in spans), max(last for _, last in spans)
-    slots = torch.arange(low, high)
-    inside = torch.stack([(slots >= first) & (slots < last) for first, last in spans]).to(products.device)
-    overlaps = torch.bmm(vectors[:, low:high], products[:, :, None])[:, :, 0] * inside
-    products.sub_(torch.bmm(overlaps[:, None], vectors[:, low:high])[:, 0])
-    rows = overlaps.cpu().numpy()
-    return [rows[r, first - low : last - low] for r, (first, last) in enumerate(spans)]
+def capacity(wanted: Sequence[Wanted]) -> int:
+    """Most locked vectors of a member."""
+    return sum(2 * end.k for end in wanted)

@@ -102,6 +102,20 @@ class StackHessian:
                 total += self._vector_product(gradient, vectors, retain_graph=False)
             return self._masked(total)
 
+    def product_error(self, vectors: Tensor) -> Tensor:
+        """How far the products with ``vectors`` [R, d] are from those in float64, [R]."""
+        exact = StackHessian(
+            self.stack,
+            self._theta.detach(),
+            self._buffers,
+            self.loss,
+            self._batches,
+            mode="recompute",
+            dtype=torch.float64,
+        )
+        found = self.apply(vectors)
+        return self._masked(torch.linalg.vector_norm(found - exact.apply(vectors), dim=1))
+
     def _differentiate(self) -> tuple[Tensor, Tensor]:
         """Losses [R] and gradient [R, d] in float64; keeps the gradient's graph in mode "retained"."""
         with exact_products():

@@ -1,11 +1,17 @@
 """Eigenpairs with their certificates: a Rayleigh-Ritz step on orthonormal blocks, with fresh products."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from lossray.curvature.ends import Wanted
+
+PRODUCTS_AT_ONCE = 16  # in one call of the operator
+SMALLEST_LENGTH, LARGEST_LENGTH = 1e-140, 1e140  # whose squares are sound in float64
 
 
 class PackedOperator(Protocol):
@@ -31,20 +37,42 @@ class PackedOperator(Protocol):
 
 
 @dataclass(frozen=True)
+class MemberPairs:
+    """The k outermost eigenpairs of one operator; see `EigenPairs`."""
+
+    values: Tensor  # [k] float64, outermost first
+    vectors: Tensor  # [d, k] float64, orthonormal columns
+    residuals: Tensor  # [k] |H v - value v|
+    converged: Tensor  # [k] bool
+    confirmed: bool
+    gaps: Tensor  # [k]
+    complement: float
+    scale: float
+    matvecs: int
+    orthogonality_loss: float
+
+    def __len__(self) -> int:
+        """Number of pairs k."""
+        return len(self.values)
+
+
+@dataclass(frozen=True)
 class EigenPairs:
-    """The k algebraically largest eigenpairs of R members; NaN for a dead member or a missing pair.
+    """The k outermost eigenpairs of R members at one end; NaN for a dead member or a missing pair.
 
     SCIENCE 2.15: an eigenvalue lies within its residual of each value; that no larger one was missed is what
     ``confirmed`` makes likely, not certain.
     """
 
-    values: Tensor  # [R, k] float64, descending
+    values: Tensor  # [R, k] float64, outermost first
     vectors: Tensor  # [R, k, d] float64, orthonormal rows; the largest component of each is positive
     residuals: Tensor  # [R, k] |H v - value v| of the returned vector, from fresh products
     converged: Tensor  # [R, k] bool: residual <= tolerance * scale
-    confirmed: Tensor  # [R] bool: a search of the complement found nothing above the k-th value
+    confirmed: Tensor  # [R] bool: a search of the complement found nothing beyond the k-th value
     gaps: Tensor  # [R, k] distance to the nearest other Ritz value, `complement` included; inf if none
-    complement: Tensor  # [R] leading Ritz value outside the pairs; -inf: nothing outside; NaN: unknown
+    complement: (
+        Tensor  # [R] leading Ritz value outside the pairs; -inf (smallest: inf): nothing; NaN: unknown
+    )
     scale: Tensor  # [R] |lambda|max as seen by the solve
     matvecs: Tensor  # [R] int64, products with each member
     orthogonality_loss: Tensor  # [R] max |V V' - I| over the bases of the solve and the returned vectors
@@ -53,30 +81,47 @@ class EigenPairs:
         """Number of pairs k of each member."""
         return self.values.shape[1]
 
+    def member(self, r: int) -> MemberPairs:
+        """The pairs of one member."""
+        return MemberPairs(
+            values=self.values[r],
+            vectors=self.vectors[r].T,
+            residuals=self.residuals[r],
+            converged=self.converged[r],
+            confirmed=bool(self.confirmed[r]),
+            gaps=self.gaps[r],
+            complement=float(self.complement[r]),
+            scale=float(self.scale[r]),
+            matvecs=int(self.matvecs[r]),
+            orthogonality_loss=float(self.orthogonality_loss[r]),
+        )
+
 
 @dataclass(frozen=True)
 class Block:
     """What a solver hands over for one member: approximate eigenvectors and what it knows about the rest."""
 
     vectors: Tensor  # [n, d] float64, orthonormal rows; n = 0 where nothing was found
-    complement: float  # leading Ritz value outside the block: -inf where nothing is left, NaN where unknown
+    complement: float  # leading Ritz value outside the block: see `EigenPairs`
     scale: float  # estimate of |lambda|max
     confirmed: bool
     matvecs: int
     orthogonality_loss: float
 
 
-def certify(operator: PackedOperator, blocks: Sequence[Block], k: int, *, tolerance: float) -> EigenPairs:
-    """The k leading eigenpairs in each member's block, with true residuals.
+def certify(
+    operator: PackedOperator, blocks: Sequence[Block], wanted: Wanted, *, tolerance: float
+) -> EigenPairs:
+    """The outermost eigenpairs in each member's block, with true residuals.
 
     Args:
         operator: R operators; gets one product for each vector of the longest block.
         blocks: one per member.
-        k: pairs to return; missing ones are NaN.
+        wanted: end and number of pairs to return; missing ones are NaN.
         tolerance: largest residual of a converged pair, as a share of the scale.
     """
     images = _images(operator, [block.vectors for block in blocks])
-    members = [_solve(block, image, k, tolerance) for block, image in zip(blocks, images, strict=True)]
+    members = [_solve(block, image, wanted, tolerance) for block, image in zip(blocks, images, strict=True)]
     return EigenPairs(*(torch.stack(tensors) for tensors in zip(*members, strict=True)))
 
 
@@ -90,39 +135,42 @@ def orthogonality_loss(vectors: Tensor) -> float:
 
 def row_norms(rows: Tensor) -> Tensor:
     """Lengths [n] of the rows [n, d], also where their squares would overflow or vanish."""
+    lengths: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    if bool(((lengths > SMALLEST_LENGTH) & (lengths < LARGEST_LENGTH)).all()):
+        return lengths
     largest = rows.abs().amax(dim=1, keepdim=True)
     unit = torch.where((largest > 0) & torch.isfinite(largest), largest, 1)
-    lengths: Tensor = torch.linalg.vector_norm(rows / unit, dim=1) * unit[:, 0]
-    return lengths
+    scaled: Tensor = torch.linalg.vector_norm(rows / unit, dim=1) * unit[:, 0]
+    return scaled
 
 
 def _images(operator: PackedOperator, blocks: Sequence[Tensor]) -> list[Tensor]:
     """H x for every row x of every member's block; all members share each call of the operator."""
-    images = [torch.zeros_like(block) for block in blocks]
-    for i in range(max(len(block) for block in blocks)):
-        probe = torch.zeros(operator.shape, dtype=torch.float64, device=operator.device)
-        for r, block in enumerate(blocks):
-            if i < len(block):
-                probe[r] = block[i]
-        products = operator.apply(probe)
-        for r, image in enumerate(images):
-            if i < len(image):
-                image[i] = products[r]
-    return images
+    n_members, dim = operator.shape
+    longest = max(len(block) for block in blocks)
+    rows = torch.zeros(n_members, longest, dim, dtype=torch.float64, device=operator.device)
+    for row, block in zip(rows, blocks, strict=True):
+        row[: len(block)] = block
+    parts = [operator.apply(part) for part in rows.split(PRODUCTS_AT_ONCE, dim=1) if part.shape[1]]
+    products = torch.cat(parts, dim=1) if parts else rows
+    return [own[: len(block)] for own, block in zip(products, blocks, strict=True)]
 
 
-def _solve(block: Block, image: Tensor, k: int, tolerance: float) -> tuple[Tensor, ...]:
+def _solve(block: Block, image: Tensor, wanted: Wanted, tolerance: float) -> tuple[Tensor, ...]:
     """One member's tensors in the order of `EigenPairs`."""
-    n = len(image)
+    n, k = len(image), wanted.k
     usable = n > 0 and bool(torch.isfinite(image).all())  # eigh raises on NaN
     m = n if usable else 0
     basis, image = block.vectors[:m], image[:m]
     small = image @ basis.T
     values, rotation = torch.linalg.eigh((small + small.T) / 2)
-    values, rotation = values.flip(0), rotation.flip(1).T
+    order = wanted.keys(values).argsort(descending=True, stable=True)
+    values, rotation = values[order], rotation[:, order].T
     vectors = rotation @ basis
     residuals = row_norms(rotation @ image - values[:, None] * vectors)[:k]
-    complement = max(values[k].item(), block.complement) if m > k else block.complement
+    complement = block.complement
+    if m > k and not wanted.keys(values[k]) <= wanted.keys(torch.tensor(complement)):
+        complement = float("nan") if math.isnan(complement) else float(values[k])
     loss = max(block.orthogonality_loss, orthogonality_loss(vectors))
 
     def padded(tensor: Tensor) -> Tensor:
@@ -139,7 +187,7 @@ def _solve(block: Block, image: Tensor, k: int, tolerance: float) -> tuple[Tenso
         padded(residuals),
         padded(residuals) <= tolerance * block.scale,  # NaN compares as False
         torch.tensor(block.confirmed and usable, device=image.device),
-        padded(_gaps(values[:k], complement)),
+        padded(_gaps(values[:k], complement, wanted)),
         scalar(complement),
         scalar(block.scale),
         torch.tensor(block.matvecs + n, device=image.device),
@@ -147,11 +195,15 @@ def _solve(block: Block, image: Tensor, k: int, tolerance: float) -> tuple[Tenso
     )
 
 
-def _gaps(values: Tensor, complement: float) -> Tensor:
-    """Distance of each value to the nearest of the others and ``complement`` (left out where NaN)."""
+def _gaps(values: Tensor, complement: float, wanted: Wanted) -> Tensor:
+    """Distance of each value to the nearest of the others and of what lies outside (left out where NaN).
+
+    By magnitude the nearest value outside may lie on either side of zero: its distance is taken from below.
+    """
     distances = (values[:, None] - values).abs()
     distances.fill_diagonal_(float("inf"))
-    outside = (values - complement).abs().nan_to_num(nan=float("inf"), posinf=float("inf"))
+    outside = (wanted.keys(values) - wanted.keys(values.new_tensor(complement))).abs()
+    outside = outside.nan_to_num(nan=float("inf"), posinf=float("inf"))
     return torch.cat([distances, outside[:, None]], dim=1).amin(1)
 
 

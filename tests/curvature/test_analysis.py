@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from lossray.curvature.analysis import CurvatureSettings, analyse
+from lossray.curvature.analysis import Analysis, CurvatureSettings, packed_analysis
 from lossray.curvature.operators import StackHessian
 from lossray.networks.losses import get_loss
 from lossray.networks.stack import build_stack
@@ -26,9 +26,14 @@ def _operator(*, spoiled: int | None = None) -> StackHessian:
     return StackHessian(stack, theta, buffers, loss, data, mode="retained", dtype=torch.float64)
 
 
+def analyse(operator: StackHessian, **options: object) -> Analysis:
+    usual: dict[str, object] = {"probes": 2, "steps": 16, "seeds": [0, 1, 2]}
+    return packed_analysis(operator, **(usual | options))  # type: ignore[arg-type]
+
+
 def test_a_pack_is_analysed_at_once() -> None:
     operator = _operator()
-    analysis = analyse(operator, top=4, tolerance=1e-8, seeds=[0, 1, 2])
+    analysis = analyse(operator, top=4, tolerance=1e-8)
     assert analysis.pairs.values.shape == (3, 4)
     assert analysis.pairs.converged.all()
     assert torch.equal(analysis.losses, operator.losses)
@@ -44,12 +49,12 @@ def test_a_pack_is_analysed_at_once() -> None:
 
 @pytest.mark.parametrize("how", ["not finite", "said to be dead"])
 def test_a_dead_member_is_nan_and_the_others_are_unharmed(how: str) -> None:
-    healthy = analyse(_operator(), top=4, tolerance=1e-8, seeds=[0, 1, 2])
+    healthy = analyse(_operator(), top=4, tolerance=1e-8)
     if how == "not finite":
-        analysis = analyse(_operator(spoiled=1), top=4, tolerance=1e-8, seeds=[0, 1, 2])
+        analysis = analyse(_operator(spoiled=1), top=4, tolerance=1e-8)
     else:
         alive = torch.tensor([True, False, True])
-        analysis = analyse(_operator(), top=4, tolerance=1e-8, seeds=[0, 1, 2], alive=alive)
+        analysis = analyse(_operator(), top=4, tolerance=1e-8, alive=alive)
     assert analysis.alive.tolist() == [True, False, True]
     for r in (0, 2):
         assert torch.equal(analysis.pairs.values[r], healthy.pairs.values[r])

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lossray.curvature.lanczos import leading_pairs
+from lossray.curvature.eigensolver import packed_eigenpairs
+from lossray.curvature.ends import Wanted
 from lossray.curvature.operators import (
     Batch,
     StackHessian,
@@ -18,6 +19,7 @@ from lossray.curvature.operators import (
     exact_products,
     retained_bytes,
 )
+from lossray.curvature.pairs import EigenPairs
 from lossray.networks.losses import get_loss
 from lossray.networks.models import build_model, model_settings
 from lossray.networks.stack import Stack, build_stack
@@ -34,6 +36,11 @@ MODELS = {
     "vit": ({"name": "vit", "dim": 4, "depth": 1, "heads": 2, "patch": 2}, (1, 4, 4)),
 }
 Case = tuple[Stack, Tensor, dict[str, Tensor], list[Batch]]
+
+
+def leading_pairs(operator: StackHessian, k: int, **options: object) -> EigenPairs:
+    (pairs,) = packed_eigenpairs(operator, [Wanted("largest", k)], **options)  # type: ignore[arg-type]
+    return pairs
 
 
 def _generator(seed: int) -> torch.Generator:

@@ -9,7 +9,8 @@ from pydantic import ValidationError
 from scipy.stats import kstest
 from torch import Tensor
 
-from lossray.curvature.lanczos import leading_pairs
+from lossray.curvature.eigensolver import packed_eigenpairs
+from lossray.curvature.ends import Wanted
 from lossray.curvature.pairs import EigenPairs
 from lossray.geometry.angles import AngleRow, AnglesSettings, angle_rows, null_p_values, subspaces
 
@@ -176,7 +177,7 @@ def test_from_a_solve() -> None:
             return self.spectrum * vectors
 
     operator = Quadratic()
-    pairs = leading_pairs(operator, 5, seeds=[0], tolerance=1e-10)
+    (pairs,) = packed_eigenpairs(operator, [Wanted("largest", 5)], seeds=[0], tolerance=1e-10)
     point = torch.zeros(1, 40, dtype=torch.float64)
     point[0, :2] = 1
     rows = {row.subspace: row for row in angle_rows({"g": operator.apply(point)}, pairs, n_outputs=2)}

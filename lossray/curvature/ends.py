@@ -1,0 +1,53 @@
+"""Which end of a spectrum: eigenvalues in the order in which they are wanted."""
+
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lossray.errors import StudyError
+from lossray.names import unknown_name
+
+Array = NDArray[np.float64]
+End = Literal["largest", "smallest", "magnitude"]
+ENDS: tuple[End, ...] = ("largest", "smallest", "magnitude")
+Values = TypeVar("Values", Array, Tensor)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The k outermost eigenpairs of one end: algebraically largest or smallest, or largest in magnitude."""
+
+    end: End
+    k: int
+
+    def __post_init__(self) -> None:
+        """Refuse less than one pair."""
+        if self.k < 1:
+            raise StudyError(f"k: found {self.k}; allowed: a whole number from 1")
+
+    def keys(self, values: Values) -> Values:
+        """What is large for the values that are wanted first."""
+        if self.end == "largest":
+            return values
+        return -values if self.end == "smallest" else abs(values)
+
+    def order(self, values: Array) -> NDArray[np.intp]:
+        """Indices of the values, those wanted first at the front."""
+        return np.argsort(-self.keys(values), kind="stable")
+
+
+def wanted_pairs(end: str, k: int) -> tuple[Wanted, ...]:
+    """What an ``end`` asks for; "both" is k of the largest and k of the smallest.
+
+    Raises:
+        StudyError: an unknown end, or k < 1.
+    """
+    if end == "both":
+        return Wanted("largest", k), Wanted("smallest", k)
+    for name in ENDS:
+        if name == end:
+            return (Wanted(name, k),)
+    raise StudyError(f"end: {unknown_name(end, [*ENDS, 'both'])}")

@@ -1,0 +1,87 @@
+"""The trace by Hutchinson's estimator, deflated by a Krylov space (Hutch++, Meyer et al. 2021).
+
+For any orthonormal Q the trace of H is that of Q'HQ plus that of (I - QQ') H (I - QQ'). Half of the products
+go into a Krylov basis Q, which holds the outliers and gets Q'HQ for nothing; the other half into independent
+probes outside Q. Q is random but independent of the probes, so the estimate is unbiased and the probes'
+spread gives its standard error, with their number less one as degrees of freedom.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lossray.curvature.dense import dense_spectra
+from lossray.curvature.eigensolver import living_members
+from lossray.curvature.estimates import Estimate, jackknife
+from lossray.curvature.lanczos import KrylovPass
+from lossray.curvature.pairs import PRODUCTS_AT_ONCE, PackedOperator
+from lossray.curvature.quadrature import Probing
+from lossray.errors import StudyError
+from lossray.seeds import generator
+
+FEWEST = 4  # products: two for the basis, and two probes to tell the spread
+
+
+def packed_trace(
+    operator: PackedOperator, *, matvecs: int, seeds: Sequence[int], alive: Tensor | None = None
+) -> Estimate:
+    """The traces of R members.
+
+    Args:
+        operator: R symmetric operators of size d. Where d <= matvecs the matrix is formed: exact.
+        matvecs: products with each member.
+        seeds: one per member.
+        alive: [R] bool; the other members come out as NaN.
+
+    Raises:
+        StudyError: too few products.
+        ResourceError: the basis would not fit the memory.
+    """
+    if matvecs < FEWEST:
+        raise StudyError(f"matvecs: found {matvecs}; allowed: a whole number from {FEWEST}")
+    n_members, dim = operator.shape
+    living = living_members(n_members, alive)
+    if dim <= matvecs:
+        return jackknife(dense_spectra(operator, living).values.sum(dim=1)[:, None, None], exact=True)
+    steps = matvecs // 2
+    basis = KrylovPass(
+        operator,
+        (),
+        seeds=seeds,
+        tolerance=1.0,
+        alive=living,
+        basis=steps + 1,
+        max_matvecs=steps,
+        probing=Probing(1, steps),
+    )
+    members = basis.run()
+    spaces = [
+        basis.bases.krylov(r, 0 if m.quadrature is None else len(m.quadrature.nodes))
+        for r, m in enumerate(members)
+    ]
+    inside = [0.0 if m.quadrature is None else float(m.quadrature.nodes.sum()) for m in members]
+    probes = torch.stack(
+        [_probes(space, matvecs - steps, seed) for space, seed in zip(spaces, seeds, strict=True)]
+    )
+    forms = quadratic_forms(operator, probes)  # [R, n]
+    outside = dim - torch.tensor([len(space) for space in spaces], device=forms.device)
+    samples = torch.tensor(inside, device=forms.device)[:, None] + outside[:, None] * forms
+    samples[[m.quadrature is None for m in members]] = float("nan")
+    return jackknife(samples[:, :, None])
+
+
+def quadratic_forms(operator: PackedOperator, vectors: Tensor) -> Tensor:
+    """The values u'Hu [R, n] of ``vectors`` [R, n, d]."""
+    parts = vectors.split(PRODUCTS_AT_ONCE, dim=1)
+    return torch.cat([(operator.apply(part) * part).sum(dim=2) for part in parts], dim=1)
+
+
+def _probes(space: Tensor, n: int, seed: int) -> Tensor:
+    """Independent vectors [n, d], uniform on the unit sphere outside ``space`` [q, d]."""
+    draws = torch.randn(n, space.shape[1], dtype=torch.float64, generator=generator(seed, "trace"))
+    vectors = draws.to(space.device)
+    for _ in range(2):
+        vectors -= (vectors @ space.T) @ space
+    lengths: Tensor = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+    return vectors / lengths
