@@ -14,13 +14,14 @@ from typing import Any
 import torch
 
 from flows.freeze import decide
-from flows.plan import Plan, make_plan
+from flows.plan import PackPlan, Plan, make_plan
 from flows.progress import duration
 from flows.study import Request, check_request
 from lossray.curvature.operators import StackHessian
-from lossray.study import Pack, Study, partition
+from lossray.errors import StudyError
+from lossray.study import Pack, Study, load_study, partition
 from lossray.training.datasets import Dataset, analysis_set
-from lossray.training.loop import checkpoint_steps, train
+from lossray.training.loop import train
 from tasks.context import loss_of, stack_of
 from tasks.curvature import pairs_needed
 
@@ -60,32 +61,38 @@ def dry_run(study: str, out: str | None, overrides: Sequence[str] = ()) -> str:
     Raises:
         LossrayError: bad input.
     """
+    if out is None and load_study(study, overrides).study.source == "checkpoints":
+        raise StudyError("--out is missing: name the folder or URI that was recorded into")
     request = check_request(study, out or NO_STORE, overrides)
     settings = request.loaded.study
     rule = partial(decide, settings, request.dataset, "cpu")
     frozen = request.manifest.packs if request.manifest else ()
-    plan = make_plan(request.context, partition(settings, frozen, rule), request.inputs)
+    packs = partition(settings, frozen, rule, request.inputs.recordings)
+    plan = make_plan(request.context, packs, request.inputs)
     costs = _costs(plan, request.dataset)
     lines = [*_packs(plan, costs), "", *_totals(plan, costs), *_done(request, plan)]
     return "\n".join([*lines, *settings.not_computed()])
 
 
 def _costs(plan: Plan, dataset: Dataset) -> list[Cost]:
-    """The cost of each pack; packs of one setting and size cost the same."""
+    """The cost of each pack; packs of one setting, size and number of checkpoints cost the same."""
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, int(plan.study.resources.train.cpus)))  # as a worker has
     try:
-        alike = {(pack.pack.setting_id, len(pack.pack.seeds)): pack.pack for pack in plan.packs}
-        costs = {key: estimate(pack, plan, dataset) for key, pack in alike.items()}
+        alike = {_size(pack): pack for pack in plan.packs}
+        costs = {size: estimate(pack, plan, dataset) for size, pack in alike.items()}
     finally:
         torch.set_num_threads(threads)
-    return [costs[pack.pack.setting_id, len(pack.pack.seeds)] for pack in plan.packs]
+    return [costs[_size(pack)] for pack in plan.packs]
 
 
-def estimate(pack: Pack, plan: Plan, dataset: Dataset) -> Cost:
+def _size(plan: PackPlan) -> tuple[str, int, int]:
+    return plan.pack.setting_id, len(plan.pack.seeds), len(plan.checkpoint_keys)
+
+
+def estimate(pack_plan: PackPlan, plan: Plan, dataset: Dataset) -> Cost:
     """The cost of one pack, from a few timed steps and products."""
-    study = plan.study
-    steps = checkpoint_steps(study.training)
+    study, pack, steps = plan.study, pack_plan.pack, pack_plan.checkpoint_keys
     n_params, step_seconds, state_bytes = _time_training(pack, study, dataset)
     top = pairs_needed(study, dataset.n_outputs, n_params)
     products = len(steps) * (PRODUCTS_PER_PAIR * top + len(study.angles.directions))
@@ -110,9 +117,11 @@ def wall_seconds(costs: Sequence[Cost], slots: int) -> float:
 
 
 def _time_training(pack: Pack, study: Study, dataset: Dataset) -> tuple[int, float, int]:
-    """Parameters, seconds per step, and bytes of a checkpoint."""
+    """Parameters, seconds per step, and bytes of a checkpoint; a recorded run is trained and on disk."""
     dtype = getattr(torch, study.training.dtype)
     stack, theta, buffers = stack_of(pack, dataset, dtype=dtype, device=torch.device("cpu"))
+    if pack.recorded is not None or pack.optimizer is None:
+        return stack.dim, 0.0, 0
     few = {"steps": TIMED_STEPS, "checkpoints": {"steps": [0, 1, TIMED_STEPS]}}
     training = type(study.training).model_validate({**study.training.plain(), **few})
     names: dict[str, Any] = {"pack_id": pack.pack_id, "seeds": pack.seeds}
@@ -163,8 +172,10 @@ def _totals(plan: Plan, costs: Sequence[Cost]) -> list[str]:
     cpus = max(study.resources.train.cpus, study.resources.curvature.cpus)
     slots = max(1, int((os.cpu_count() or 1) / cpus))
     wall = wall_seconds(costs, slots)
+    counts = [len(pack.checkpoint_keys) for pack in plan.packs]
+    checkpoints = " to ".join(map(str, dict.fromkeys([min(counts), max(counts)])))
     return [
-        f"{len(plan.packs)} packs, {runs} runs, {len(checkpoint_steps(study.training))} checkpoints each, "
+        f"{len(plan.packs)} packs, {runs} runs, {checkpoints} checkpoints each, "
         f"about {sum(c.products for c in costs):,} products",
         f"time: about {duration(training)} of training and {duration(curvature)} of curvature, one after the "
         f"other; about {duration(wall)} with the {slots} tasks at a time that this machine runs",

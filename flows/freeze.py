@@ -9,7 +9,7 @@ from lossray.errors import LossrayError, ModelError
 from lossray.networks.executor import choose_executor
 from lossray.networks.losses import get_loss
 from lossray.networks.models import build_model
-from lossray.networks.stack import build_stack
+from lossray.networks.stack import build_stack, stack_models
 from lossray.plugins import failure
 from lossray.study import Setting, Study
 from lossray.study.packs import AUTO_SIZE
@@ -52,11 +52,15 @@ def _decided(study: Study, dataset: Dataset, device: str, setting: Setting) -> t
     batch = study.training.batch_size  # batch norm takes no batch of one
     n = TRIAL_EXAMPLES if batch == "full" else min(batch, TRIAL_EXAMPLES)
     few = (dataset.train.inputs[:n], dataset.train.targets[:n])
-    executor = choose_executor(build, *few, loss, device=device)
+    recorded = study.source == "checkpoints"  # a pack of one, which is never trained
+    executor = "loop" if recorded else choose_executor(build, *few, loss, device=device)
     size = AUTO_SIZE[executor] if study.resources.pack == "auto" else study.resources.pack
     dtype = getattr(torch, study.curvature.dtype)
-    seeds = study.seeds[:size]
-    stack, theta, buffers = build_stack(build, seeds, executor=executor, dtype=dtype)
+    if recorded:
+        with torch.random.fork_rng(devices=[]):
+            stack, theta, buffers = stack_models([build()], executor=executor, dtype=dtype)
+    else:
+        stack, theta, buffers = build_stack(build, study.seeds[:size], executor=executor, dtype=dtype)
     n_examples = len(analysis_set(dataset, study.curvature.examples).targets)
     mode = choose_product_mode(stack, theta, buffers, loss, few, n_examples=n_examples, dtype=dtype)
     return executor, mode

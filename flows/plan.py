@@ -9,13 +9,12 @@ from lossray.study import (
     Pack,
     Study,
     StudyInputs,
-    checkpoint_key,
+    checkpoint_keys,
     curvature_key,
     pair_key,
     pair_tables,
     training_key,
 )
-from lossray.training.loop import checkpoint_steps
 from tasks.context import Context
 from tasks.curvature import CurvatureJob
 from tasks.pairs import PairJob
@@ -81,13 +80,12 @@ def make_plan(context: Context, packs: tuple[Pack, ...], inputs: StudyInputs) ->
 
 
 def _plan_pack(pack: Pack, study: Study, inputs: StudyInputs) -> PackPlan:
-    steps = checkpoint_steps(study.training)
-    training = training_key(pack, study, inputs)
-    curvature = {step: curvature_key(pack, step, study, inputs) for step in steps}
+    checkpoints = checkpoint_keys(pack, study, inputs)
+    curvature = {step: curvature_key(pack, step, study, inputs) for step in checkpoints}
     return PackPlan(
         pack,
-        training,
-        {step: checkpoint_key(training, step) for step in steps},
+        training_key(pack, study, inputs),
+        checkpoints,
         curvature,
         _pair_keys(curvature, study),
     )

@@ -16,6 +16,7 @@ from flows.interrupt import Interrupt
 from flows.ledger import Ledger
 from flows.plan import Plan, make_plan
 from flows.progress import duration
+from flows.recorded import withdraw
 from flows.serial import run_serially
 from flows.session import capacity, has_gpus, ray_session
 from lossray.curvature.modes import ProductMode
@@ -24,6 +25,7 @@ from lossray.imports import settle_imports
 from lossray.plugins import check_imported
 from lossray.storage.lease import Lease
 from lossray.storage.publish import publish_tables, tables_current
+from lossray.storage.recordings import FOLDER, read_recordings
 from lossray.storage.store import Store
 from lossray.study import (
     LoadedStudy,
@@ -31,8 +33,10 @@ from lossray.study import (
     Setting,
     StudyInputs,
     check_against_data,
+    check_recordings,
     load_study,
     partition,
+    runs_of,
     settings_of,
     study_inputs,
 )
@@ -110,15 +114,16 @@ def check_request(study: str, out: str, overrides: Sequence[str]) -> Request:
     """
     with chdir("."):  # which a module of the user's may change
         loaded = load_study(study, overrides)
-    if loaded.study.source is not None:
-        raise StudyError(f"{loaded.path}: source = {loaded.study.source!r} is not computed by this version")
     settle_imports(user_folders(loaded))
     store = Store(out)
     dataset = read_data(loaded)
     check_against_data(loaded.study, dataset, str(loaded.path))
-    inputs = study_inputs(loaded.study, dataset.fingerprint)
+    recordings = read_recordings(store) if loaded.study.source == "checkpoints" else ()
+    if loaded.study.source == "checkpoints":
+        check_recordings(loaded.study, dataset, recordings, str(loaded.path), out=store.url)
+    inputs = study_inputs(loaded.study, dataset.fingerprint, recordings)
     check_imported(inputs.sources)
-    manifest = read_manifest(store)
+    manifest = read_manifest(store, recorded=bool(recordings))
     if manifest is not None:
         check_extension(manifest, loaded.study, inputs)
     context = Context(store.url, loaded.study, str(loaded.folder), dataset.fingerprint, inputs.sources)
@@ -141,11 +146,12 @@ def read_data(loaded: LoadedStudy) -> Dataset:
 
 def is_complete(request: Request) -> bool:
     """Whether the store has everything that the study asks for, its tables included."""
-    if request.manifest is None or _missing_seeds(request):
+    if request.manifest is None or _lacks_runs(request):
         return False
     plan = make_plan(request.context, request.manifest.packs, request.inputs)
-    committed = request.store.committed_keys()
-    return committed.issuperset(plan.keys()) and tables_current(request.store)
+    committed, keys = request.store.committed_keys(), set(plan.keys())
+    done = committed == keys if request.inputs.recordings else committed >= keys
+    return done and tables_current(request.store)
 
 
 def is_recorded(request: Request) -> bool:
@@ -163,7 +169,8 @@ def try_settings(request: Request, device: str) -> Rule:
     """
     study, path = request.loaded.study, request.loaded.path
     known = {pack.setting_id for pack in request.manifest.packs} if request.manifest else set()
-    new = [setting for setting in settings_of(study) if setting.setting_id not in known]
+    settings = settings_of(study, request.inputs.recordings)
+    new = [setting for setting in settings if setting.setting_id not in known]
     try:
         decided = {setting.setting_id: decide(study, request.dataset, device, setting) for setting in new}
     except ModelError as error:
@@ -180,10 +187,10 @@ def freeze(request: Request, rule: Rule) -> Plan:
         StoreError: it has, for another study.
     """
     study, store = request.loaded.study, request.store
-    old = read_manifest(store)
+    old = read_manifest(store, recorded=bool(request.inputs.recordings))
     if old is not None:
         check_extension(old, study, request.inputs)
-    packs = partition(study, old.packs if old else (), rule)
+    packs = partition(study, old.packs if old else (), rule, request.inputs.recordings)
     if old is None:
         manifest = new_manifest(study, request.inputs, packs, folder=request.loaded.folder)
         for path in store.paths("parts"):  # of an attempt that committed nothing
@@ -194,22 +201,32 @@ def freeze(request: Request, rule: Rule) -> Plan:
         store.write_json("manifest.json", manifest.plain())
     if not _holds_study_file(request):
         store.write_bytes("study.toml", request.loaded.text.encode())
-    return make_plan(request.context, packs, request.inputs)
+    plan = make_plan(request.context, packs, request.inputs)
+    if request.inputs.recordings and (withdrawn := withdraw(store, plan)):
+        _say(f"note: {withdrawn} results of what is no longer recorded are withdrawn")
+    return plan
 
 
-def read_manifest(store: Store) -> Manifest | None:
+def read_manifest(store: Store, *, recorded: bool = False) -> Manifest | None:
     """The manifest of a store, None where there is no store yet, or where nothing depends on it yet.
+
+    Args:
+        store: the store.
+        recorded: whether the study analyses recorded checkpoints, which are there before it.
 
     Raises:
         StoreError: the manifest is damaged, or the folder holds something else.
     """
     if store.exists("manifest.json"):
         manifest = Manifest.from_plain(store.read_json("manifest.json"), f"{store.url}/manifest.json")
-        return manifest if store.committed_keys() or store.paths("checkpoints") else None
+        needed = store.committed_keys() or (store.paths("checkpoints") and not recorded)
+        return manifest if needed else None
     try:
         strangers = store.paths()
     except OSError as error:
         raise StoreError(f"--out {store.url}: cannot be a store: {error.strerror}") from error
+    if recorded:
+        strangers = [path for path in strangers if not path.startswith((f"{FOLDER}/", "checkpoints/"))]
     if strangers:
         raise StoreError(
             f"--out {store.url}: found files that are no store of lossray's, such as {strangers[0]}; "
@@ -235,12 +252,11 @@ def _holds_study_file(request: Request) -> bool:
     return store.exists("study.toml") and store.read_bytes("study.toml") == text
 
 
-def _missing_seeds(request: Request) -> bool:
+def _lacks_runs(request: Request) -> bool:
     """Whether some run of the study is in no pack of the store."""
     assert request.manifest is not None
     have = {run_id for pack in request.manifest.packs for run_id in pack.run_ids}
-    study = request.loaded.study
-    return any(f"{s.setting_id}-s{seed}" not in have for s in settings_of(study) for seed in study.seeds)
+    return not runs_of(request.loaded.study, request.inputs.recordings) <= have
 
 
 def _gather(store: Store, interrupt: Interrupt, *, in_process: bool) -> bool:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     )
     from lossray.curvature.single import analyse, eigenpairs, spectral_density, trace
     from lossray.results import open_study
+    from lossray.training.record import record
 
 __version__ = "0.1.0"
 
@@ -31,6 +32,7 @@ _HOMES = {
     "analyse": "lossray.curvature.single",
     "eigenpairs": "lossray.curvature.single",
     "open_study": "lossray.results",
+    "record": "lossray.training.record",
     "spectral_density": "lossray.curvature.single",
     "trace": "lossray.curvature.single",
 }
@@ -47,6 +49,7 @@ __all__ = [
     "eigenpairs",
     "main",
     "open_study",
+    "record",
     "spectral_density",
     "trace",
 ]

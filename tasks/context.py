@@ -11,7 +11,7 @@ from lossray.errors import DataError
 from lossray.imports import worker_setup
 from lossray.networks.losses import get_loss
 from lossray.networks.models import build_model
-from lossray.networks.stack import Loss, Stack, build_stack
+from lossray.networks.stack import Loss, Stack, build_stack, stack_models
 from lossray.plugins import check_imported
 from lossray.study import Pack, Study
 from lossray.training.datasets import Dataset, Split, load_dataset
@@ -74,7 +74,14 @@ def loss_of(context: Context) -> Loss:
 def stack_of(
     pack: Pack, dataset: Dataset, *, dtype: torch.dtype, device: torch.device
 ) -> tuple[Stack, torch.Tensor, dict[str, torch.Tensor]]:
-    """A freshly initialised pack: stack, theta [R, d], buffers {name: [R, *shape]}."""
+    """A freshly initialised pack: stack, theta [R, d], buffers {name: [R, *shape]}.
+
+    A recorded run's initialisation is replaced by what was recorded: its function may seed torch as it likes.
+    """
+    if pack.recorded is not None:
+        with torch.random.fork_rng(devices=[]):
+            model = build_model(pack.model, dataset.input_shape, dataset.n_outputs)
+        return stack_models([model], executor=pack.executor, dtype=dtype, device=device)
     return build_stack(
         lambda: build_model(pack.model, dataset.input_shape, dataset.n_outputs),
         pack.seeds,

@@ -12,9 +12,9 @@ import ray
 import torch
 from torch import Tensor
 
-from lossray.curvature import vectors
 from lossray.curvature.analysis import Analysis, packed_analysis
 from lossray.curvature.operators import StackHessian
+from lossray.geometry import vectors
 from lossray.geometry.angles import angle_rows, subspaces
 from lossray.geometry.directions import direction_rows
 from lossray.networks.stack import Stack
@@ -36,6 +36,7 @@ from tasks.context import (
     stack_of,
 )
 from tasks.record import Attempt, Stopwatch
+from tasks.recorded import converted
 
 HESSIAN = ("hessian", "all")  # operator and block
 Row = dict[str, Any]
@@ -101,7 +102,7 @@ class Point:
     stack: Stack
     theta: Tensor  # [R, d]; diverged members at their last finite parameters
     buffers: dict[str, Tensor]  # name -> [R, *shape]
-    optimizer: StackOptimizer
+    optimizer: StackOptimizer | None  # None: a recorded run's, which lossray does not know
     alive: Tensor  # [R] bool
     dataset: Dataset
 
@@ -111,10 +112,13 @@ def locate(job: CurvatureJob, checkpoint: Checkpoint, device: torch.device) -> P
     dtype = getattr(torch, job.context.study.training.dtype)
     dataset = on_device(dataset_of(job.context, dtype), device)
     stack, _, _ = stack_of(job.pack, dataset, dtype=dtype, device=device)
-    theta = stack.layout.join(checkpoint.parameters)
-    optimizer = StackOptimizer(job.pack.optimizer, theta, stack.layout)
-    optimizer.load_state(checkpoint.optimizer)
-    return Point(stack, theta, checkpoint.buffers, optimizer, checkpoint.alive, dataset)
+    theta = stack.layout.join(checkpoint.parameters).to(dtype)  # a recorded run may have had another
+    buffers = converted(checkpoint.buffers, device, dtype)
+    optimizer = None
+    if job.pack.optimizer is not None:
+        optimizer = StackOptimizer(job.pack.optimizer, theta, stack.layout)
+        optimizer.load_state(checkpoint.optimizer)
+    return Point(stack, theta, buffers, optimizer, checkpoint.alive, dataset)
 
 
 def hessian_at(job: CurvatureJob, point: Point) -> StackHessian:
@@ -157,14 +161,10 @@ def pairs_needed(study: Study, n_outputs: int, dim: int) -> int:
 def _directions(job: CurvatureJob, point: Point, analysis: Analysis) -> dict[str, Tensor]:
     """Vectors [R, d] by name; those that do not exist (momentum at step 0) are missing."""
     study = job.context.study
-    args = (point.stack, point.theta, point.buffers, loss_of(job.context), point.dataset)
-    _, minibatch_gradient = step_gradient(*args, study.training, job.pack.seeds, job.step)
-    lr = learning_rate(job.pack.optimizer, job.step, study.training.steps)
     known = {
         "gradient": analysis.gradient,
-        "minibatch_gradient": minibatch_gradient,
-        "update": point.optimizer.virtual_update(minibatch_gradient, lr),
-        "momentum": point.optimizer.momentum(),
+        **_next_step(job, point),
+        "momentum": point.optimizer.momentum() if point.optimizer else None,
     }
     alive = point.alive[:, None]
     return {
@@ -172,6 +172,18 @@ def _directions(job: CurvatureJob, point: Point, analysis: Analysis) -> dict[str
         for name, vector in known.items()
         if vector is not None and name in study.angles.directions
     }
+
+
+def _next_step(job: CurvatureJob, point: Point) -> dict[str, Tensor]:
+    """What the run does next; of a recorded one the next batch is not known."""
+    pack, study = job.pack, job.context.study
+    if pack.recorded is not None or pack.optimizer is None or point.optimizer is None:
+        return {}
+    args = (point.stack, point.theta, point.buffers, loss_of(job.context), point.dataset)
+    _, minibatch_gradient = step_gradient(*args, study.training, pack.seeds, job.step)
+    lr = learning_rate(pack.optimizer, job.step, study.training.steps)
+    update = point.optimizer.virtual_update(minibatch_gradient, lr)
+    return {"minibatch_gradient": minibatch_gradient, "update": update}
 
 
 def _eigenvalue_rows(job: CurvatureJob, analysis: Analysis) -> list[Row]:

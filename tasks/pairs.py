@@ -11,9 +11,9 @@ import ray
 import torch
 from torch import Tensor
 
-from lossray.curvature import vectors
 from lossray.curvature.operators import StackHessian
 from lossray.curvature.pairs import EigenPairs
+from lossray.geometry import vectors
 from lossray.geometry.angles import angle_rows
 from lossray.geometry.directions import direction_rows
 from lossray.geometry.overlaps import overlap_rows

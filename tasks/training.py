@@ -23,6 +23,7 @@ from lossray.storage.store import Store
 from lossray.study import Pack, Study
 from lossray.training.loop import checkpoint_steps, train
 from lossray.training.optimizers import OPTIMIZERS
+from lossray.training.schedules import ScheduleSettings
 from tasks.context import (
     Context,
     dataset_of,
@@ -32,6 +33,7 @@ from tasks.context import (
     stack_of,
 )
 from tasks.record import Attempt, Stopwatch
+from tasks.recorded import recorded_checkpoints
 
 Row = dict[str, Any]
 
@@ -70,14 +72,8 @@ def train_pack(job: TrainingJob, device: torch.device | None = None) -> Iterator
     store = Store(job.context.out)
     whole = Stopwatch(job.attempt, device_name(device))
     segments = _Segments(job, store, Stopwatch(job.attempt, device_name(device)))
-    newest: Checkpoint | None = None
-    for newest in _replay(store, job):
-        yield segments.commit(newest)
-        segments.watch.restart()
-    for checkpoint in _train_on(job, newest, device):
-        path, data = store.checkpoint_path(job.pack.pack_id, checkpoint.step), checkpoints.dumps(checkpoint)
-        store.write_bytes(path, data)
-        yield segments.commit(checkpoints.loads(data, name=path))  # on the CPU, as a replay would read it
+    for checkpoint in _recorded(job, segments, device) if job.pack.recorded else _trained(store, job, device):
+        yield segments.commit(checkpoint)
         segments.watch.restart()  # after the yield: without Ray the analysis runs meanwhile
     store.publish("runs", job.key, _run_rows(segments, whole.device))
     record = whole.record(job.key, "training", pack_id=job.pack.pack_id)
@@ -91,6 +87,24 @@ class TrainingActor:
     def fit(self, job: TrainingJob, cpus: float) -> Iterator[Published]:
         """Stream the events of `train_pack` (a Ray generator)."""
         yield from train_pack(job, prepare_worker(cpus))
+
+
+def _trained(store: Store, job: TrainingJob, device: torch.device) -> Iterator[Checkpoint]:
+    """All checkpoints of a pack, on the CPU: those on disk, the others as they are trained and written."""
+    newest: Checkpoint | None = None
+    for newest in _replay(store, job):
+        yield newest
+    for checkpoint in _train_on(job, newest, device):
+        path, data = store.checkpoint_path(job.pack.pack_id, checkpoint.step), checkpoints.dumps(checkpoint)
+        store.write_bytes(path, data)
+        yield checkpoints.loads(data, name=path)  # as a replay would read it
+
+
+def _recorded(job: TrainingJob, segments: "_Segments", device: torch.device) -> Iterator[Checkpoint]:
+    """All checkpoints of a recorded run; the last one is evaluated for the `runs` row in any case."""
+    keys = job.checkpoint_keys
+    unknown = {step for step, key in keys.items() if key not in segments.committed or step == max(keys)}
+    return recorded_checkpoints(job.context, job.pack, sorted(keys), unknown, device)
 
 
 def _replay(store: Store, job: TrainingJob) -> Iterator[Checkpoint]:
@@ -108,6 +122,7 @@ def _train_on(job: TrainingJob, newest: Checkpoint | None, device: torch.device)
         return
     dtype = getattr(torch, settings.dtype)
     dataset = dataset_of(job.context, dtype)
+    assert job.pack.optimizer is not None  # only a recorded run's may be unknown
     stack, theta, buffers = stack_of(job.pack, dataset, dtype=dtype, device=device)
     yield from train(
         stack,
@@ -201,19 +216,24 @@ def _norms(parameters: Mapping[str, Tensor], origin: Mapping[str, Tensor] | None
 
 def _run_rows(segments: _Segments, device: str) -> list[Row]:
     pack, last = segments.job.pack, segments.last
-    assert last is not None  # step 0 always has a checkpoint
-    shared = {
+    assert last is not None  # step 0 always has a checkpoint, and a recorded run has one
+    shared: Row = {
         "n_params": sum(tensor[0].numel() for tensor in last.parameters.values()),
         "data_fingerprint": segments.job.context.data_key,
         "wall_seconds": segments.seconds,
         "device": device,
     }
+    if pack.recorded is not None:  # how it was trained is not known, but for the number format
+        dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in last.parameters.values()}
+        shared |= {"wall_seconds": None, "device": None, "dtype": ", ".join(sorted(dtypes))}
     rows = []
     for r, row in enumerate(_described(pack, segments.job.context.study)):
         diverged_at = None if last.alive[r] else int(last.diverged_at[r])
         outcome: Row = {"status": "finished", "steps_done": last.step}
         if diverged_at is not None:
-            reason = f"loss, gradient or parameters not finite, or loss too high, at step {diverged_at}"
+            causes = "parameters" if pack.recorded else "loss, gradient or parameters"
+            also = "" if pack.recorded else ", or loss too high,"
+            reason = f"{causes} not finite{also} at step {diverged_at}"
             outcome = {
                 "status": "diverged",
                 "steps_done": diverged_at,
@@ -232,29 +252,45 @@ def failed_run_rows(pack: Pack, study: Study, reason: str) -> list[Row]:
 
 def _described(pack: Pack, study: Study) -> list[Row]:
     """What is known of every run before it starts."""
+    row: Row = {
+        "pack_id": pack.pack_id,
+        "setting_id": pack.setting_id,
+        "model": pack.model.name,
+        "activation": getattr(pack.model, "activation", None),
+        "norm": getattr(pack.model, "norm", None),
+        "model_settings": json.dumps(pack.model.plain()),
+        "loss": study.training.loss,
+        "executor": pack.executor,
+        **_described_optimizer(pack),
+    }
+    if pack.recorded is not None:
+        return [row | {"run_id": pack.recorded.run_id}]
+    batch_size = None if study.training.batch_size == "full" else study.training.batch_size
+    row |= {"batch_size": batch_size, "dtype": study.training.dtype}
     return [
-        {
-            "run_id": run_id,
-            "pack_id": pack.pack_id,
-            "setting_id": pack.setting_id,
-            "model": pack.model.name,
-            "activation": getattr(pack.model, "activation", None),
-            "norm": getattr(pack.model, "norm", None),
-            "model_settings": json.dumps(pack.model.plain()),
-            "optimizer": pack.optimizer.name,
-            "lr": pack.optimizer.lr,
-            "weight_decay": getattr(pack.optimizer, "weight_decay", 0.0),
-            "schedule": pack.optimizer.schedule,
-            "optimizer_settings": json.dumps(pack.optimizer.plain()),
-            "adaptive": OPTIMIZERS[pack.optimizer.name].adaptive,
-            "seed": seed,
-            "batch_size": None if study.training.batch_size == "full" else study.training.batch_size,
-            "loss": study.training.loss,
-            "dtype": study.training.dtype,
-            "executor": pack.executor,
-        }
-        for run_id, seed in zip(pack.run_ids, pack.seeds, strict=True)
+        row | {"run_id": run_id, "seed": seed} for run_id, seed in zip(pack.run_ids, pack.seeds, strict=True)
     ]
+
+
+def _described_optimizer(pack: Pack) -> Row:
+    """Of a recorded run the schedule is not known, and of an optimizer of the user's own only the name."""
+    optimizer, recorded = pack.optimizer, pack.recorded
+    row: Row = {"optimizer": recorded.optimizer, "lr": recorded.lr} if recorded else {}
+    if optimizer is None:
+        return row
+    settings = optimizer.plain()
+    if recorded:
+        own = {key: value for key, value in settings.items() if key not in ScheduleSettings.model_fields}
+        settings = own | {"lr": recorded.lr}
+    return {
+        "optimizer": optimizer.name,
+        "lr": optimizer.lr,
+        "weight_decay": getattr(optimizer, "weight_decay", 0.0),
+        "schedule": None if recorded else optimizer.schedule,
+        "optimizer_settings": json.dumps(settings),
+        "adaptive": OPTIMIZERS[optimizer.name].adaptive,
+        **row,
+    }
 
 
 def _value(number: Any) -> int | float | None:

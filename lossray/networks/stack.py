@@ -301,16 +301,49 @@ def build_stack(
     Raises:
         ModelError: no trainable parameter, members that differ in shape, or a `build` that seeds torch.
     """
-    models = [_initialised(build, seed).to(dtype) for seed in seeds]
+    models = [_initialised(build, seed) for seed in seeds]
+    return stack_models(models, executor=executor, dtype=dtype, device=device)
+
+
+def stack_models(
+    models: Sequence[nn.Module],
+    *,
+    executor: str,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> tuple[Stack, Tensor, dict[str, Tensor]]:
+    """Stack models that are there already: they are converted, and the first becomes the template.
+
+    Args:
+        models: of one architecture, made for this stack alone.
+        executor: "vmap" or "loop".
+        dtype: of parameters and floating buffers.
+        device: where the stack lives.
+
+    Returns:
+        As `build_stack`.
+
+    Raises:
+        ModelError: no trainable parameter, or members that differ in shape.
+    """
+    models = [model.to(dtype) for model in models]
     layout = layout_of(models[0])
     rows = [_flat(model, layout) for model in models]
-    frozen = [name for name, parameter in models[0].named_parameters() if not parameter.requires_grad]
-    tensors = [
-        {**dict(model.named_buffers()), **{n: model.get_parameter(n) for n in frozen}} for model in models
-    ]
-    buffers = {name: torch.stack([own[name].detach() for own in tensors]).to(device) for name in tensors[0]}
+    others = [tensors_of(model)[1] for model in models]
+    buffers = {name: torch.stack([own[name] for own in others]).to(device) for name in others[0]}
     stack = Stack(models[0].to(device), layout, executor=executor)
     return stack, torch.stack(rows).to(device), buffers
+
+
+def tensors_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A model's trainable parameters, and its buffers (frozen parameters among them), as a stack has them.
+
+    By name, in order, detached; tied ones once. They share the model's memory.
+    """
+    parameters = dict(model.named_parameters())
+    trainable = {name: p.detach() for name, p in parameters.items() if p.requires_grad}
+    buffers = {name: tensor.detach() for name, tensor in model.named_buffers()}
+    return trainable, buffers | {n: p.detach() for n, p in parameters.items() if not p.requires_grad}
 
 
 def _places(model: nn.Module) -> list[tuple[str, dict[str, Any], str]]:

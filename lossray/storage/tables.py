@@ -112,7 +112,9 @@ RUNS = TableSchema(
         Column("schedule", TEXT, "", "learning-rate schedule: `constant`, `cosine` or `step`"),
         Column("optimizer_settings", TEXT, "", "all settings of the optimizer, JSON"),
         Column("adaptive", FLAG, "", "whether the optimizer scales each parameter by past gradients"),
-        Column("seed", INTEGER, "1", "seed of the run's initialisation, data order and dropout"),
+        Column(
+            "seed", INTEGER, "1", "seed of the run's initialisation, data order and dropout; null if recorded"
+        ),
         Column("n_params", INTEGER, "parameters", "trainable parameters of the model"),
         Column("batch_size", INTEGER, "examples", "examples per step"),
         Column("loss", TEXT, "", "name of the loss"),
@@ -160,7 +162,11 @@ CHECKPOINTS = TableSchema(
         Column("alive", FLAG, "", "false from the step at which the run diverged; its numbers are null then"),
         *EVALUATION,
         _number("parameter_norm", PARAMETER, "norm of the parameters"),
-        _number("distance_from_init", PARAMETER, "norm of the difference to the parameters at step 0"),
+        _number(
+            "distance_from_init",
+            PARAMETER,
+            "norm of the difference to the first checkpoint's, which is step 0 or the first recorded",
+        ),
     ),
 )
 

@@ -1,11 +1,16 @@
 """What of a study can be checked only against its data, before anything is written."""
 
+from collections.abc import Sequence
+
 import torch
+from torch import nn
 
 from lossray.errors import LossrayError, ModelError, StudyError
 from lossray.networks.losses import get_loss
-from lossray.networks.models import check_model
+from lossray.networks.models import build_model, check_model
+from lossray.networks.stack import tensors_of
 from lossray.plugins import failure
+from lossray.storage.recordings import Recording
 from lossray.study.problems import Problem
 from lossray.study.settings import Study
 from lossray.training.datasets import Dataset
@@ -25,6 +30,55 @@ def check_against_data(study: Study, dataset: Dataset, origin: str = "") -> None
     problems = [*_sizes(study, dataset), *_loss(study, dataset), *_models(study, dataset)]
     if problems:
         raise StudyError("\n".join(problem.line(origin) for problem in problems))
+
+
+def check_recordings(
+    study: Study, dataset: Dataset, recordings: Sequence[Recording], origin: str = "", *, out: str
+) -> None:
+    """Refuse recorded runs that the study's model does not fit. Builds the model once.
+
+    Args:
+        study: with `source = "checkpoints"`.
+        dataset: the study's data.
+        recordings: the recorded runs of the store.
+        origin: put before the error, such as the study file.
+        out: the store, for the message.
+
+    Raises:
+        StudyError: nothing is recorded, or the model has other parameters than a run.
+    """
+    if not recordings:
+        text = (
+            f"nothing is recorded in {out}: call lossray.record(OUT, model, optimizer, step) in your training"
+        )
+        raise StudyError(Problem(("source",), text).line(origin))
+    with torch.random.fork_rng(devices=[]):
+        model = build_model(study.models[0], dataset.input_shape, dataset.n_outputs)
+    for recording in recordings:
+        difference = _difference(model, recording)
+        if difference:
+            text = (
+                f"{study.models[0].name!r} does not build the module of run {recording.run!r}: {difference}"
+            )
+            raise StudyError(Problem(("models", 0), text).line(origin))
+
+
+def _difference(model: nn.Module, recording: Recording) -> str | None:
+    """The first tensor that a model and a recording do not have alike."""
+    parameters, buffers = tensors_of(model)
+    built = {name: ("trainable", list(tensor.shape)) for name, tensor in parameters.items()}
+    built |= {name: ("not trainable", list(tensor.shape)) for name, tensor in buffers.items()}
+    recorded = {name: ("trainable", list(shape)) for name, shape in recording.parameters.items()}
+    recorded |= {name: ("not trainable", list(shape)) for name, shape in recording.buffers.items()}
+    for name in [*recorded, *built]:
+        if recorded.get(name) != built.get(name):
+            found, allowed = (
+                f"{own[name][1]} {own[name][0]}" if name in own else "none" for own in (built, recorded)
+            )
+            return f"{name}: found {found}, recorded {allowed}"
+    if list(parameters) != list(recording.parameters):
+        return f"found its parameters in the order {', '.join(parameters)}, recorded in another"
+    return None
 
 
 def _sizes(study: Study, dataset: Dataset) -> list[Problem]:

@@ -3,16 +3,18 @@
 Equal keys mean equal rows. The study's name, [resources], [claims] and the place of the data are in none.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lossray.curvature import vectors
+from lossray.geometry import vectors
 from lossray.plugins import source_hash
 from lossray.settings import content_hash
+from lossray.storage.recordings import Recording
 from lossray.storage.tables import TABLES
 from lossray.study.packs import Pack
 from lossray.study.settings import Study
+from lossray.training.plan import checkpoint_steps
 
 KEY_VERSION = 1  # goes up when the same settings come to mean other numbers
 TRAINING_TABLES = ("runs", "training", "checkpoints")
@@ -25,23 +27,38 @@ class StudyInputs:
 
     data_key: str  # content hash of the data: `Dataset.fingerprint`
     sources: Mapping[str, str] = field(default_factory=dict)  # source hash by "package.module:function"
+    recordings: tuple[Recording, ...] = field(default=(), compare=False)  # in the store; not in its manifest
+
+    def recorded_steps(self, pack: Pack) -> Mapping[int, str]:
+        """Of a recorded run: content hash of its checkpoint by step; ascending."""
+        found = [recording.steps for recording in self.recordings if recording.run == pack.pack_id]
+        return found[0] if found else {}
 
 
-def study_inputs(study: Study, data_key: str) -> StudyInputs:
+def study_inputs(study: Study, data_key: str, recordings: Sequence[Recording] = ()) -> StudyInputs:
     """Hash the source of every user module that the study names.
+
+    Args:
+        study: the study.
+        data_key: content hash of its data.
+        recordings: the recorded runs of the store, where the study analyses those.
 
     Raises:
         StudyError: a module is not found.
     """
     names = sorted(set(study.user_functions().values()))
-    return StudyInputs(data_key, {name: source_hash(name) for name in names})
+    return StudyInputs(data_key, {name: source_hash(name) for name in names}, tuple(recordings))
 
 
 def training_key(pack: Pack, study: Study, inputs: StudyInputs) -> str:
     """Key of the training of a pack.
 
-    Of the analysis sections only `angles.shadow` is in it: shadow optimizers run along with the training.
+    Of the analysis sections only `angles.shadow` is in it: shadow optimizers run along with the training. A
+    recorded run is not trained, but evaluated: its key holds the content of its checkpoints.
     """
+    if pack.recorded is not None:
+        recorded = {"run": asdict(pack.recorded), "steps": list(inputs.recorded_steps(pack).items())}
+        return content_hash({"kind": "training", **recorded, **_recorded_content(pack, study, inputs)})
     return content_hash({"kind": "training", **_training_content(pack, study, inputs)})
 
 
@@ -50,12 +67,23 @@ def checkpoint_key(training_key: str, step: int) -> str:
     return content_hash({"kind": "checkpoint", "training": training_key, "step": step})
 
 
+def checkpoint_keys(pack: Pack, study: Study, inputs: StudyInputs) -> dict[int, str]:
+    """Key of the rows of every checkpoint of a pack, by step."""
+    if pack.recorded is None:
+        training = training_key(pack, study, inputs)
+        return {step: checkpoint_key(training, step) for step in checkpoint_steps(study.training)}
+    steps = inputs.recorded_steps(pack)
+    first = next(iter(steps.values()), None)  # distances are measured from it
+    shared = {"kind": "checkpoint", "first": first, **_recorded_content(pack, study, inputs)}
+    return {step: content_hash({**shared, "checkpoint": content}) for step, content in steps.items()}
+
+
 def curvature_key(pack: Pack, step: int, study: Study, inputs: StudyInputs) -> str:
     """Key of the analysis of a pack's checkpoint at `step`."""
     return content_hash(
         {
             "kind": "curvature",
-            "checkpoint": checkpoint_key(training_key(pack, study, inputs), step),
+            "checkpoint": _origin(pack, step, study, inputs),
             "product_mode": pack.product_mode,
             "curvature": study.curvature.plain(),
             "angles": study.angles.plain(),
@@ -82,8 +110,36 @@ def pair_tables(study: Study) -> tuple[str, ...]:
     return tuple(name for name, asked in wanted.items() if asked)
 
 
+def _origin(pack: Pack, step: int, study: Study, inputs: StudyInputs) -> Any:
+    """All that a checkpoint and the loss at it depend on."""
+    if pack.recorded is None:
+        return checkpoint_key(training_key(pack, study, inputs), step)
+    return {"content": inputs.recorded_steps(pack)[step], **_recorded_content(pack, study, inputs)}
+
+
+def _recorded_content(pack: Pack, study: Study, inputs: StudyInputs) -> dict[str, Any]:
+    """What the evaluation of a recorded run depends on, its checkpoints apart."""
+    return {
+        "version": KEY_VERSION,
+        "tables": {name: TABLES[name].version for name in TRAINING_TABLES},
+        "run_id": pack.run_ids[0],
+        "model": pack.model.plain(),
+        "optimizer": pack.optimizer.plain() if pack.optimizer else None,
+        "loss": study.training.loss,
+        "dtype": study.training.dtype,
+        "data": inputs.data_key,
+        "sources": _involved(pack, study, inputs),
+    }
+
+
+def _involved(pack: Pack, study: Study, inputs: StudyInputs) -> dict[str, str]:
+    """Source hashes of the user's functions that a pack needs."""
+    names = {pack.model.name, study.training.loss, study.data.source}
+    return {name: value for name, value in inputs.sources.items() if name in names}
+
+
 def _training_content(pack: Pack, study: Study, inputs: StudyInputs) -> dict[str, Any]:
-    involved = {pack.model.name, study.training.loss, study.data.source}
+    assert pack.optimizer is not None  # only a recorded run's may be unknown
     return {
         "version": KEY_VERSION,
         "tables": {name: TABLES[name].version for name in TRAINING_TABLES},
@@ -94,5 +150,5 @@ def _training_content(pack: Pack, study: Study, inputs: StudyInputs) -> dict[str
         "training": study.training.plain(),
         "shadow": list(study.angles.shadow),
         "data": inputs.data_key,
-        "sources": {name: value for name, value in inputs.sources.items() if name in involved},
+        "sources": _involved(pack, study, inputs),
     }

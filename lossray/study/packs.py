@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from lossray.curvature.modes import ProductMode
 from lossray.networks.layers import ModelSettings
 from lossray.networks.models import model_settings
 from lossray.settings import content_hash
+from lossray.storage.recordings import Recording
 from lossray.study.settings import Study
 from lossray.training.optimizers import OptimizerSettings, optimizer_settings
 
@@ -24,57 +25,78 @@ class Setting:
 
     setting_id: str
     model: ModelSettings
-    optimizer: OptimizerSettings
+    optimizer: OptimizerSettings | None  # None: that of a recorded run, if lossray does not know it
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """What is known of a run that somebody's own script has trained."""
+
+    run_id: str
+    optimizer: str | None  # its name, or its class where lossray does not know it
+    lr: float | None  # before any schedule
 
 
 @dataclass(frozen=True)
 class Pack:
-    """Runs of one setting, trained and analysed together. Once in a manifest it never changes."""
+    """Runs of one setting, trained and analysed together. Once in a manifest it never changes.
+
+    A recorded run is a pack of its own, whose checkpoints are there already.
+    """
 
     pack_id: str
     setting_id: str
     model: ModelSettings
-    optimizer: OptimizerSettings
-    seeds: tuple[int, ...]  # of the members, in order
+    optimizer: OptimizerSettings | None  # None: that of a recorded run, if lossray does not know it
+    seeds: tuple[int, ...]  # of the members, in order; a recorded run's names its random vectors only
     executor: str  # "vmap" | "loop"
     product_mode: ProductMode  # how Hessian-vector products are formed
+    recorded: RecordedRun | None = None  # None: trained by the study
 
     @property
     def run_ids(self) -> tuple[str, ...]:
         """Of the members, in order."""
+        if self.recorded is not None:
+            return (self.recorded.run_id,)
         return tuple(f"{self.setting_id}-s{seed}" for seed in self.seeds)
 
     def plain(self) -> dict[str, Any]:
         """As JSON-compatible values."""
-        return {
+        plain = {
             "pack_id": self.pack_id,
             "setting_id": self.setting_id,
             "model": self.model.plain(),
-            "optimizer": self.optimizer.plain(),
+            "optimizer": self.optimizer.plain() if self.optimizer else None,
             "seeds": list(self.seeds),
             "executor": self.executor,
             "product_mode": self.product_mode,
         }
+        return plain | ({"recorded": asdict(self.recorded)} if self.recorded else {})
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> "Pack":
         """Inverse of `plain`."""
+        recorded = {"recorded": RecordedRun(**plain["recorded"])} if "recorded" in plain else {}
         return cls(
             **{
                 **plain,
                 "model": model_settings(plain["model"]),
-                "optimizer": optimizer_settings(plain["optimizer"]),
+                "optimizer": optimizer_settings(plain["optimizer"]) if plain["optimizer"] else None,
                 "seeds": tuple(plain["seeds"]),
+                **recorded,
             }
         )
 
 
-def settings_of(study: Study) -> tuple[Setting, ...]:
-    """Every model with every optimizer setting, models first.
+def settings_of(study: Study, recordings: Sequence[Recording] = ()) -> tuple[Setting, ...]:
+    """Every model with every optimizer setting, models first; of a recorded study those of the recordings.
 
     The id is readable, fit for file names, and changes with whatever changes the training of a seed but for
     the data, which a store has once.
     """
+    if study.source == "checkpoints":
+        settings = [_recorded_setting(study, recording) for recording in recordings]
+        return tuple({setting.setting_id: setting for setting in settings}.values())
     return tuple(
         Setting(_setting_id(study, model, optimizer), model, optimizer)
         for model in study.models
@@ -82,19 +104,33 @@ def settings_of(study: Study) -> tuple[Setting, ...]:
     )
 
 
+def runs_of(study: Study, recordings: Sequence[Recording] = ()) -> set[str]:
+    """The ids of all runs of a study."""
+    if study.source == "checkpoints":
+        return {recording.run for recording in recordings}
+    return {f"{setting.setting_id}-s{seed}" for setting in settings_of(study) for seed in study.seeds}
+
+
 def partition(
-    study: Study, frozen: Sequence[Pack], decide: Callable[[Setting], tuple[str, ProductMode]]
+    study: Study,
+    frozen: Sequence[Pack],
+    decide: Callable[[Setting], tuple[str, ProductMode]],
+    recordings: Sequence[Recording] = (),
 ) -> tuple[Pack, ...]:
     """Divide the runs of a study into packs.
 
     Frozen packs come first and stay as they are. Seeds of a setting that no frozen pack covers form new
     packs, in the study's order, of `resources.pack` runs; "auto": 16 for the vmap executor, 1 for the loop.
+    A recorded study has one pack for each recording, whatever was frozen.
 
     Args:
         study: the study.
         frozen: packs of the store's manifest; empty for a new store.
         decide: (executor, product mode) of a setting that has no pack yet; others keep theirs.
+        recordings: the recorded runs of the store.
     """
+    if study.source == "checkpoints":
+        return _recorded_packs(study, frozen, decide, recordings)
     packs = list(frozen)
     for setting in settings_of(study):
         own = [pack for pack in frozen if pack.setting_id == setting.setting_id]
@@ -120,6 +156,48 @@ def _pack(setting: Setting, seeds: tuple[int, ...], executor: str, product_mode:
         executor,
         product_mode,
     )
+
+
+def _recorded_packs(
+    study: Study,
+    frozen: Sequence[Pack],
+    decide: Callable[[Setting], tuple[str, ProductMode]],
+    recordings: Sequence[Recording],
+) -> tuple[Pack, ...]:
+    decided = {pack.setting_id: (pack.executor, pack.product_mode) for pack in frozen}
+    packs = []
+    for recording in recordings:
+        setting = _recorded_setting(study, recording)
+        if setting.setting_id not in decided:
+            decided[setting.setting_id] = decide(setting)
+        packs.append(
+            Pack(
+                recording.run,
+                setting.setting_id,
+                setting.model,
+                setting.optimizer,
+                (recording.seed,),
+                *decided[setting.setting_id],
+                RecordedRun(recording.run, recording.optimizer, recording.lr),
+            )
+        )
+    return tuple(packs)
+
+
+def _recorded_setting(study: Study, recording: Recording) -> Setting:
+    """The study's one model with the optimizer as it was recorded."""
+    (model,) = study.models
+    optimizer = None
+    if recording.settings is not None:
+        lr = {"lr": recording.lr} if recording.lr else {}  # a warm-up may start from 0
+        optimizer = optimizer_settings({**recording.settings, **lr})
+    content = {
+        "model": model.plain(),
+        "optimizer": optimizer.plain() if optimizer else recording.optimizer,
+        "lr": recording.lr,
+    }
+    name = recording.optimizer or "unknown"
+    return Setting(f"{_short(model.name)}-{_short(name)}-{content_hash(content, 8)}", model, optimizer)
 
 
 def _setting_id(study: Study, model: ModelSettings, optimizer: OptimizerSettings) -> str:

@@ -17,6 +17,7 @@ from lossray.training.optimizers import OptimizerSettings
 
 MOST_SEEDS = 1_000_000
 LARGEST_INTEGER = 2**63 - 1  # int64, as in the tables
+OF_THE_NEXT_BATCH = ("minibatch_gradient", "update")  # of a recorded checkpoint it is not known
 LATER_SECTIONS = ("degeneracy", "trajectory", "surfaces", "connectivity", "ensembles")
 
 
@@ -97,7 +98,8 @@ class Study(Settings):
     """One study; `lossray.study.load_study` reads it, `study_from_table` checks it as a whole.
 
     `optimizers` holds one entry for each point of the grids in the file. With `source = "checkpoints"` a
-    study analyses recorded checkpoints and has no seeds, models and optimizers.
+    study analyses what `lossray.record` has put into its store: it has no seeds and optimizers, and one
+    model, which says how to build the module that was recorded.
     """
 
     name: Annotated[str, Field(min_length=1)]
@@ -144,8 +146,10 @@ class Study(Settings):
             for name in LATER_SECTIONS
             if getattr(self, name) is not None
         ]
-        if self.source is not None:
-            lines.insert(0, f"source = {self.source!r}: not computed by this version")
+        if self.source is not None and "directions" in self.angles.model_fields_set:
+            missing = [repr(name) for name in self.angles.directions if name in OF_THE_NEXT_BATCH]
+            reason = "not computed, since the next batch of a recorded run is not known"
+            lines += [f"angles.directions: {', '.join(missing)} {reason}"] if missing else []
         for section, key, computed in (
             ("curvature", "operators", ("hessian",)),
             ("angles", "gauges", ("raw",)),

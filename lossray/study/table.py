@@ -15,6 +15,9 @@ from lossray.study.problems import Place, Problem, problems_in, shown, without_c
 from lossray.study.settings import LARGEST_INTEGER, Study
 from lossray.training.datasets import DataSettings, data_settings
 from lossray.training.optimizers import OPTIMIZERS, OptimizerSettings, expand_grid, optimizer_settings
+from lossray.training.plan import TrainingSettings
+
+RECORDED_TRAINING = ("loss", "dtype")  # the keys of [training] that a recorded study takes
 
 
 def study_from_table(table: Mapping[str, Any], origin: str = "") -> Study:
@@ -86,26 +89,44 @@ def _impossible_values(value: Any, place: Place = ()) -> Iterator[Problem]:
 
 
 def _missing(table: Mapping[str, Any]) -> Iterator[Problem]:
-    """Models, optimizers and seeds: a study has all of them, or `source = "checkpoints"` and none."""
-    recorded = table.get("source") == "checkpoints"
+    """Models, optimizers and seeds: a study that trains has all of them."""
+    if table.get("source") == "checkpoints":
+        yield from _beside_recordings(table)
+        return
     for key, example in (
         ("seeds", "a number of seeds, or a list of them"),
         ("models", 'at least one [[models]] table, such as name = "mlp"'),
         ("optimizers", 'at least one [[optimizers]] table, such as name = "sgd"'),
     ):
-        empty = table.get(key) in (None, [], ())
-        if recorded and not empty:
-            yield Problem((key,), "found beside source = 'checkpoints'; allowed: one or the other")
-        elif not recorded and empty:
+        if table.get(key) in (None, [], ()):
             yield Problem(
                 (key,), f"{'found an empty list' if key in table else 'missing'}; needed: {example}"
             )
+
+
+def _beside_recordings(table: Mapping[str, Any]) -> Iterator[Problem]:
+    """A recorded study has one model, and nothing that only a training needs."""
+    beside = "found beside source = 'checkpoints', whose runs are trained already; allowed: none"
+    for key in ("seeds", "optimizers"):
+        if table.get(key) not in (None, [], ()):
+            yield Problem((key,), beside)
+    models = table.get("models", [])
+    if isinstance(models, list | tuple) and len(models) != 1:
+        needed = "one [[models]] table, which builds the module that was recorded"
+        yield Problem(("models",), f"found {len(models) or 'none'}; needed: {needed}")
+    training, defaults = table.get("training"), TrainingSettings().plain()
+    for key, value in training.items() if isinstance(training, Mapping) else ():
+        # The defaults may stand there: that is how settings are written to a manifest.
+        if key in defaults and key not in RECORDED_TRAINING and value != defaults[key]:
+            yield Problem(("training", key), f"{beside.removesuffix('none')}{', '.join(RECORDED_TRAINING)}")
 
 
 def _data(table: Mapping[str, Any]) -> tuple[DataSettings | None, list[Problem]]:
     section = table.get("data", {})
     if not isinstance(section, Mapping):
         return None, []  # pydantic says so
+    if table.get("source") == "checkpoints":  # the recorded model has seen the inputs as they are read
+        section = {"standardise": "none", **section}
     try:
         return data_settings(section), []
     except ValidationError as error:

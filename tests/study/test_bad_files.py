@@ -147,16 +147,33 @@ def test_every_problem_is_reported_at_once(tmp_path):
     assert sorted(keys) == ["models[0].name", "optimizers[0].lr", "seeds", "training.steps"]
 
 
-def test_recorded_checkpoints_exclude_models_optimizers_and_seeds(tmp_path):
+RECORDED = """
+name = "mine"
+source = "checkpoints"
+[[models]]
+name = "mlp"
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "says"),
+    [
+        ("seeds = 2\n" + RECORDED, "seeds", "whose runs are trained already; allowed: none"),
+        (RECORDED + '[[optimizers]]\nname = "sgd"\n', "optimizers", "whose runs are trained already"),
+        (RECORDED + '[[models]]\nname = "cnn"\n', "models", "found 2; needed: one [[models]] table"),
+        (RECORDED.partition("[[")[0], "models", "found none; needed: one [[models]] table"),
+        (RECORDED + "[training]\nsteps = 5\n", "training.steps", "allowed: loss, dtype"),
+        (RECORDED + "[training]\nbatch_size = 'full'\n", "training.batch_size", "allowed: loss, dtype"),
+    ],
+)
+def test_a_study_of_recorded_runs_has_one_model_and_nothing_of_a_training(tmp_path, text, place, says):
     path = tmp_path / "study.toml"
-    path.write_text('source = "checkpoints"\n' + GOOD)
+    path.write_text(text)
     with pytest.raises(StudyError) as caught:
         load_study(path)
-    assert [line.split(": ")[1] for line in str(caught.value).splitlines()] == [
-        "seeds",
-        "models",
-        "optimizers",
-    ]
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(f"{path}: {place}: ")
+    assert says in line
 
 
 def test_files_that_cannot_be_read(tmp_path):

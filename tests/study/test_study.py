@@ -127,11 +127,25 @@ def test_plain_settings_read_back_as_the_same_study(tmp_path):
     assert again.degeneracy.dense_up_to == 9
 
 
-def test_a_recorded_trajectory_needs_no_models_optimizers_and_seeds():
-    study = study_from_table({"name": "own", "source": "checkpoints"})
+RECORDED = {"name": "own", "source": "checkpoints", "models": [{"name": "mlp"}]}
+
+
+def test_a_study_of_recorded_runs_needs_one_model():
+    study = study_from_table(RECORDED | {"training": {"loss": "mse", "dtype": "float64"}})
     assert settings_of(study) == ()
-    assert "checkpoints" in study.not_computed()[0]
+    assert study.not_computed() == []
     assert study_from_table(study.plain()) == study
+
+
+def test_recorded_models_see_the_inputs_as_they_are_read_unless_the_study_says_otherwise():
+    assert study_from_table(RECORDED).data.standardise == "none"
+    assert study_from_table(RECORDED | {"data": {"standardise": "global"}}).data.standardise == "global"
+
+
+def test_directions_of_the_next_batch_are_not_known_of_recorded_runs():
+    asked = {"angles": {"directions": ["gradient", "update", "momentum"]}}
+    (line,) = study_from_table(RECORDED | asked).not_computed()
+    assert line.startswith("angles.directions: 'update' not computed, since")
 
 
 def test_a_byte_order_mark_is_no_problem(tmp_path):

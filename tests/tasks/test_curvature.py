@@ -8,7 +8,7 @@ import torch
 from torch.func import functional_call
 
 import lossray
-from lossray.curvature import vectors
+from lossray.geometry import vectors
 from lossray.networks.losses import get_loss
 from lossray.storage import checkpoints
 from lossray.storage.publish import assemble

@@ -8,8 +8,8 @@ import safetensors.torch
 import torch
 
 from lossray.curvature.pairs import EigenPairs
-from lossray.curvature.vectors import FIELDS, FORMAT, dumps, loads
 from lossray.errors import StoreError
+from lossray.geometry.vectors import FIELDS, FORMAT, dumps, loads
 
 PLACE = "vectors/p/20.safetensors"
 NAMES = [("hessian", "all"), ("ggn", "layer/0.weight"), ("ggn", "all")]

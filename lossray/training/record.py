@@ -1,0 +1,264 @@
+"""Recording a trajectory in one's own training loop, for a study with ``source = "checkpoints"``."""
+
+import operator
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from lossray.errors import ModelError, StoreError, StudyError
+from lossray.networks.stack import tensors_of
+from lossray.storage.checkpoints import Checkpoint, dumps, loads
+from lossray.storage.recordings import FOLDER, Recording, read_recording, recording_path
+from lossray.storage.store import Store
+from lossray.training.optimizers import OptimizerSettings, optimizer_settings
+from lossray.training.recognise import base_rate, rate, recognised, same_meaning, stacked_state
+from lossray.training.schedules import ScheduleSettings
+
+NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}"  # becomes the name of a folder
+
+
+def record(
+    out: str | Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    step: int,
+    *,
+    run: str = "run",
+    overwrite: bool = False,
+) -> None:
+    """Write a checkpoint of one's own training, which a study with ``source = "checkpoints"`` analyses.
+
+    Call it in the training loop, before the first step (step 0) and whenever the trajectory is to be looked
+    at. The model and the optimizer are left as they are. A model wrapped by torch.compile, DataParallel or
+    DistributedDataParallel is recorded as the module inside.
+
+    The state of an optimizer that lossray knows (torch.optim's Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam,
+    RAdam, RMSprop and SGD, stepping by the rule that a study file can name, all parameter groups alike) is
+    recorded with its settings, so that momentum and preconditioner can be analysed. Of any other optimizer
+    only the name is; the directions that need its state are then missing.
+
+    A script that is run again into the same store and comes to the same weights changes nothing. Other
+    weights at a recorded step are an error, since rows of two trajectories would mix. `overwrite` takes them
+    for the trajectory's new course instead: this checkpoint is replaced, and what the run has from this step
+    on is dropped, here and, when the study is run the next time, in the tables.
+
+    Parameters that are not finite are recorded: the run counts as diverged at that step.
+
+    Args:
+        out: the store, a folder or a URI; made where it does not exist.
+        model: any module with a trainable parameter.
+        optimizer: what steps it; None if there is none, or none of torch's kind.
+        step: optimizer steps taken so far.
+        run: name of the trajectory, which becomes its run_id; several may be recorded into one store.
+        overwrite: whether other weights may replace those that the run has at this step.
+
+    Raises:
+        StudyError: `model`, `optimizer`, `step` or `run` is not what it must be.
+        ModelError: the model has no trainable parameter, or is not the one that the optimizer steps.
+        StoreError: the store belongs to a study that trains, or has the run with other parameters, another
+            optimizer, or other weights at this step.
+    """
+    step, run = _checked_step(step), _checked_name(run)
+    model = _unwrapped(model)
+    _check_model(model, optimizer)
+    store = Store(str(out))
+    before = read_recording(store, run)
+    if before is None:
+        _check_store(store)
+    known = recognised(optimizer) if optimizer is not None else None
+    recording = _recording(run, model, optimizer, known)
+    state = {}
+    if optimizer is not None and _readable(before, known):
+        state = stacked_state(optimizer, [p for p in model.parameters() if p.requires_grad])
+    lr = rate(optimizer) if optimizer is not None else None
+    checkpoint = _checkpoint(recording, model, step, state, lr)
+    _write(store, before, recording, checkpoint, overwrite=overwrite)
+
+
+# ---- what is refused
+
+
+def _checked_step(step: Any) -> int:
+    try:
+        number = -1 if isinstance(step, bool) else operator.index(step)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise StudyError(f"step: found {step!r}; allowed: a whole number from 0, the optimizer steps taken")
+    return number
+
+
+def _checked_name(run: Any) -> str:
+    if not isinstance(run, str) or not re.fullmatch(NAME, run):
+        raise StudyError(
+            f"run: found {run!r}; allowed: up to 100 letters, digits, '-', '_' and '.', such as 'adam-0'"
+        )
+    return run
+
+
+def _check_model(model: Any, optimizer: Any) -> None:
+    name = type(model).__name__
+    if not isinstance(model, nn.Module):
+        raise StudyError(f"model: found {name}; allowed: a torch.nn.Module")
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        found = type(optimizer).__name__
+        raise StudyError(f"optimizer: found {found}; allowed: a torch.optim.Optimizer, or None")
+    if any(isinstance(parameter, UninitializedParameter) for parameter in model.parameters()):
+        raise ModelError(
+            f"{name} has lazy layers without a shape yet: record it after its first forward pass"
+        )
+    trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    if not trainable:
+        raise ModelError(f"{name} has no trainable parameter: nothing to analyse")
+    if optimizer is None:
+        return
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if not trainable & stepped:
+        raise ModelError(
+            f"{type(optimizer).__name__} steps none of the parameters of this {name}: "
+            "record the model that it was made for"
+        )
+
+
+def _check_store(store: Store) -> None:
+    """A run's first checkpoint must not go into the store of a study that trains, or among other files."""
+    if store.exists("manifest.json"):
+        manifest = store.read_json("manifest.json")
+        study = manifest.get("study", {}) if isinstance(manifest, dict) else {}
+        if study.get("source") != "checkpoints":
+            raise StoreError(
+                f"{store.url} is the store of study {study.get('name')!r}, which trains its runs itself: "
+                "record into another folder"
+            )
+        return
+    strangers = [path for path in store.paths() if not path.startswith((f"{FOLDER}/", "checkpoints/"))]
+    if strangers or (store.paths("checkpoints") and not store.paths(FOLDER)):
+        found = strangers[0] if strangers else "checkpoints/"
+        raise StoreError(
+            f"{store.url}: found files that lossray.record has not written, such as {found}; "
+            "allowed: a new or empty folder, or one that is recorded into"
+        )
+
+
+# ---- what is written
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside torch.compile's, DataParallel's or DistributedDataParallel's."""
+    inner = getattr(model, "_orig_mod", model)
+    if isinstance(inner, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return _unwrapped(inner.module)
+    return inner if inner is model else _unwrapped(inner)
+
+
+def _recording(
+    run: str, model: nn.Module, optimizer: torch.optim.Optimizer | None, known: OptimizerSettings | None
+) -> Recording:
+    parameters, buffers = tensors_of(model)
+    name = known.name if known else type(optimizer).__name__ if optimizer is not None else None
+    return Recording(
+        run=run,
+        parameters={name: list(tensor.shape) for name, tensor in parameters.items()},
+        buffers={name: list(tensor.shape) for name, tensor in buffers.items()},
+        optimizer=name,
+        settings=_rule(known) if known else None,
+        lr=base_rate(optimizer) if optimizer is not None else None,
+    )
+
+
+def _rule(settings: OptimizerSettings) -> dict[str, Any]:
+    """The settings but for rate and schedule, of which the optimizer's own are recorded."""
+    return {key: value for key, value in settings.plain().items() if key not in ScheduleSettings.model_fields}
+
+
+def _readable(before: Recording | None, known: OptimizerSettings | None) -> bool:
+    """Whether an optimizer's state can be read with the settings that the run was recorded with."""
+    if known is None or before is None or before.optimizer is None:
+        return known is not None
+    return before.settings is not None and same_meaning(known, optimizer_settings(before.settings))
+
+
+def _checkpoint(
+    recording: Recording, model: nn.Module, step: int, state: dict[str, Tensor], lr: float | None
+) -> Checkpoint:
+    parameters, buffers = tensors_of(model)
+    finite = all(bool(torch.isfinite(tensor).all()) for tensor in parameters.values())
+    rates = torch.tensor([torch.nan if lr is None else lr], dtype=torch.float64)
+    return Checkpoint(
+        pack_id=recording.run,
+        step=step,
+        seeds=(recording.seed,),
+        parameters={name: tensor[None] for name, tensor in parameters.items()},
+        buffers={name: tensor[None] for name, tensor in buffers.items()},
+        optimizer=state,
+        alive=torch.tensor([finite]),
+        diverged_at=torch.tensor([-1 if finite else step]),
+        initial_loss=torch.tensor([torch.nan], dtype=torch.float64),
+        evaluation={},
+        log={"step": torch.tensor([step]), "lr": rates},
+        seconds=0.0,
+    )
+
+
+def _write(
+    store: Store, before: Recording | None, recording: Recording, checkpoint: Checkpoint, *, overwrite: bool
+) -> None:
+    run, step = recording.run, checkpoint.step
+    path, data = store.checkpoint_path(run, step), dumps(checkpoint)
+    if store.exists(path):
+        there = store.read_bytes(path)
+        if there == data:
+            return
+        if not overwrite:
+            raise StoreError(f"{store.url}/{path}: {_difference(there, data, path)}")
+    steps = store.checkpoint_steps(run)
+    for later in steps if overwrite else ():
+        if later >= step:
+            store.delete(store.checkpoint_path(run, later))
+    begins = overwrite and not any(earlier < step for earlier in steps)
+    if before is not None and not begins:
+        _check_same_run(store, before, recording)
+    if before is None or begins or (before.optimizer is None and recording.optimizer is not None):
+        store.write_json(recording_path(run), recording.plain())
+    store.write_bytes(path, data)
+
+
+def _difference(there: bytes, data: bytes, path: str) -> str:
+    old, new = loads(there, name=path), loads(data)
+    kinds = {"parameters": "weights", "buffers": "buffers", "optimizer": "optimizer state", "log": "lr"}
+    differing = [
+        word for group, word in kinds.items() if not _equal(getattr(old, group), getattr(new, group))
+    ]
+    return (
+        f"step {new.step} of run {new.pack_id!r} is recorded already, with other "
+        f"{' and '.join(differing) or 'content'}: record another trajectory under another name (run=...) or "
+        "into another folder, or pass overwrite=True, which drops what the run has from this step on"
+    )
+
+
+def _equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(
+        tensor.shape == other[name].shape
+        and torch.allclose(tensor, other[name].to(tensor.dtype), rtol=0, atol=0, equal_nan=True)
+        for name, tensor in one.items()
+    )
+
+
+def _check_same_run(store: Store, before: Recording, now: Recording) -> None:
+    """The checkpoints of a run have the same parameters, and were made by the same optimizer."""
+    remedy = f"{store.url} has run {now.run!r} with others: record this one under another name (run=...)"
+    for kind in ("parameters", "buffers"):
+        old, new = getattr(before, kind), getattr(now, kind)
+        changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+        if changed:
+            name = changed[0]
+            found, allowed = (
+                f"{shape}" if shape is not None else "none" for shape in (new.get(name), old.get(name))
+            )
+            raise StoreError(f"{kind}: found {name} {found}, before {allowed}; {remedy}")
+    if None not in (before.optimizer, now.optimizer) and before.optimizer != now.optimizer:
+        raise StoreError(f"optimizer: found {now.optimizer}, before {before.optimizer}; {remedy}")
