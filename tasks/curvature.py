@@ -1,19 +1,20 @@
-"""Analyse one checkpoint of one pack: top eigenpairs of the Hessian, directions, angles.
+"""Analyse one checkpoint of one pack: the spectra that [curvature] asks for, directions, angles.
 
 All members are analysed at once. One that has diverged is left out of every computation; its rows are null.
 """
 
-import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import ray
 import torch
 from torch import Tensor
 
 from lossray.curvature.analysis import Analysis, packed_analysis
-from lossray.curvature.operators import StackHessian
+from lossray.curvature.objectives import StackObjective
+from lossray.curvature.operators import PackedHessian
+from lossray.curvature.pairs import EigenPairs
+from lossray.curvature.transforms import PointOperator
 from lossray.geometry import vectors
 from lossray.geometry.angles import angle_rows, subspaces
 from lossray.geometry.directions import direction_rows
@@ -22,6 +23,7 @@ from lossray.seeds import stream
 from lossray.storage.checkpoints import Checkpoint, read_checkpoint
 from lossray.storage.store import Store
 from lossray.study import Pack, Study
+from lossray.study.keys import CURVATURE_TABLES
 from lossray.training.datasets import Dataset, analysis_fingerprint, analysis_set
 from lossray.training.loop import step_gradient
 from lossray.training.optimizers import StackOptimizer, learning_rate
@@ -37,9 +39,15 @@ from tasks.context import (
 )
 from tasks.record import Attempt, Stopwatch
 from tasks.recorded import converted
-
-HESSIAN = ("hessian", "all")  # operator and block
-Row = dict[str, Any]
+from tasks.spectra import (
+    HESSIAN,
+    Named,
+    Row,
+    curvature_rows,
+    density_rows,
+    eigenvalue_rows,
+    operators_of,
+)
 
 
 @dataclass(frozen=True)
@@ -66,19 +74,21 @@ def analyse_checkpoint(job: CurvatureJob, device: torch.device | None = None) ->
     watch = Stopwatch(job.attempt, device_name(device))
     checkpoint = read_checkpoint(store, job.pack.pack_id, job.step, device)
     point = locate(job, checkpoint, device)
-    operator = hessian_at(job, point)
-    analysis = _analyse(job, operator, checkpoint, n_outputs=point.dataset.n_outputs)
-    directions = _directions(job, point, analysis)
+    rows: dict[str, list[Row]] = {name: [] for name in CURVATURE_TABLES}
+    spectra: dict[tuple[str, str], EigenPairs] = {}
+    scale = point.optimizer.scale() if point.optimizer else None
+    objective, mode = objective_at(job, point), job.pack.product_mode
+    for named in operators_of(job.context.study, objective, mode=mode, scale=scale):
+        analysis = _analyse(job, point, named)
+        spectra[named.key] = analysis.pairs
+        _add_spectrum(rows, job, point, named, analysis)
+        if named.key == HESSIAN:
+            _add_directions(rows, job, point, named.operator, analysis)
     if job.context.study.curvature.vectors:
-        content = vectors.dumps({HESSIAN: analysis.pairs}, key=job.key)
+        content = vectors.dumps(spectra, key=job.key)
         store.write_bytes(store.vectors_path(job.pack.pack_id, job.step), content)
-    for name, rows in {
-        "eigenvalues": _eigenvalue_rows(job, analysis),
-        "curvature": _curvature_rows(job, analysis, operator, point.dataset),
-        "directions": _direction_rows(job, directions, operator, analysis),
-        "angles": _angle_rows(job, directions, analysis, point.dataset),
-    }.items():
-        store.publish(name, job.key, rows)
+    for name, table in rows.items():
+        store.publish(name, job.key, table)
     store.commit(watch.record(job.key, job.kind, pack_id=job.pack.pack_id, step=job.step))
 
 
@@ -121,35 +131,69 @@ def locate(job: CurvatureJob, checkpoint: Checkpoint, device: torch.device) -> P
     return Point(stack, theta, buffers, optimizer, checkpoint.alive, dataset)
 
 
-def hessian_at(job: CurvatureJob, point: Point) -> StackHessian:
-    """The Hessians on the analysis set; a diverged member's is NaN, which keeps it out of everything."""
+def objective_at(job: CurvatureJob, point: Point) -> StackObjective:
+    """The losses on the analysis set; a diverged member's is NaN, which keeps it out of everything."""
     settings = job.context.study.curvature
     examples = analysis_set(point.dataset, settings.examples)
-    return StackHessian(
+    return StackObjective(
         point.stack,
         point.theta.masked_fill(~point.alive[:, None], float("nan")),
         point.buffers,
         loss_of(job.context),
         [(examples.inputs, examples.targets)],
-        mode=job.pack.product_mode,
         dtype=getattr(torch, settings.dtype),
     )
 
 
-def _analyse(
-    job: CurvatureJob, operator: StackHessian, checkpoint: Checkpoint, *, n_outputs: int
-) -> Analysis:
-    study, dim = job.context.study, operator.shape[1]
+def hessian_at(job: CurvatureJob, point: Point) -> PackedHessian:
+    """The members' Hessians."""
+    return PackedHessian(objective_at(job, point), mode=job.pack.product_mode)
+
+
+def _analyse(job: CurvatureJob, point: Point, named: Named) -> Analysis:
+    """Each member's from random vectors of its own; those of the angles' operator as many as they need."""
+    study, dim = job.context.study, named.operator.shape[1]
     settings = study.curvature
+    top = min(settings.top, dim)
+    if named.key == HESSIAN:
+        top = pairs_needed(study, point.dataset.n_outputs, dim)
     return packed_analysis(
-        operator,
-        top=pairs_needed(study, n_outputs, dim),
+        named.operator,
+        top=top,
         tolerance=settings.tolerance,
         probes=settings.probes,
         steps=settings.steps,
-        seeds=[stream(seed, "lanczos", job.step) for seed in job.pack.seeds],
-        alive=checkpoint.alive,
+        seeds=[stream(seed, f"{named.name}/{named.block}", job.step) for seed in job.pack.seeds],
+        alive=point.alive,
     )
+
+
+def _add_spectrum(
+    rows: dict[str, list[Row]], job: CurvatureJob, point: Point, named: Named, analysis: Analysis
+) -> None:
+    settings = job.context.study.curvature
+    keys = [
+        {"run_id": run_id, "step": job.step, "operator": named.name, "block": named.block}
+        for run_id in job.pack.run_ids
+    ]
+    shared = {
+        "n_examples": len(analysis_set(point.dataset, settings.examples).targets),
+        "data_fingerprint": analysis_fingerprint(point.dataset, settings.examples),
+        "dtype": settings.dtype,
+    }
+    rows["eigenvalues"] += eigenvalue_rows(keys, analysis)
+    rows["density"] += density_rows(keys, analysis)
+    rows["curvature"] += curvature_rows(keys, analysis, named.operator, shared)
+
+
+def _add_directions(
+    rows: dict[str, list[Row]], job: CurvatureJob, point: Point, operator: PointOperator, analysis: Analysis
+) -> None:
+    directions = _directions(job, point, analysis)
+    found = direction_rows(directions, operator, analysis.gradient)
+    rows["directions"] += [table_row(job, asdict(row)) for row in found]
+    angles = angle_rows(directions, analysis.pairs, n_outputs=point.dataset.n_outputs)
+    rows["angles"] += [table_row(job, asdict(row)) for row in angles]
 
 
 def pairs_needed(study: Study, n_outputs: int, dim: int) -> int:
@@ -186,78 +230,7 @@ def _next_step(job: CurvatureJob, point: Point) -> dict[str, Tensor]:
     return {"minibatch_gradient": minibatch_gradient, "update": update}
 
 
-def _eigenvalue_rows(job: CurvatureJob, analysis: Analysis) -> list[Row]:
-    pairs = analysis.pairs
-    columns = {
-        "eigenvalue": pairs.values,
-        "residual": pairs.residuals,
-        "gap": pairs.gaps,
-        "ipr": analysis.ipr,
-    }
-    numbers = {name: column.tolist() for name, column in columns.items()}
-    converged, alive = pairs.converged.tolist(), analysis.alive.tolist()
-    return [
-        {
-            **_row_key(job, r),
-            "end": "largest",
-            "index": i,
-            **{name: _finite(column[r][i]) for name, column in numbers.items()},
-            "converged": converged[r][i] if alive[r] else None,
-        }
-        for r in range(len(job.pack.seeds))
-        for i in range(len(pairs))
-    ]
-
-
-def _curvature_rows(
-    job: CurvatureJob, analysis: Analysis, operator: StackHessian, dataset: Dataset
-) -> list[Row]:
-    settings, pairs = job.context.study.curvature, analysis.pairs
-    return [
-        {
-            **_row_key(job, r),
-            "lambda_max": float(pairs.values[r, 0]),
-            "confirmed": bool(pairs.confirmed[r]) if alive else None,
-            "matvecs": int(pairs.matvecs[r]) if alive else None,
-            "orthogonality_loss": float(pairs.orthogonality_loss[r]),
-            "dim": operator.shape[1],
-            "n_examples": len(analysis_set(dataset, settings.examples).targets),
-            "data_fingerprint": analysis_fingerprint(dataset, settings.examples),
-            "loss": float(analysis.losses[r]),
-            "gradient_norm": float(analysis.gradient_norm[r]),
-            "reg_included": False,
-            "product_mode": job.pack.product_mode,
-            "dtype": settings.dtype,
-        }
-        for r, alive in enumerate(analysis.alive.tolist())
-    ]
-
-
-def _direction_rows(
-    job: CurvatureJob, directions: Mapping[str, Tensor], operator: StackHessian, analysis: Analysis
-) -> list[Row]:
-    rows = direction_rows(directions, operator, analysis.gradient)
-    return [table_row(job, asdict(row)) for row in rows]
-
-
-def _angle_rows(
-    job: CurvatureJob, directions: Mapping[str, Tensor], analysis: Analysis, dataset: Dataset
-) -> list[Row]:
-    rows = angle_rows(directions, analysis.pairs, n_outputs=dataset.n_outputs)
-    return [table_row(job, asdict(row)) for row in rows]
-
-
-def _row_key(job: CurvatureJob, member: int) -> Row:
-    operator, block = HESSIAN
-    return {"run_id": job.pack.run_ids[member], "step": job.step, "operator": operator, "block": block}
-
-
 def table_row(job: CurvatureJob, row: Row) -> Row:
     """A row of the geometry room, its member named by its run."""
     member = row.pop("member")
     return {"run_id": job.pack.run_ids[member], "step": job.step, **row}
-
-
-def _finite(number: float) -> float | None:
-    """Null for what does not exist: a gap where there is no other value, anything of a diverged member."""
-    return number if math.isfinite(number) else None

@@ -11,7 +11,7 @@ import ray
 import torch
 from torch import Tensor
 
-from lossray.curvature.operators import StackHessian
+from lossray.curvature.operators import PackedHessian
 from lossray.curvature.pairs import EigenPairs
 from lossray.geometry import vectors
 from lossray.geometry.angles import angle_rows
@@ -21,8 +21,9 @@ from lossray.storage.checkpoints import read_checkpoint
 from lossray.storage.store import Store
 from lossray.study import Pack, pair_tables
 from tasks.context import Context, dataset_of, device_name, local_device, prepare_worker
-from tasks.curvature import HESSIAN, CurvatureJob, Row, hessian_at, locate, table_row
+from tasks.curvature import CurvatureJob, hessian_at, locate, table_row
 from tasks.record import Attempt, Stopwatch
+from tasks.spectra import HESSIAN, Row
 
 Spectra = dict[tuple[str, str], EigenPairs]  # by operator and block
 
@@ -105,12 +106,14 @@ def _overlap_rows(job: PairJob, earlier: Spectra, later: Spectra, n_outputs: int
     ]
 
 
-def _displacement(job: PairJob, store: Store, device: torch.device) -> tuple[dict[str, Tensor], StackHessian]:
+def _displacement(
+    job: PairJob, store: Store, device: torch.device
+) -> tuple[dict[str, Tensor], PackedHessian]:
     """The way to the later checkpoint, [R, d] by its name, and the Hessians at the earlier one."""
     before, after = (
         read_checkpoint(store, side.pack.pack_id, side.step, device) for side in (job.earlier, job.later)
     )
     point = locate(job.earlier, before, device)
-    moved = point.stack.layout.join(after.parameters).double() - point.theta.double()
+    moved = point.stack.layout.join(after.parameters).to(point.theta.dtype).double() - point.theta.double()
     dead = ~(before.alive & after.alive)[:, None]
     return {"displacement": moved.masked_fill(dead, float("nan"))}, hessian_at(job.earlier, point)

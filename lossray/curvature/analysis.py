@@ -44,6 +44,7 @@ Operator = Literal[
 ]
 
 
+TRACES_PER_PROBE = 4  # further probes for the trace: one product each, where a density takes many
 RESOLVED_SHARE = 1e-2  # of |lambda|max: about what a quadrature of 64 nodes resolves (SCIENCE 5B)
 
 
@@ -88,8 +89,13 @@ class CurvatureSettings(Settings):
 class CurvatureOperator(PackedOperator, Protocol):
     """A packed operator that knows its losses and gradients too."""
 
-    losses: Tensor  # [R] float64
-    gradient: Tensor  # [R, d] float64
+    @property
+    def losses(self) -> Tensor:
+        """Mean losses [R], float64."""
+
+    @property
+    def gradient(self) -> Tensor:
+        """Gradients [R, d], float64."""
 
     def product_error(self, vectors: Tensor) -> Tensor:
         """How far the products with unit vectors [R, d] are from those in float64, [R]."""
@@ -195,10 +201,10 @@ def packed_analysis(
     check_density(probes, steps)
     finite = torch.isfinite(operator.losses) & torch.isfinite(operator.gradient).all(dim=1)
     analysed = finite if alive is None else finite & alive.to(finite.device)
-    wanted = (Wanted("largest", min(top, dim)), Wanted("smallest", 1))
-    width = max(basis_size(wanted, block=max(block, probes)), steps + probes)
+    wanted = (Wanted("largest", min(top, dim)), Wanted("smallest", 1, confirm=False))
+    width = max(basis_size(wanted, block=max(block, probes)), 2 * steps)
     living = living_members(n_members, analysed)
-    if is_small(operator, wanted, width + max(block, probes)):
+    if is_small(operator, wanted, basis_size(wanted, block=max(block, probes))):
         spectra = dense_spectra(operator, living)
         blocks = [spectra.blocks(end) for end in wanted]
         density = exact_densities(spectra)
@@ -213,7 +219,7 @@ def packed_analysis(
             basis=width,
             block=block,
             max_matvecs=most_matvecs(wanted),
-            probing=Probing(probes, steps),
+            probing=Probing(probes, steps, traces=TRACES_PER_PROBE * probes),
         )
         members = solver.run()
         blocks = [solver.blocks(end) for end in wanted]

@@ -1,6 +1,7 @@
 """The outermost eigenpairs of R symmetric operators: by a Krylov pass, or from the matrix of a small one."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -45,7 +46,7 @@ def packed_eigenpairs(
         ResourceError: the basis would not fit the memory.
     """
     n_members, dim = operator.shape
-    wanted = [Wanted(end.end, min(end.k, dim)) for end in wanted]
+    wanted = [replace(end, k=min(end.k, dim)) for end in wanted]
     check_solve(n_members, seeds=seeds, tolerance=tolerance, block=block, max_matvecs=max_matvecs)
     n_guesses = 0 if guesses is None else guesses.shape[1]
     width = basis_size(wanted, block=max(block, n_guesses + 1), asked=basis)

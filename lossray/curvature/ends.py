@@ -18,10 +18,14 @@ Values = TypeVar("Values", Array, Tensor)
 
 @dataclass(frozen=True)
 class Wanted:
-    """The k outermost eigenpairs of one end: algebraically largest or smallest, or largest in magnitude."""
+    """The k outermost eigenpairs of one end: algebraically largest or smallest, or largest in magnitude.
+
+    Where `confirm` is false the pairs have to converge, but no search has to prove that nothing lies beyond.
+    """
 
     end: End
     k: int
+    confirm: bool = True
 
     def __post_init__(self) -> None:
         """Refuse less than one pair."""

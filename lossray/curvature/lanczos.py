@@ -30,7 +30,7 @@ from torch import Tensor
 from lossray.curvature.ends import Wanted
 from lossray.curvature.krylov import KrylovBases
 from lossray.curvature.pairs import Block, PackedOperator, orthogonality_loss, row_norms
-from lossray.curvature.quadrature import Probing, Quadrature, Sketch
+from lossray.curvature.quadrature import Probing, Quadrature, Sketch, outside, quadratic_forms
 from lossray.seeds import generator
 
 Array = NDArray[np.float64]
@@ -60,9 +60,12 @@ class MemberPass:
     values: Array = field(default_factory=lambda: np.zeros(0))  # locked, in the order of their vectors
     errors: Array = field(default_factory=lambda: np.zeros(0))  # how far these may be off
     share: float = 1.0  # spread of what is not locked, relative to the whole spectrum's
-    confirmed: bool = False
+    confirmed: list[bool] = field(default_factory=list)  # for each end wanted
     orthogonality_loss: float = 0.0
     sketch: Sketch | None = None
+    trace_products: Array = field(
+        default_factory=lambda: np.zeros(0)
+    )  # u'Hu of the probes for the trace alone
     quadrature: Quadrature | None = None
 
 
@@ -147,6 +150,8 @@ class KrylovPass:
         starts = self.bases.start(self._start_block(), self._running())
         for r in self._running():
             self.members[r].start = starts[r]
+        if self.probing is not None and self.wanted and self.round == self._probing_round:
+            self._trace_products(self.probing)
         while self._running():
             self._step()
 
@@ -218,7 +223,9 @@ class KrylovPass:
         capped = member.matvecs >= self.limit
         self._note_quadrature(r, ritz)
         found = [self._found(member, ritz, wanted) for wanted in self.wanted]
-        settled = all(indices is not None for indices in found)
+        # An end that need not be confirmed keeps nobody waiting once it has its pairs.
+        optional = [not w.confirm and len(member.values) >= w.k for w in self.wanted]
+        settled = all(i is not None or free for i, free in zip(found, optional, strict=True))
         if not settled and capped:  # the best of what has not converged joins the block; it will be flagged
             best = [wanted.order(ritz.values)[: wanted.k] for wanted in self.wanted]
             self._end_run(r, ritz, best)
@@ -227,7 +234,7 @@ class KrylovPass:
             indices = [chosen for chosen in found if chosen is not None]
             self._end_run(r, ritz, indices)
             nothing_new = all(len(chosen) == 0 for chosen in indices)
-            member.confirmed = nothing_new
+            member.confirmed = [nothing_new and chosen is not None for chosen in found]
             member.searching = not nothing_new and not capped
 
     def _found(self, member: MemberPass, ritz: Ritz, wanted: Wanted) -> NDArray[np.intp] | None:
@@ -265,7 +272,7 @@ class KrylovPass:
             whole = np.ptp(ritz.values)
             member.share = float(np.ptp(rest) / whole) if whole > 0 else 0.0
         if self.round == 0 and self.probing is not None and self.wanted:
-            member.sketch = self._sketch(r, ritz, indices, self.probing.probes)
+            member.sketch = self._sketch(r, ritz, indices)
         if len(indices):
             self._lock(r, ritz, indices)
 
@@ -287,16 +294,28 @@ class KrylovPass:
         components = member.start.T @ ritz.rotation[: len(member.start)]  # [b, m]
         lengths = np.square(member.start).sum(axis=0)
         weights = np.square(components) / lengths[:, None]
-        products = weights @ ritz.values
+        products = np.concatenate([weights @ ritz.values, member.trace_products])
         traces = self.bases.dim * products
         if member.sketch is not None:
             traces = member.sketch.traces(products, self.bases.dim)
         member.quadrature = Quadrature(ritz.values, weights, member.values, traces)
 
-    def _sketch(self, r: int, ritz: Ritz, indices: NDArray[np.intp], probes: int) -> Sketch:
-        """Member r's, for the probes that start its next run, outside the Ritz pairs to be locked."""
+    def _trace_products(self, probing: Probing) -> None:
+        """Of the probes for the trace alone, outside the locked vectors: one product each."""
+        if probing.traces == 0:
+            return
+        shape = (len(self.members), probing.traces, self.bases.dim)
+        vectors = torch.zeros(shape, dtype=torch.float64, device=self.operator.device)
+        for r in self._running():
+            vectors[r] = outside(self._draws(r, self.round)[probing.probes :], self.bases.locked(r))
+            self.members[r].matvecs += probing.traces
+        for member, forms in zip(self.members, quadratic_forms(self.operator, vectors), strict=True):
+            member.trace_products = forms.cpu().numpy()
+
+    def _sketch(self, r: int, ritz: Ritz, indices: NDArray[np.intp]) -> Sketch:
+        """Member r's, for the probes of its next run, outside the Ritz pairs to be locked."""
         member, size, block = self.members[r], len(ritz.values), self.bases.block
-        draws = self._draws(r, self.round + 1, probes)
+        draws = self._draws(r, self.round + 1)
         basis = self.bases.krylov(r, size + block)
         overlaps = (basis @ draws.T).cpu().numpy()  # [size + block, probes]
         locked = ritz.rotation[:, indices]
@@ -339,14 +358,17 @@ class KrylovPass:
         size = self._block_size()
         starts = torch.zeros(n_members, size, dim, dtype=torch.float64, device=self.operator.device)
         for r in self._running():
-            starts[r] = self._draws(r, self.round, size)
+            starts[r] = self._draws(r, self.round)[:size]
         if self.guesses is None or self.round > 0:
             return starts
         return torch.cat([self.guesses.to(starts), starts[:, :1]], dim=1)
 
-    def _draws(self, r: int, round_index: int, size: int) -> Tensor:
-        """The random vectors [size, d] of member r in a round."""
+    def _draws(self, r: int, round_index: int) -> Tensor:
+        """The random vectors [n, d] of member r in a round."""
         draws = generator(self.members[r].seed, "lanczos", round_index)
+        size = self.block
+        if self.probing is not None and round_index == self._probing_round:
+            size = self.probing.probes + self.probing.traces
         vectors = torch.randn(size, self.bases.dim, dtype=torch.float64, generator=draws)
         return vectors.to(self.operator.device)
 
@@ -360,11 +382,15 @@ class KrylovPass:
         return 1 if self.wanted else 0
 
     def _least(self, member: MemberPass) -> int:
-        """Vectors of a basis below which a settled run goes on."""
+        """Vectors of a basis below which a settled run goes on.
+
+        The degree of the polynomials over the spread decides what a quadrature resolves.
+        """
         if self.probing is None or self.round != self._probing_round:
             return 0
         share = member.share if self.wanted else 1.0
-        return min(ceil(self.probing.steps * share), self.width - self.probing.probes)
+        probes = self.probing.probes
+        return min(ceil(self.probing.steps * share) * probes, self.width - self.width % probes)
 
     def _largest_block(self) -> int:
         guesses = 0 if self.guesses is None else self.guesses.shape[1] + 1
@@ -386,9 +412,8 @@ class KrylovPass:
             vectors = vectors[torch.from_numpy(chosen).to(vectors.device)]
             outside = np.append(member.values[~chosen], complement)  # NaN stays NaN
             complement = float(outside[np.argmax(wanted.keys(outside))])
-        return Block(
-            vectors, complement, member.scale, member.confirmed, member.matvecs, member.orthogonality_loss
-        )
+        confirmed = any(member.confirmed) and member.confirmed[self.wanted.index(wanted)]
+        return Block(vectors, complement, member.scale, confirmed, member.matvecs, member.orthogonality_loss)
 
 
 def capacity(wanted: Sequence[Wanted]) -> int:

@@ -3,7 +3,11 @@
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
+
+from lossray.curvature.pairs import PRODUCTS_AT_ONCE, PackedOperator
 
 Array = NDArray[np.float64]
 
@@ -14,12 +18,14 @@ class Probing:
 
     Attributes:
         probes: start vectors of the round.
-        steps: vectors of a basis that resolves the whole spectrum; the round takes the share of them that the
+        steps: Lanczos steps that resolve the whole spectrum; the round takes the share of them that the
             complement of the locked vectors needs for the same resolution.
+        traces: further probes, of one product each, for the trace alone.
     """
 
     probes: int
     steps: int
+    traces: int = 0
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class Quadrature:
     nodes: Array  # [m], common to the probes of a block
     weights: Array  # [probes, m], each row sums to 1
     deflated: Array  # [n] Rayleigh quotients of the vectors that were locked before
-    traces: Array  # [probes] unbiased estimates of the trace
+    traces: Array  # [probes + traces] unbiased estimates of the trace
 
 
 @dataclass(frozen=True)
@@ -41,11 +47,26 @@ class Sketch:
     """
 
     trace: float  # of T = Q'HQ
-    inside: Array  # [probes] what u'Hu exceeds v'Hv by
-    outside: Array  # [probes] |v|^2
+    inside: Array  # [n] for n probes, what u'Hu exceeds v'Hv by
+    outside: Array  # [n] |v|^2
     size: int  # m, the vectors of Q
 
     def traces(self, products: Array, dim: int) -> Array:
-        """Estimates [probes] of the trace from ``products`` [probes], u'Hu of the unit probes."""
+        """Estimates [n] of the trace from ``products`` [n], u'Hu of the unit probes."""
         samples: Array = self.trace + (dim - self.size) * (products - self.inside) / self.outside
         return samples
+
+
+def outside(draws: Tensor, space: Tensor) -> Tensor:
+    """Unit vectors [n, d], uniform outside the orthonormal ``space`` [q, d], from normal ``draws`` [n, d]."""
+    vectors = draws.clone()
+    for _ in range(2):
+        vectors -= (vectors @ space.T) @ space
+    lengths: Tensor = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+    return vectors / lengths
+
+
+def quadratic_forms(operator: PackedOperator, vectors: Tensor) -> Tensor:
+    """The values u'Hu [R, n] of ``vectors`` [R, n, d]."""
+    parts = vectors.split(PRODUCTS_AT_ONCE, dim=1)
+    return torch.cat([(operator.apply(part) * part).sum(dim=2) for part in parts], dim=1)

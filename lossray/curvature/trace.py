@@ -15,8 +15,8 @@ from lossray.curvature.dense import dense_spectra
 from lossray.curvature.eigensolver import living_members
 from lossray.curvature.estimates import Estimate, jackknife
 from lossray.curvature.lanczos import KrylovPass
-from lossray.curvature.pairs import PRODUCTS_AT_ONCE, PackedOperator
-from lossray.curvature.quadrature import Probing
+from lossray.curvature.pairs import PackedOperator
+from lossray.curvature.quadrature import Probing, outside, quadratic_forms
 from lossray.errors import StudyError
 from lossray.seeds import generator
 
@@ -65,23 +65,13 @@ def packed_trace(
         [_probes(space, matvecs - steps, seed) for space, seed in zip(spaces, seeds, strict=True)]
     )
     forms = quadratic_forms(operator, probes)  # [R, n]
-    outside = dim - torch.tensor([len(space) for space in spaces], device=forms.device)
-    samples = torch.tensor(inside, device=forms.device)[:, None] + outside[:, None] * forms
+    rest = dim - torch.tensor([len(space) for space in spaces], device=forms.device)
+    samples = torch.tensor(inside, device=forms.device)[:, None] + rest[:, None] * forms
     samples[[m.quadrature is None for m in members]] = float("nan")
     return jackknife(samples[:, :, None])
-
-
-def quadratic_forms(operator: PackedOperator, vectors: Tensor) -> Tensor:
-    """The values u'Hu [R, n] of ``vectors`` [R, n, d]."""
-    parts = vectors.split(PRODUCTS_AT_ONCE, dim=1)
-    return torch.cat([(operator.apply(part) * part).sum(dim=2) for part in parts], dim=1)
 
 
 def _probes(space: Tensor, n: int, seed: int) -> Tensor:
     """Independent vectors [n, d], uniform on the unit sphere outside ``space`` [q, d]."""
     draws = torch.randn(n, space.shape[1], dtype=torch.float64, generator=generator(seed, "trace"))
-    vectors = draws.to(space.device)
-    for _ in range(2):
-        vectors -= (vectors @ space.T) @ space
-    lengths: Tensor = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
-    return vectors / lengths
+    return outside(draws.to(space.device), space)

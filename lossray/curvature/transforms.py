@@ -41,6 +41,9 @@ class PointOperator(PackedOperator, Protocol):
     def difference(self, vectors: Tensor) -> Tensor:
         """Products minus those in float64, [R, d] or [R, b, d]."""
 
+    def product_error(self, vectors: Tensor) -> Tensor:
+        """How far the products with unit vectors [R, d] are from those in float64, [R]."""
+
 
 class PackedScaled:
     """S A S with S = diag s: A in the coordinates theta = S x.

@@ -183,10 +183,30 @@ EIGENVALUES = TableSchema(
         _key("index", INTEGER, "1", "0 is the outermost eigenvalue of its end"),
         _number("eigenvalue", CURVATURE, "the Ritz value"),
         _number("residual", CURVATURE, "|Hv - lambda v| of the unit Ritz vector, from a product of its own"),
-        _number("product_error", CURVATURE, "rounding error of the products, in the units of the residual"),
+        _number(
+            "product_error",
+            CURVATURE,
+            "|(H - H in float64) v| for the top vector of the solve: the residual certifies H as computed",
+        ),
         Column("converged", FLAG, "", "whether the residual met the tolerance"),
         _number("gap", CURVATURE, "distance to the nearest other Ritz value; residual/gap bounds the error"),
         _number("ipr", "1", "inverse participation ratio sum v_i^4 of the vector: 1/d spread, 1 localised"),
+    ),
+)
+
+DENSITY = TableSchema(
+    "density",
+    1,
+    "one node of one probe's estimate of the eigenvalue distribution of one operator at one checkpoint",
+    (
+        RUN,
+        STEP,
+        OPERATOR,
+        BLOCK,
+        _key("probe", INTEGER, "1", "the random vector; one alone where all eigenvalues are known"),
+        _key("index", INTEGER, "1", "nodes in ascending order"),
+        _number("node", CURVATURE, "a known eigenvalue, or a node of the quadrature of the others"),
+        _number("weight", "1", "its share of all eigenvalues; the weights of a probe sum to 1"),
     ),
 )
 
@@ -208,7 +228,7 @@ CURVATURES = TableSchema(
             "whether a fresh search of the complement found nothing above the last of the top eigenvalues",
         ),
         _number("trace", CURVATURE, "estimate of the trace"),
-        _number("trace_stderr", CURVATURE, "its standard error"),
+        _number("trace_stderr", CURVATURE, "its standard error; here and below 0 where the value is exact"),
         _number("frobenius_norm", CURVATURE, "estimate of the Frobenius norm"),
         _number("frobenius_norm_stderr", CURVATURE, "its standard error"),
         _number("negative_mass", "1", "sum of |lambda| over negative eigenvalues, over the sum over all"),
@@ -217,7 +237,7 @@ CURVATURES = TableSchema(
         _number("participation_stderr", "1", "its standard error"),
         _number("effective_dimension", "1", "sum of lambda / (lambda + regulariser) over positive lambda"),
         _number("effective_dimension_stderr", "1", "its standard error"),
-        _number("effective_dimension_regulariser", CURVATURE, "the regulariser in it"),
+        _number("effective_dimension_regulariser", CURVATURE, "the regulariser in it: |lambda|max / 100"),
         Column("matvecs", INTEGER, "products", "products of the operator with a vector, all told"),
         _number("orthogonality_loss", "1", "largest |Q'Q - I| of the Krylov basis"),
         Column("dim", INTEGER, "1", "order of the operator: parameters in the block"),
@@ -330,7 +350,18 @@ TASKS = TableSchema(
 
 TABLES: dict[str, TableSchema] = {
     schema.name: schema
-    for schema in (RUNS, TRAINING, CHECKPOINTS, EIGENVALUES, CURVATURES, DIRECTIONS, ANGLES, OVERLAPS, TASKS)
+    for schema in (
+        RUNS,
+        TRAINING,
+        CHECKPOINTS,
+        EIGENVALUES,
+        DENSITY,
+        CURVATURES,
+        DIRECTIONS,
+        ANGLES,
+        OVERLAPS,
+        TASKS,
+    )
 }
 
 

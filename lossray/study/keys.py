@@ -18,7 +18,8 @@ from lossray.training.plan import checkpoint_steps
 
 KEY_VERSION = 1  # goes up when the same settings come to mean other numbers
 TRAINING_TABLES = ("runs", "training", "checkpoints")
-CURVATURE_TABLES = ("eigenvalues", "curvature", "directions", "angles")
+CURVATURE_VERSION = 2  # likewise, of an analysis
+CURVATURE_TABLES = ("eigenvalues", "density", "curvature", "directions", "angles")
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ def curvature_key(pack: Pack, step: int, study: Study, inputs: StudyInputs) -> s
     return content_hash(
         {
             "kind": "curvature",
+            "version": CURVATURE_VERSION,
             "checkpoint": _origin(pack, step, study, inputs),
             "product_mode": pack.product_mode,
             "curvature": study.curvature.plain(),

@@ -151,7 +151,6 @@ class Study(Settings):
             reason = "not computed, since the next batch of a recorded run is not known"
             lines += [f"angles.directions: {', '.join(missing)} {reason}"] if missing else []
         for section, key, computed in (
-            ("curvature", "operators", ("hessian",)),
             ("angles", "gauges", ("raw",)),
             ("angles", "shadow", ()),
         ):
@@ -161,8 +160,6 @@ class Study(Settings):
                 lines += (
                     [f"{section}.{key}: {', '.join(missing)} not computed by this version"] if missing else []
                 )
-        if {"probes", "steps"} & self.curvature.model_fields_set:
-            lines.append("curvature.probes, curvature.steps: the density is not computed by this version")
         if "window" in self.angles.model_fields_set and self.angles.window > 0:
             lines.append("angles.window: the alignment statistic is not computed by this version")
         if not self.curvature.vectors:

@@ -1,0 +1,16 @@
+"""The layers of a model: the blocks for which ":layers" asks."""
+
+from lossray.networks.stack import Layout
+
+
+def layers(layout: Layout) -> dict[str, list[str]]:
+    """Parameter names by layer, in the model's order.
+
+    A layer is the module that owns the parameters, so that weight and bias share one; a parameter of the
+    model itself is a layer of its own.
+    """
+    found: dict[str, list[str]] = {}
+    for name in layout.names:
+        owner, _, _ = name.rpartition(".")
+        found.setdefault(owner or name, []).append(name)
+    return found
