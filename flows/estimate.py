@@ -6,7 +6,7 @@ The costs come from a few steps and products timed here, on the CPU, one setting
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +17,8 @@ from flows.freeze import decide
 from flows.plan import PackPlan, Plan, make_plan
 from flows.progress import duration
 from flows.study import Request, check_request
+from lossray.curvature.analysis import TRACES_PER_PROBE, CurvatureSettings
+from lossray.curvature.layers import layers
 from lossray.curvature.operators import StackHessian
 from lossray.errors import StudyError
 from lossray.study import Pack, Study, load_study, partition
@@ -24,11 +26,11 @@ from lossray.training.datasets import Dataset, analysis_set
 from lossray.training.loop import train
 from tasks.context import loss_of, stack_of
 from tasks.curvature import pairs_needed
+from tasks.spectra import operators_asked
 
 TIMED_STEPS = 5
 TIMED_PRODUCTS = 2
 TABLE_BYTES = 100_000  # of a pack's checkpoint in parts/ and tables/: a few hundred rows in small files
-PRODUCTS_PER_PAIR = 10  # observed: 46 to 140 products for ten pairs at tolerance 1e-3
 NO_STORE = "memory://dry-run"  # empty, and gone with the process
 STARTUP_SECONDS = 6.0  # of Ray
 WORKER_SECONDS = 5.0  # of a training actor, one for each pack: a Python process that imports torch
@@ -95,8 +97,11 @@ def estimate(pack_plan: PackPlan, plan: Plan, dataset: Dataset) -> Cost:
     study, pack, steps = plan.study, pack_plan.pack, pack_plan.checkpoint_keys
     n_params, step_seconds, state_bytes = _time_training(pack, study, dataset)
     top = pairs_needed(study, dataset.n_outputs, n_params)
-    products = len(steps) * (PRODUCTS_PER_PAIR * top + len(study.angles.directions))
-    vectors = 4 * len(pack.seeds) * top * n_params * study.curvature.vectors
+    spectra = list(_spectra(pack, study, dataset))
+    products = sum(products_of(study.curvature, top, dim) for dim in spectra)
+    products = len(steps) * (products + len(study.angles.directions))
+    stored = sum(min(top, dim) * dim for dim in spectra)
+    vectors = 4 * len(pack.seeds) * stored * study.curvature.vectors
     return Cost(
         n_params=n_params,
         products=products,
@@ -104,6 +109,29 @@ def estimate(pack_plan: PackPlan, plan: Plan, dataset: Dataset) -> Cost:
         curvature_seconds=products * _time_product(pack, plan, dataset),
         disk_bytes=len(steps) * (state_bytes + vectors + TABLE_BYTES),
     )
+
+
+def products_of(settings: CurvatureSettings, top: int, dim: int) -> int:
+    """About how many products the analysis of an operator of size ``dim`` takes.
+
+    As observed: three for each pair and a few more to find and certify them at both ends; the probes' steps,
+    of which the complement of the pairs needs a sixth; and the products for the trace.
+    """
+    search = 4 * top + 16
+    probing = settings.probes * (settings.steps // 6 + TRACES_PER_PROBE)
+    return min(dim, search + probing)
+
+
+def _spectra(pack: Pack, study: Study, dataset: Dataset) -> Iterator[int]:
+    """The sizes of all operators and blocks that are analysed at a checkpoint."""
+    dtype = getattr(torch, study.training.dtype)
+    stack, _, _ = stack_of(pack, dataset, dtype=dtype, device=torch.device("cpu"))
+    blocks = layers(stack.layout)
+    sizes = dict(zip(stack.layout.names, stack.layout.sizes, strict=True))
+    for with_layers in operators_asked(study).values():
+        yield stack.dim
+        for names in blocks.values() if with_layers else ():
+            yield sum(sizes[name] for name in names)
 
 
 def wall_seconds(costs: Sequence[Cost], slots: int) -> float:

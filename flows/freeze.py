@@ -5,6 +5,7 @@ from functools import partial
 import torch
 
 from lossray.curvature.modes import ProductMode, choose_product_mode
+from lossray.curvature.objectives import StackObjective
 from lossray.errors import LossrayError, ModelError
 from lossray.networks.executor import choose_executor
 from lossray.networks.losses import get_loss
@@ -14,6 +15,7 @@ from lossray.plugins import failure
 from lossray.study import Setting, Study
 from lossray.study.packs import AUTO_SIZE
 from lossray.training.datasets import Dataset, analysis_set
+from tasks.spectra import operators_of
 
 TRIAL_EXAMPLES = 4
 
@@ -63,4 +65,8 @@ def _decided(study: Study, dataset: Dataset, device: str, setting: Setting) -> t
         stack, theta, buffers = build_stack(build, study.seeds[:size], executor=executor, dtype=dtype)
     n_examples = len(analysis_set(dataset, study.curvature.examples).targets)
     mode = choose_product_mode(stack, theta, buffers, loss, few, n_examples=n_examples, dtype=dtype)
+    objective = StackObjective(stack, theta, buffers, loss, [few], dtype=dtype)
+    for named in operators_of(study, objective, mode=mode, scale=torch.ones_like(theta)):
+        if named.block == "all":
+            named.operator.apply(theta)
     return executor, mode
