@@ -79,7 +79,7 @@ class ModuleObjective:
             **{n: b.detach().clone() for n, b in model.named_buffers()},
         }
         self._convert(dtype or _default_dtype(self._parameters))
-        self._data: Iterable[Any] = read_data(data)
+        self._data: Iterable[Any] = read_data(data, closure=closure is not None)
         self._pass = 0  # counts readings while the data are checked
         self._total = 1.0
         self._sizes: list[int | None] = []
@@ -203,10 +203,12 @@ class ModuleObjective:
     def _read(self) -> Iterator[Batch]:
         """The batches as given, their shares not yet divided by the total.
 
-        A DataLoader draws from torch's global generator whenever it is read, shuffled or not: that is seeded
-        for each batch, and set back.
+        A DataLoader draws from torch's global generator whenever it is read, shuffled or not: that is
+        seeded for each batch, and set back.
         """
-        iterator, count = iter(self._data), 0
+        count = 0
+        with seeded(stream(self._pass, "reading"), self.device):
+            iterator = iter(self._data)
         while True:
             with seeded(stream(self._pass, "data", count), self.device):
                 try:
