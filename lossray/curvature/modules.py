@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import UninitializedParameter
 
 from lossray.curvature.data import described, example_batch, read_data
 from lossray.curvature.objectives import (
@@ -331,6 +332,10 @@ def _mode(model: nn.Module, train: bool) -> Iterator[None]:
 def _check_arguments(model: Any, loss: Any, data: Any, closure: Any) -> None:
     if not isinstance(model, nn.Module):
         raise ModelError(f"model: found {type(model).__name__}; allowed: a torch.nn.Module")
+    if any(isinstance(parameter, UninitializedParameter) for parameter in model.parameters()):
+        raise ModelError(
+            f"{type(model).__name__} has lazy layers, whose parameters have no shape: run it once"
+        )
     if (loss is None) == (closure is None):
         found = "neither" if loss is None else "both"
         raise ModelError(

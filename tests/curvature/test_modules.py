@@ -198,6 +198,7 @@ def test_impossible_models_and_arguments_are_refused() -> None:
         infinite[0].bias[1] = float("inf")
     cases: list[tuple[str, Any, Any, dict[str, Any]]] = [
         ("model: found int", 3, cross_entropy, {}),
+        ("Sequential has lazy layers", nn.Sequential(nn.LazyLinear(3)), cross_entropy, {}),
         ("found both of loss and closure", _net(), cross_entropy, {"closure": closure}),
         ("found neither of loss and closure", _net(), None, {}),
         ("loss: found str; allowed: a function", _net(), "mse", {}),
