@@ -14,13 +14,14 @@ from lossray.errors import DataError
 REMEDY = "pass (inputs, targets), (inputs, targets, weights), or a list of such batches"
 
 
-def read_data(data: Any) -> Iterable[Any]:
+def read_data(data: Any, *, closure: bool = False) -> Iterable[Any]:
     """The batches in ``data``, still as the user gave them.
 
     Args:
         data: a batch (a tuple, or a list that starts with a tensor or a mapping), a list of batches, or
             something that gives the same batches each time it is iterated, such as a DataLoader without
             shuffling.
+        closure: whether the batches are for a closure: a list is then always one of batches.
 
     Raises:
         DataError: no batch, or something that can be read only once.
@@ -30,7 +31,9 @@ def read_data(data: Any) -> Iterable[Any]:
             f"data is a {type(data).__name__}, which can be read once, and every product reads all of it: "
             "pass a list, or a DataLoader with shuffle=False"
         )
-    single = isinstance(data, tuple) or (isinstance(data, list) and data and _is_inputs(data[0]))
+    single = isinstance(data, tuple) or (
+        isinstance(data, list) and not closure and data and _is_inputs(data[0])
+    )
     if single or isinstance(data, Mapping | Tensor | np.ndarray):
         return [data]
     if not isinstance(data, Iterable):

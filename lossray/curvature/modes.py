@@ -8,14 +8,26 @@ Three modes:
 - "recompute" keeps nothing and builds the graph anew for every batch; a block of vectors shares it.
 
 "auto" is "retained" where the estimated graph over all examples has at most RETAINED_BYTES, otherwise
-"recompute". It is never "linearized": a linearised product is up to 1.3 times cheaper for convolutions, as
-dear for perceptrons and dearer for attention, but tracing it costs 30 to 500 gradients (measured on one CPU
-thread; docs/benchmarks.md), and a whole report of one checkpoint is 100 to 150 products. What pays instead is
-the size of the pieces: on a CPU a batch whose graph exceeds CACHED_BYTES is split into pieces of at most
-PIECE_EXAMPLES, whose activations are still in the cache when they are read again. That is exact (the loss is
-a mean over examples, which is checked) and takes 1.1 to 1.3 times off a product. A batch that must not be
-split (batch norm in train mode) is left whole. No time is measured: two machines would decide differently,
-and the rows of a study would depend on which of them ran it.
+"recompute", whose price is the gradient anew for every product, or for every block of them.
+
+It is never "linearized". In units of one gradient of 1,000 examples (256 for the last), on one CPU thread in
+float32, a product costs
+
+    model             mlp 26k   cnn 21k   vit 26k   ResNet-8 78k   ResNet-20 272k
+    retained, whole      1.6       2.1       2.3         2.2            2.1
+    retained, pieces     1.6       1.9       1.7         2.1            2.1
+    linearized           1.7       1.5       1.9         1.8            2.1
+    to linearise it      510        27        34          32             76
+
+(medians on a shared machine, good to 10 per cent), and the report of one checkpoint is 100 to 150 products:
+over 120 of them only the cnn and ResNet-8 gain, 4 to 9 per cent, and with fewer examples the tracing is
+dearer still. What pays more is the size of the pieces: on a CPU a batch whose graph exceeds CACHED_BYTES is
+split into parts of at most PIECE_EXAMPLES, whose activations are still in the cache when they are read again
+(a pack of 16 small mlps: 1.2 to 1.5 times faster). That is exact where the loss is a mean over examples,
+which is checked; what mixes the examples of a batch (batch norm in train mode) is left whole.
+
+No time is measured: two machines would decide differently, and the rows of a study would depend on which of
+them ran it.
 """
 
 from collections.abc import Mapping

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import UninitializedParameter
 
 from lossray.curvature.data import described, example_batch, read_data
 from lossray.curvature.objectives import (
@@ -79,7 +80,7 @@ class ModuleObjective:
             **{n: b.detach().clone() for n, b in model.named_buffers()},
         }
         self._convert(dtype or _default_dtype(self._parameters))
-        self._data: Iterable[Any] = read_data(data)
+        self._data: Iterable[Any] = read_data(data, closure=closure is not None)
         self._pass = 0  # counts readings while the data are checked
         self._total = 1.0
         self._sizes: list[int | None] = []
@@ -203,10 +204,12 @@ class ModuleObjective:
     def _read(self) -> Iterator[Batch]:
         """The batches as given, their shares not yet divided by the total.
 
-        A DataLoader draws from torch's global generator whenever it is read, shuffled or not: that is seeded
-        for each batch, and set back.
+        A DataLoader draws from torch's global generator whenever it is read, shuffled or not: that is
+        seeded for each batch, and set back.
         """
-        iterator, count = iter(self._data), 0
+        count = 0
+        with seeded(stream(self._pass, "reading"), self.device):
+            iterator = iter(self._data)
         while True:
             with seeded(stream(self._pass, "data", count), self.device):
                 try:
@@ -329,6 +332,10 @@ def _mode(model: nn.Module, train: bool) -> Iterator[None]:
 def _check_arguments(model: Any, loss: Any, data: Any, closure: Any) -> None:
     if not isinstance(model, nn.Module):
         raise ModelError(f"model: found {type(model).__name__}; allowed: a torch.nn.Module")
+    if any(isinstance(parameter, UninitializedParameter) for parameter in model.parameters()):
+        raise ModelError(
+            f"{type(model).__name__} has lazy layers, whose parameters have no shape: run it once"
+        )
     if (loss is None) == (closure is None):
         found = "neither" if loss is None else "both"
         raise ModelError(

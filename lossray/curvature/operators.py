@@ -1,5 +1,6 @@
 """The packed operators of an objective: Hessian, Gauss-Newton and empirical Fisher, for R members at once."""
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import ClassVar
@@ -143,7 +144,9 @@ class ObjectiveOperator:
         make_piece = type(self).make_piece
         expected = self._sum(_pieces(self.objective, make_piece, self._size), block)
         try:
-            self._kept = list(_pieces(self.objective, make_piece, self._size, linearized=True))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of torch.fx, on its own graphs
+                self._kept = list(_pieces(self.objective, make_piece, self._size, linearized=True))
             found = self._sum(iter(self._kept), block)
             error = torch.linalg.vector_norm(found - expected, dim=-1)
             agrees = error <= AGREEMENT[self.dtype] * torch.linalg.vector_norm(expected, dim=-1)
