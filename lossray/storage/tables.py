@@ -190,6 +190,22 @@ EIGENVALUES = TableSchema(
     ),
 )
 
+DENSITY = TableSchema(
+    "density",
+    1,
+    "one node of one probe's estimate of the spectral density of one operator at one checkpoint",
+    (
+        RUN,
+        STEP,
+        OPERATOR,
+        BLOCK,
+        _key("probe", INTEGER, "1", "the random vector; the density is the mean over probes"),
+        _key("index", INTEGER, "1", "of the node, ascending"),
+        _number("node", CURVATURE, "where the eigenvalues are"),
+        _number("weight", "1", "their share of all eigenvalues; those of a probe sum to 1"),
+    ),
+)
+
 CURVATURES = TableSchema(
     "curvature",
     1,
@@ -307,7 +323,7 @@ TASKS = TableSchema(
 
 TABLES: dict[str, TableSchema] = {
     schema.name: schema
-    for schema in (RUNS, TRAINING, CHECKPOINTS, EIGENVALUES, CURVATURES, DIRECTIONS, ANGLES, TASKS)
+    for schema in (RUNS, TRAINING, CHECKPOINTS, EIGENVALUES, DENSITY, CURVATURES, DIRECTIONS, ANGLES, TASKS)
 }
 
 
