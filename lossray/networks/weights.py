@@ -1,6 +1,7 @@
 """Weights from a file into a model: safetensors, or a state dict that loads without unpickling objects."""
 
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -74,10 +75,11 @@ def _torch(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
+        needed = re.search(r"GLOBAL (\S+)", str(error))
+        found = f"objects such as {needed[1]}" if needed else "what is no state dict"
         raise ModelError(
-            f"{path}: loading it would run code from the file ({reason}): nothing is unpickled; "
-            "save the weights alone with torch.save(model.state_dict(), path)"
+            f"{path}: found {found}, and nothing is unpickled, since that may run code from the file; "
+            "allowed: tensors alone, saved with torch.save(model.state_dict(), path) or safetensors"
         ) from error
     except Exception as error:  # torch.load raises what it likes on a damaged file
         raise ModelError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
