@@ -83,6 +83,36 @@ def tables(
 
 
 @app.command()
+def spectrum(
+    model: Annotated[str, typer.Argument(help="How to build it: package.module:function.")],
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="package.module:function returning (inputs, targets), a Parquet file, or digits."
+        ),
+    ],
+    weights: Annotated[
+        str | None, typer.Option(help="A safetensors file, or a state dict of torch.save.")
+    ] = None,
+    loss: Annotated[
+        str, typer.Option(help="cross_entropy, mse, or package.module:function.")
+    ] = "cross_entropy",
+    top: Annotated[int, typer.Option(min=1, help="How many of the largest eigenvalues.")] = 10,
+    examples: Annotated[
+        int | None, typer.Option(min=1, help="A stratified part of the data. Default: all.")
+    ] = None,
+    out: Annotated[str | None, typer.Option(help="A store for the tables: a folder or a URI.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the products: float32 or float64.")] = "float32",
+    operator: Annotated[str, typer.Option(help="hessian, ggn or fisher.")] = "hessian",
+) -> None:
+    """The curvature spectrum of one's own model at one point."""
+    from flows.spectrum import Request
+    from flows.spectrum import spectrum as describe
+
+    typer.echo(describe(Request(model, data, weights, loss, top, examples, dtype, operator), out))
+
+
+@app.command()
 def studies() -> None:
     """List the ready-made studies."""
     for path in sorted(resources.files("flows.studies").iterdir(), key=lambda entry: entry.name):

@@ -157,7 +157,7 @@ def open_study(out: str | Path) -> StudyResults:
         StoreError: there is no store.
     """
     store = Store(str(out))
-    if not store.exists("manifest.json"):
+    if not (store.exists("manifest.json") or store.committed_keys()):  # `lossray spectrum` writes none
         raise StoreError(
             f"{store.url} is no store of a study: it has no manifest.json, which `lossray run` writes first"
         )

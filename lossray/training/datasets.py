@@ -48,6 +48,7 @@ __all__ = [
     "content_key",
     "data_settings",
     "load_dataset",
+    "load_whole",
 ]
 
 
@@ -173,6 +174,35 @@ def load_dataset(settings: DataSettings, *, dtype: torch.dtype, base: Path | Non
         fingerprint=_fingerprint(splits, n_outputs),
         input_shape=parts.train.inputs.shape[1:],
         standardisation=standardisation,
+    )
+
+
+def load_whole(settings: DataSettings, *, dtype: torch.dtype, base: Path | None = None) -> Dataset:
+    """All examples of a source as its training split; of one that splits itself, the training part.
+
+    For the analysis of one's own model: nothing is split or standardised, and validation and test are empty.
+
+    Args:
+        settings: from :func:`data_settings`; `split` and `standardise` do not count.
+        dtype: of inputs and of regression targets.
+        base: the folder to which relative paths refer; the current directory if None.
+
+    Raises:
+        DataError: the data cannot be read.
+    """
+    found, n_classes = _source(settings.source).read(settings, base)
+    examples = found.train if isinstance(found, Parts) else found
+    nothing = Examples(examples.inputs[:0], examples.targets[:0])
+    n_outputs = _n_outputs(Parts(examples, examples, examples), n_classes, settings.source)
+    whole, empty = (_as_split(part, None) for part in (examples, nothing))
+    train, none = (_cast(split, dtype, settings.source) for split in (whole, empty))
+    return Dataset(
+        train=train,
+        validation=none,
+        test=none,
+        n_outputs=n_outputs,
+        fingerprint=_fingerprint([whole, empty, empty], n_outputs),
+        input_shape=examples.inputs.shape[1:],
     )
 
 

@@ -21,6 +21,7 @@ from lossray.training.datasets import (
     content_key,
     data_settings,
     load_dataset,
+    load_whole,
 )
 from lossray.training.splits import exact_sizes, partition, stratified_counts
 
@@ -311,6 +312,17 @@ def test_equal_contents_have_one_fingerprint_wherever_they_lie(tmp_path):
 
 
 # --- analysis set
+
+
+def test_the_whole_of_a_source_is_neither_split_nor_standardised():
+    whole = load_whole(data_settings({}), dtype=torch.float64)
+    parts = load(standardise="none")
+    assert (len(whole.train.targets), len(whole.validation.targets), len(whole.test.targets)) == (1797, 0, 0)
+    assert float(whole.train.inputs.sum()) == pytest.approx(sum(float(s.inputs.sum()) for s in splits(parts)))
+    assert (whole.n_outputs, whole.input_shape) == (parts.n_outputs, parts.input_shape)
+    assert whole.fingerprint != parts.fingerprint
+    assert whole.fingerprint == load_whole(data_settings({}), dtype=torch.float32).fingerprint
+    assert len(analysis_set(whole, 100).targets) == 100
 
 
 def test_the_whole_analysis_set_is_the_training_split(digits):

@@ -1,0 +1,182 @@
+"""``lossray spectrum``: the curvature of one's own model at one point, printed, and as tables."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import pyarrow.parquet as pq
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+import lossray
+from flows.spectrum_store import Origin, open_store, publish
+from flows.spectrum_text import describe
+from lossray.curvature.analysis import MemberAnalysis
+from lossray.curvature.single import analyse
+from lossray.errors import DataError, ModelError, StudyError
+from lossray.names import unknown_name
+from lossray.networks.losses import get_loss
+from lossray.networks.models import build_model, model_settings
+from lossray.networks.weights import load_weights
+from lossray.plugins import add_user_folders, failure, is_spec, source_hash
+from lossray.seeds import stream
+from lossray.study.problems import problems_in
+from lossray.training.datasets import (
+    Dataset,
+    DataSettings,
+    analysis_set,
+    data_settings,
+    load_whole,
+)
+from tasks.record import Attempt, Stopwatch
+
+OPERATORS = {"hessian": "Hessian", "ggn": "GaussNewton", "fisher": "EmpiricalFisher"}  # names in lossray
+DTYPES = ("float32", "float64")
+PARQUET = (".parquet", ".pq")
+LABEL = "label"  # the column of a Parquet file that holds the targets; the others are the inputs
+PROBES, STEPS = 4, 64  # of the density
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to analyse."""
+
+    model: str
+    data: str
+    weights: str | None = None
+    loss: str = "cross_entropy"
+    top: int = 10
+    examples: int | None = None  # None: all
+    dtype: str = "float32"
+    operator: str = "hessian"
+
+
+@dataclass(frozen=True)
+class Point:
+    """The model and the examples, read and checked."""
+
+    model: nn.Module
+    data: Dataset
+    examples: int | Literal["all"]  # of the data
+
+
+def spectrum(request: Request, out: str | None = None) -> str:
+    """Analyse a model and describe its spectrum.
+
+    Args:
+        request: what to analyse.
+        out: a store for the tables; None for none.
+
+    Returns:
+        The text to print.
+
+    Raises:
+        LossrayError: bad input; nothing was written.
+    """
+    add_user_folders([os.getcwd()])
+    for name, found, allowed in (
+        ("--operator", request.operator, OPERATORS),
+        ("--dtype", request.dtype, DTYPES),
+    ):
+        if found not in allowed:
+            raise StudyError(f"{name}: {unknown_name(found, allowed)}")
+    store = open_store(out) if out is not None else None
+    watch = Stopwatch(Attempt(), device="cpu")
+    point = read_point(request)
+    analysis, mode = analysed(request, point)
+    text = describe(request.operator, analysis, heading(request, point, analysis))
+    if store is None:
+        return text
+    functions = {name: source_hash(name) for name in (request.model, request.loss) if is_spec(name)}
+    origin = Origin({**vars(request), "sources": functions}, point.model, point.data, point.examples)
+    publish(store, watch, origin, analysis, mode)
+    return f"{text}\n\ntables in {store.url}: `lossray tables {store.url}`"
+
+
+def read_point(request: Request) -> Point:
+    """The model with its weights, and the data.
+
+    Raises:
+        LossrayError: they cannot be read, or do not fit.
+    """
+    dtype = getattr(torch, request.dtype)
+    data = load_whole(_data_settings(request.data), dtype=dtype)
+    n = len(data.train.targets)
+    if request.examples is not None and request.examples > n:
+        raise StudyError(f"--examples: found {request.examples}; allowed: at most {n}, as the data have")
+    try:
+        settings = model_settings({"name": request.model})
+    except ValidationError as error:
+        (problem, *_) = problems_in(error, {"name": request.model})
+        raise StudyError(f"MODEL: {problem.text}") from None
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(stream(0, "initialisation"))
+        model = build_model(settings, data.input_shape, data.n_outputs)
+    if request.weights is not None:
+        load_weights(model, request.weights)
+    model = model.to(dtype).eval()
+    try:
+        with torch.no_grad():
+            get_loss(request.loss)(model(data.train.inputs[:2]), data.train.targets[:2])
+    except (ModelError, StudyError):
+        raise
+    except Exception as error:  # a user's forward or loss may raise anything
+        shape = list(data.train.inputs[:2].shape)
+        raise ModelError(
+            f"model {request.model!r} with loss {request.loss!r} on inputs {shape}: {failure(error)}"
+        ) from error
+    return Point(model, data, request.examples or "all")
+
+
+def analysed(request: Request, point: Point) -> tuple[MemberAnalysis, str]:
+    """The analysis, and how the products were formed. All of the mathematics is behind this function."""
+    examples = analysis_set(point.data, point.examples)
+    matrix = getattr(lossray, OPERATORS[request.operator])
+    operator = matrix(point.model, get_loss(request.loss), (examples.inputs, examples.targets))
+    return analyse(operator, top=request.top, probes=PROBES, steps=STEPS, seed=0), operator.mode
+
+
+def heading(request: Request, point: Point, analysis: MemberAnalysis) -> list[str]:
+    """What was analysed."""
+    where = f"weights of {request.weights}" if request.weights else "weights as the function makes them"
+    size = sum(parameter.numel() for parameter in point.model.parameters() if parameter.requires_grad)
+    n = len(analysis_set(point.data, point.examples).targets)
+    return [
+        f"{request.model}: {size:,} parameters, {where}",
+        f"{request.data}: {n:,} examples, {request.loss} {analysis.loss:.6g}, "
+        f"gradient norm {analysis.gradient_norm:.3g}",
+        f"{request.operator}: {request.dtype} products, {analysis.matvecs} of them",
+    ]
+
+
+# ---- reading
+
+
+def _data_settings(name: str) -> DataSettings:
+    if name.endswith(PARQUET):
+        table: dict[str, object] = {"source": "parquet", "path": name, **_columns(name)}
+    elif is_spec(name) or name == "digits":
+        table = {"source": name}
+    else:
+        allowed = "digits, a Parquet file, package.module:function"
+        raise StudyError(f"DATA: found {name!r}; allowed: {allowed}")
+    try:
+        return data_settings({**table, "standardise": "none"})
+    except ValidationError as error:
+        (problem, *_) = problems_in(error, table)
+        raise StudyError(f"DATA: {problem.text}") from None
+
+
+def _columns(path: str) -> Mapping[str, object]:
+    """Label and features of a Parquet file: the column `label`, and all others."""
+    try:
+        names = pq.read_schema(path).names
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as Parquet: {' '.join(str(error).split())}") from error
+    if LABEL not in names or len(names) < 2:
+        raise DataError(
+            f"{path}: found columns {', '.join(names)}; needed: {LABEL!r}, the targets, and inputs beside it"
+        )
+    return {"label": LABEL, "features": [name for name in names if name != LABEL]}
