@@ -10,11 +10,11 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-import lossray
 from flows.spectrum_store import Origin, open_store, publish
 from flows.spectrum_text import describe
-from lossray.curvature.analysis import MemberAnalysis
-from lossray.curvature.single import analyse
+from lossray.curvature.analysis import MemberAnalysis, packed_analysis
+from lossray.curvature.matrices import EmpiricalFisher, GaussNewton, Hessian
+from lossray.curvature.transforms import PointOperator
 from lossray.errors import DataError, ModelError, StudyError
 from lossray.names import unknown_name
 from lossray.networks.losses import get_loss
@@ -32,10 +32,11 @@ from lossray.training.datasets import (
 )
 from tasks.record import Attempt, Stopwatch
 
-OPERATORS = {"hessian": "Hessian", "ggn": "GaussNewton", "fisher": "EmpiricalFisher"}  # names in lossray
+OPERATORS = {"hessian": Hessian, "ggn": GaussNewton, "fisher": EmpiricalFisher}
 DTYPES = ("float32", "float64")
 PARQUET = (".parquet", ".pq")
 LABEL = "label"  # the column of a Parquet file that holds the targets; the others are the inputs
+TOLERANCE = 1e-3  # of the pairs
 PROBES, STEPS = 4, 64  # of the density
 
 
@@ -85,13 +86,21 @@ def spectrum(request: Request, out: str | None = None) -> str:
     store = open_store(out) if out is not None else None
     watch = Stopwatch(Attempt(), device="cpu")
     point = read_point(request)
-    analysis, mode = analysed(request, point)
-    text = describe(request.operator, analysis, heading(request, point, analysis))
+    operator = operator_at(request, point)
+    analysis = packed_analysis(
+        operator,
+        top=min(request.top, operator.shape[1]),
+        tolerance=TOLERANCE,
+        probes=PROBES,
+        steps=STEPS,
+        seeds=[0],
+    )
+    text = describe(request.operator, analysis.member(0), heading(request, point, analysis.member(0)))
     if store is None:
         return text
     functions = {name: source_hash(name) for name in (request.model, request.loss) if is_spec(name)}
     origin = Origin({**vars(request), "sources": functions}, point.model, point.data, point.examples)
-    publish(store, watch, origin, analysis, mode)
+    publish(store, watch, origin, analysis, operator)
     return f"{text}\n\ntables in {store.url}: `lossray tables {store.url}`"
 
 
@@ -130,12 +139,11 @@ def read_point(request: Request) -> Point:
     return Point(model, data, request.examples or "all")
 
 
-def analysed(request: Request, point: Point) -> tuple[MemberAnalysis, str]:
-    """The analysis, and how the products were formed. All of the mathematics is behind this function."""
+def operator_at(request: Request, point: Point) -> PointOperator:
+    """The operator as a pack of one."""
     examples = analysis_set(point.data, point.examples)
-    matrix = getattr(lossray, OPERATORS[request.operator])
-    operator = matrix(point.model, get_loss(request.loss), (examples.inputs, examples.targets))
-    return analyse(operator, top=request.top, probes=PROBES, steps=STEPS, seed=0), operator.mode
+    matrix = OPERATORS[request.operator]
+    return matrix(point.model, get_loss(request.loss), (examples.inputs, examples.targets)).packed
 
 
 def heading(request: Request, point: Point, analysis: MemberAnalysis) -> list[str]:

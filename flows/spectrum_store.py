@@ -1,22 +1,21 @@
 """A spectrum as tables: rows of `eigenvalues`, `density` and `curvature` in a store of spectra."""
 
 import hashlib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
 
-from lossray.curvature.analysis import MemberAnalysis
+from lossray.curvature.analysis import Analysis
+from lossray.curvature.transforms import PointOperator
 from lossray.errors import StoreError
 from lossray.settings import content_hash
 from lossray.storage.publish import publish_tables
 from lossray.storage.store import Store
 from lossray.training.datasets import Dataset, analysis_fingerprint, analysis_set
 from tasks.record import Stopwatch
-
-Row = dict[str, Any]
+from tasks.spectra import curvature_rows, density_rows, eigenvalue_rows
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,9 @@ def open_store(out: str) -> Store:
     return store
 
 
-def publish(store: Store, watch: Stopwatch, origin: Origin, analysis: MemberAnalysis, mode: str) -> None:
+def publish(
+    store: Store, watch: Stopwatch, origin: Origin, analysis: Analysis, operator: PointOperator
+) -> None:
     """Write the rows, under a run that is named by the model and the content of all that was analysed."""
     request = origin.request
     content = {**request, "weights": _weights_hash(origin.model), "data": origin.data.fingerprint}
@@ -55,15 +56,11 @@ def publish(store: Store, watch: Stopwatch, origin: Origin, analysis: MemberAnal
     settings = {
         "n_examples": len(analysis_set(origin.data, origin.examples).targets),
         "data_fingerprint": analysis_fingerprint(origin.data, origin.examples),
-        "product_mode": mode,
         "dtype": request["dtype"],
     }
-    for name, rows in {
-        "eigenvalues": _eigenvalue_rows(analysis),
-        "density": _density_rows(analysis),
-        "curvature": [_curvature_row(analysis) | settings],
-    }.items():
-        store.publish(name, key, [own | row for row in rows])
+    store.publish("eigenvalues", key, eigenvalue_rows([own], analysis))
+    store.publish("density", key, density_rows([own], analysis))
+    store.publish("curvature", key, curvature_rows([own], analysis, operator, settings))
     store.commit(watch.record(key, "curvature", step=0) | {"run_id": run_id})
     publish_tables(store)
 
@@ -74,57 +71,3 @@ def _weights_hash(model: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
         digest.update(tensor.cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _eigenvalue_rows(analysis: MemberAnalysis) -> list[Row]:
-    rows: list[Row] = []
-    for end, pairs in (("largest", analysis.pairs), ("smallest", analysis.smallest)):
-        for i in range(len(pairs)):
-            gap = float(pairs.gaps[i])
-            rows.append(
-                {
-                    "end": end,
-                    "index": i,
-                    "eigenvalue": float(pairs.values[i]),
-                    "residual": float(pairs.residuals[i]),
-                    "converged": bool(pairs.converged[i]),
-                    "gap": gap if math.isfinite(gap) else None,
-                    "ipr": float(analysis.ipr[i]) if end == "largest" else None,
-                    "product_error": analysis.product_error if (end, i) == ("largest", 0) else None,
-                }
-            )
-    return rows
-
-
-def _density_rows(analysis: MemberAnalysis) -> list[Row]:
-    nodes, weights = analysis.density.nodes.tolist(), analysis.density.weights.tolist()
-    return [
-        {"probe": probe, "index": index, "node": node, "weight": weight}
-        for probe, pairs in enumerate(map(zip, nodes, weights))
-        for index, (node, weight) in enumerate(pairs)
-        if weight > 0  # padding has none
-    ]
-
-
-def _curvature_row(analysis: MemberAnalysis) -> Row:
-    estimates = {
-        "trace": analysis.trace,
-        "frobenius_norm": analysis.frobenius,
-        "negative_mass": analysis.negative_mass,
-        "participation": analysis.participation,
-        "effective_dimension": analysis.effective_dimension,
-    }
-    return {
-        "lambda_max": float(analysis.pairs.values[0]),
-        "lambda_min": float(analysis.smallest.values[0]),
-        "confirmed": analysis.pairs.confirmed,
-        **{name: estimate.value for name, estimate in estimates.items()},
-        **{f"{name}_stderr": estimate.stderr for name, estimate in estimates.items()},
-        "effective_dimension_regulariser": analysis.regulariser,
-        "matvecs": analysis.matvecs,
-        "orthogonality_loss": analysis.pairs.orthogonality_loss,
-        "dim": len(analysis.gradient),
-        "loss": analysis.loss,
-        "gradient_norm": analysis.gradient_norm,
-        "reg_included": False,
-    }

@@ -2,7 +2,6 @@
 
 import re
 import sys
-from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,9 +15,7 @@ from flows.cli import app
 from flows.spectrum import Request, spectrum
 from flows.spectrum_text import BINS, histogram
 from lossray.curvature.density import SpectralDensity
-from lossray.curvature.operators import StackHessian
 from lossray.errors import DataError, ModelError, StoreError, StudyError
-from lossray.networks.stack import stack_models
 
 OWN = """
 import torch
@@ -48,19 +45,6 @@ def _folder(tmp_path, monkeypatch, forget_modules):
     (tmp_path / "spectrum_own.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-
-
-@pytest.fixture(autouse=True)
-def _hessian(monkeypatch):
-    """The operator of a pack of one, for `lossray.Hessian`."""
-
-    def hessian(model, loss, data):
-        dtype = next(model.parameters()).dtype
-        stacked = stack_models([model], executor="loop", dtype=dtype)
-        packed = StackHessian(*stacked, loss, [data], mode="retained", dtype=dtype)
-        return SimpleNamespace(packed=packed, mode=packed.mode)
-
-    monkeypatch.setattr(lossray, "Hessian", hessian, raising=False)
 
 
 def request(**changes):
