@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= out/quick
 INSTALLED := .venv/.installed
+PEERS := .venv/.peers
 
 .PHONY: demo test test-slow check docs benchmarks clean
 
@@ -25,13 +26,23 @@ check: $(INSTALLED)
 docs: $(INSTALLED)
 	$(BIN)/python -m lossray.storage.tables > docs/tables.md
 
-benchmarks: $(INSTALLED)
+benchmarks: $(INSTALLED) $(PEERS)
 	$(BIN)/python -m benchmarks.packs
+	$(BIN)/python -m benchmarks.packed_analysis
+	$(BIN)/python -m benchmarks.curvature
+	$(BIN)/python -m benchmarks.script
 	$(BIN)/python -m benchmarks.utilisation
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,bench]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+# The extra `bench` and what it needs, without torchvision, which would bring another torch.
+$(PEERS): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps \
+		curvlinops-for-pytorch "hessian-eigenthings>=1.0.0a5" pyhessian \
+		backpack-for-pytorch einconv einops linear_operator opt_einsum tqdm unfoldNd
 	touch $@
 
 clean:

@@ -84,9 +84,9 @@ largest) of {PRODUCT_REPEATS} repeats in turn, set-up excluded."""
 
 def _report_text() -> str:
     return f"""The full report of one checkpoint: the {TOP} leading eigenpairs to a residual of {TOLERANCE:g}
-times the largest eigenvalue, the trace, and the density from {PROBES} probes of {STEPS} steps; set-up included.
-Each peer with its defaults (benchmarks/peers says how). Seconds are the median (smallest to largest) of
-{REPORT_REPEATS} repeats in turn; "over lossray" is the median over neighbouring repeats. Errors against
+times the largest eigenvalue, the trace, and the density from {PROBES} probes of {STEPS} steps; with the
+set-up. Each peer with its defaults (benchmarks/peers says how). Seconds are the median (smallest to largest)
+of {REPORT_REPEATS} repeats in turn; "over lossray" is the median over neighbouring repeats. Errors against
 float64: "eigenvalues" the largest of all values and seeds, as a share of the largest eigenvalue; "trace" the
 root mean square over the seeds, as a share of the trace (of the estimated ones, the reference's own standard
 error stands beside it); "density" the Wasserstein-1 distance to all d eigenvalues, in mean absolute

@@ -8,8 +8,6 @@ it is asked.
 from collections.abc import Callable
 from functools import lru_cache, partial
 
-import numpy as np
-import torch
 from hessian_eigenthings import HessianOperator, lanczos, spectral_density, supervised_loss, trace
 from torch import Tensor
 

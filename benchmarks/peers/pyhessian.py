@@ -44,7 +44,7 @@ def report(problem: Problem, seed: int) -> Report:
             values, _ = engine.eigenvalues(tol=TOLERANCE, top_n=TOP)
         with parts.part("trace"):
             samples = engine.trace()
-        with parts.part("density"), patch.object(torch, "eig", _eig):
+        with parts.part("density"), eigendecomposition_supplied():
             nodes, weights = engine.density(iter=STEPS, n_v=PROBES)
     return Report(
         values=np.sort(np.array(values, dtype=np.float64))[::-1],
@@ -53,6 +53,13 @@ def report(problem: Problem, seed: int) -> Report:
         weights=np.array(weights, dtype=np.float64),
         parts=parts.measured,
     )
+
+
+@contextmanager
+def eigendecomposition_supplied() -> Iterator[None]:
+    """Inside, ``torch.eig`` works again, for its density."""
+    with patch.object(torch, "eig", _eig):
+        yield
 
 
 def _engine(problem: Problem) -> "pyhessian.hessian":
