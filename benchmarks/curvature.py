@@ -69,7 +69,7 @@ def main() -> None:
                 rows = report_rows(problem, exact, SIDES, threads)
                 print("\n".join(" | ".join(row) for row in rows), flush=True)
                 reports.extend(rows)
-    header = (*PRODUCT_HEADER, *(side.name for side in _by_product(SIDES)))
+    header = (*PRODUCT_HEADER, *(side.name.split(",")[0] for side in _by_product(SIDES)))
     body = f"{_text()}\n\n{table(header, products)}\n\n{_report_text()}\n\n{table(REPORT_HEADER, reports)}"
     write_section("curvature", "Curvature against its peers", "python -m benchmarks.curvature", body)
 
