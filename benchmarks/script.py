@@ -106,10 +106,10 @@ in turn.
 
 The study is **{ratio:.1f} times** as fast (median over the pairs). At {agreement.checkpoints} checkpoints the
 weights of the two agree (training losses within {SAME_WEIGHTS:g}); there the largest eigenvalues differ by
-{agreement.median:.1e} in the median and {agreement.worst:.1e} at most (relative). PyHessian stops when a value
-changes little, and mixes the two ends of the spectrum where both are of one size, as early in training.
-The script writes eigenvalues, traces and densities; the study
-also certifies every pair and writes the tables of its other sections."""
+{agreement.median:.1e} in the median and {agreement.worst:.1e} at most (relative). PyHessian stops when a
+value changes little, and mixes the two ends of the spectrum where both are of one size, as early in training.
+The script writes eigenvalues, traces and densities; the study also certifies every pair and writes the tables
+of its other sections."""
 
 
 if __name__ == "__main__":
