@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= out/quick
 INSTALLED := .venv/.installed
+PEERS := .venv/.peers
 
 .PHONY: demo test test-slow check docs benchmarks clean
 
@@ -25,13 +26,22 @@ check: $(INSTALLED)
 docs: $(INSTALLED)
 	$(BIN)/python -m lossray.storage.tables > docs/tables.md
 
-benchmarks: $(INSTALLED)
+benchmarks: $(INSTALLED) $(PEERS)
 	$(BIN)/python -m benchmarks.packs
+	$(BIN)/python -m benchmarks.packed_analysis
+	$(BIN)/python -m benchmarks.curvature
+	$(BIN)/python -m benchmarks.script
 	$(BIN)/python -m benchmarks.utilisation
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,bench]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+# The peers of the extra `bench`, without their own dependencies: those would bring another torch.
+$(PEERS): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps \
+		"hessian-eigenthings>=1.0.0a5" pyhessian
 	touch $@
 
 clean:

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
-SECTIONS = ("packs", "utilisation")  # in the order of the document
+SECTIONS = ("packs", "packed_analysis", "curvature", "script", "utilisation")  # in the order of the document
 HEADER = "# Benchmarks\n\nEach section is written by the command that it names.\n"
 
 

@@ -1,0 +1,84 @@
+"""The models, weights and examples on which the curvature engines are compared.
+
+The weights are trained for a few hundred steps, so that the spectra have outliers, as in practice.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lossray.networks.models import build_model, model_settings
+from lossray.seeds import generator, stream
+from lossray.training.datasets import Dataset, DataSettings, load_dataset
+
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How to make one problem."""
+
+    name: str
+    model: Mapping[str, object]  # as in [[models]]
+    examples: int
+    steps: int = 400  # of Adam
+    dense: bool = False  # small enough for all its eigenvalues
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A trained model in eval mode, and the examples that define its loss."""
+
+    name: str
+    model: nn.Module
+    inputs: Tensor  # [N, 1, 8, 8] float32
+    targets: Tensor  # [N] int64
+    loss: nn.Module  # mean over examples
+    dense: bool
+
+    @property
+    def dim(self) -> int:
+        """Number of parameters d."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def gradient(self) -> tuple[Tensor, ...]:
+        """The gradient over all examples: the unit in which products are measured."""
+        loss = self.loss(self.model(self.inputs), self.targets)
+        return torch.autograd.grad(loss, list(self.model.parameters()))
+
+
+SETTINGS = (
+    Setting("mlp", {"name": "mlp", "widths": [128, 128]}, 1000),
+    Setting("cnn", {"name": "cnn"}, 1000),
+    Setting("resnet-20", {"name": "resnet", "depth": 20}, 128, steps=150),
+    Setting("vit", {"name": "vit"}, 256),
+    Setting("small mlp", {"name": "mlp", "widths": [32]}, 1000, dense=True),
+    Setting("small tanh mlp", {"name": "mlp", "widths": [64], "activation": "tanh"}, 1000, dense=True),
+    Setting("small cnn", {"name": "cnn", "channels": [6, 12], "widths": [32]}, 128, dense=True),
+    Setting("small vit", {"name": "vit", "dim": 16, "depth": 1}, 128, dense=True),
+)
+
+
+def make_problem(setting: Setting) -> Problem:
+    """Build and train the model on digits; the analysis set is the first part of the training split."""
+    dataset = load_dataset(DataSettings(source="digits"), dtype=torch.float32)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream(0, "initialisation"))
+        model = build_model(model_settings(setting.model), dataset.input_shape, dataset.n_outputs)
+    _train(model, dataset, setting.steps)
+    inputs, targets = dataset.train.inputs[: setting.examples], dataset.train.targets[: setting.examples]
+    return Problem(setting.name, model.eval(), inputs, targets, nn.CrossEntropyLoss(), setting.dense)
+
+
+def _train(model: nn.Module, dataset: Dataset, steps: int) -> None:
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    random = generator(0, "benchmark")
+    for _ in range(steps):
+        batch = torch.randint(len(dataset.train.targets), (BATCH,), generator=random)
+        optimizer.zero_grad()
+        F.cross_entropy(model(dataset.train.inputs[batch]), dataset.train.targets[batch]).backward()
+        optimizer.step()
+    model.zero_grad()

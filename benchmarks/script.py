@@ -1,0 +1,116 @@
+"""The `quick` study against the script that one would write without lossray (benchmarks/plain_study.py).
+
+Both are started as a process, both use all cores, and both end with everything on disk. That they see the
+same spectra is checked at the checkpoints where their weights agree: the same initial weights and minibatches
+keep them together until rounding parts them.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import psutil
+
+import lossray
+from benchmarks.report import table, write_section
+
+REPEATS = 3
+SAME_WEIGHTS = 1e-4  # relative difference of the training losses at a checkpoint
+SAME_SPECTRUM = 1e-2  # median relative difference of lambda_max; PyHessian's own error is some 5e-3
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far the two are apart at the checkpoints where their weights agree."""
+
+    checkpoints: int
+    median: float  # relative difference of lambda_max
+    worst: float
+
+
+def main() -> None:
+    """Run both in turn, then write the section."""
+    lossray_command = [str(Path(sys.executable).with_name("lossray")), "run", "quick", "--out"]
+    plain_command = [sys.executable, "-m", "benchmarks.plain_study"]
+    ours, theirs = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for repeat in range(REPEATS):
+            out, rows = Path(folder) / f"quick{repeat}", Path(folder) / f"plain{repeat}.json"
+            ours.append(_seconds([*lossray_command, str(out)]))
+            theirs.append(_seconds([*plain_command, str(rows)]))
+            print(f"{ours[-1]:.1f} s against {theirs[-1]:.1f} s", flush=True)
+        agreement = compare(_study_rows(out), pd.DataFrame(json.loads(rows.read_text())))
+    if not agreement.median < SAME_SPECTRUM:
+        raise SystemExit(f"lambda_max differs by {agreement.median:.1e} where the weights agree")
+    write_section(
+        "script", "A study against a script", "python -m benchmarks.script", _body(ours, theirs, agreement)
+    )
+
+
+def _seconds(command: Sequence[str]) -> float:
+    clock = time.perf_counter()
+    subprocess.run(command, check=True)
+    return time.perf_counter() - clock
+
+
+def _study_rows(out: Path) -> pd.DataFrame:
+    """One row per run and checkpoint: optimizer, seed, step, train_loss, lambda_max."""
+    study = lossray.open_study(out)
+    runs = study.table("runs")[["run_id", "optimizer", "seed"]]
+    curvature = study.table("curvature")
+    curvature = curvature[(curvature["operator"] == "hessian") & (curvature["block"] == "all")]
+    curvature = curvature[["run_id", "step", "lambda_max"]]
+    losses = study.table("checkpoints")[["run_id", "step", "train_loss"]]
+    return runs.merge(losses, on="run_id").merge(curvature, on=["run_id", "step"])
+
+
+def compare(ours: pd.DataFrame, theirs: pd.DataFrame) -> Agreement:
+    """Compare lambda_max at the checkpoints where the training losses agree.
+
+    Raises:
+        SystemExit: the two have not done the same work.
+    """
+    key = ["optimizer", "seed", "step"]
+    both = ours.merge(theirs, on=key, suffixes=("", "_plain"))
+    if not len(both) == len(ours) == len(theirs):
+        raise SystemExit(
+            f"the study has {len(ours)} checkpoints, the script {len(theirs)}, {len(both)} shared"
+        )
+    difference = (both["train_loss"] - both["train_loss_plain"]).abs()
+    both = both[difference <= SAME_WEIGHTS * both["train_loss"]]
+    largest = both["eigenvalues"].map(max)
+    relative = (largest - both["lambda_max"]).abs() / both["lambda_max"]
+    return Agreement(len(both), float(relative.median()), float(relative.max()))
+
+
+def _body(ours: Sequence[float], theirs: Sequence[float], agreement: Agreement) -> str:
+    ratio = statistics.median(plain / own for own, plain in zip(ours, theirs, strict=True))
+    rows = [
+        [name, f"{statistics.median(seconds):.1f} ({min(seconds):.1f} to {max(seconds):.1f})"]
+        for name, seconds in (("`lossray run quick`", ours), ("the script", theirs))
+    ]
+    return f"""`lossray run quick` against a script for the same runs and checkpoints: a loop over optimizers
+and seeds with `torch.optim`, PyHessian's ten leading eigenvalues, trace and density (4 x 64) at each
+checkpoint on the same examples, and one process for each of {psutil.cpu_count()} cores by `multiprocessing`.
+Both from the start of the process to its end; seconds are the median (smallest to largest) of {REPEATS} runs
+in turn.
+
+{table(("what", "seconds"), rows)}
+
+The study is **{ratio:.1f} times** as fast (median over the pairs). At {agreement.checkpoints} checkpoints the
+weights of the two agree (training losses within {SAME_WEIGHTS:g}); there the largest eigenvalues differ by
+{agreement.median:.1e} in the median and {agreement.worst:.1e} at most (relative). PyHessian stops when a
+value changes little, and mixes the two ends of the spectrum where both are of one size, as early in training.
+The script writes eigenvalues, traces and densities; the study also certifies every pair and writes the tables
+of its other sections."""
+
+
+if __name__ == "__main__":
+    main()
