@@ -27,7 +27,7 @@ DOUBLE = {
     "training": {"dtype": "float64", "checkpoints": {"steps": [0, 1, 2, 12]}},
     "curvature": {"dtype": "float64", "top": 5, "tolerance": 1e-9},
 }
-TABLES = ("eigenvalues", "curvature", "directions", "angles")
+TABLES = ("eigenvalues", "density", "curvature", "directions", "angles")
 
 
 def train(plan):
@@ -114,11 +114,13 @@ def test_eigenvalues_are_those_of_the_dense_hessian(planned, model):
     eigenvalues, curvature = frame(plan, "eigenvalues"), frame(plan, "curvature")
     assert eigenvalues["converged"].all()
     assert curvature["confirmed"].all()
-    assert len(eigenvalues) == 2 * 2 * 5
+    assert len(eigenvalues) == 2 * 2 * (5 + 1)
     for run_id in run_ids(plan):
         for step in (0, 12):
             exact = dense(plan, run_id, step)
-            found = rows_of(eigenvalues, run_id=run_id, step=step)
+            (smallest,) = rows_of(eigenvalues, run_id=run_id, step=step, end="smallest")["eigenvalue"]
+            np.testing.assert_allclose(smallest, exact.values[-1], rtol=1e-6, atol=1e-9)
+            found = rows_of(eigenvalues, run_id=run_id, step=step, end="largest")
             assert found["index"].tolist() == [0, 1, 2, 3, 4]
             np.testing.assert_allclose(found["eigenvalue"], exact.values[:5], rtol=1e-7, atol=1e-9)
             np.testing.assert_allclose(found["gap"].iloc[0], exact.values[0] - exact.values[1], rtol=1e-6)
@@ -126,6 +128,7 @@ def test_eigenvalues_are_those_of_the_dense_hessian(planned, model):
             np.testing.assert_allclose(found["ipr"].iloc[0], ipr, rtol=1e-5)
             (row,) = rows_of(curvature, run_id=run_id, step=step).to_dict("records")
             assert row["lambda_max"] == found["eigenvalue"].iloc[0]
+            assert row["lambda_min"] == smallest
             assert row["loss"] == pytest.approx(exact.loss, rel=1e-10)
             assert row["gradient_norm"] == pytest.approx(np.linalg.norm(exact.gradient), rel=1e-9)
             assert row["dim"] == len(exact.gradient)
@@ -137,7 +140,10 @@ def test_a_float32_analysis_finds_the_same_eigenvalues_to_its_precision(planned)
     train(plan)
     analyse(plan, 12)
     for run_id in run_ids(plan):
-        found = rows_of(frame(plan, "eigenvalues"), run_id=run_id)["eigenvalue"]
+        rows = rows_of(frame(plan, "eigenvalues"), run_id=run_id, end="largest")
+        found = rows["eigenvalue"]
+        assert (rows["product_error"] > 0).all()
+        assert (rows["product_error"] < 1e-5 * found.iloc[0]).all()
         exact = dense(plan, run_id, 12)
         assert len(found) == 5  # [curvature] asks for 3, the subspace top5 of [angles] for 5
         np.testing.assert_allclose(found, exact.values[:5], atol=2e-4 * exact.values[0])
@@ -160,7 +166,7 @@ def test_the_stored_residual_is_that_of_the_stored_vector(planned):
     seen = []
     for r, run_id in enumerate(run_ids(plan)):
         exact = dense(plan, run_id, 12)
-        rows = rows_of(frame(plan, "eigenvalues"), run_id=run_id)
+        rows = rows_of(frame(plan, "eigenvalues"), run_id=run_id, end="largest")
         basis = pairs.vectors[r].numpy()
         np.testing.assert_allclose(basis @ basis.T, np.eye(6), atol=1e-6)
         for column, kept in {"eigenvalue": pairs.values, "residual": pairs.residuals}.items():
@@ -381,12 +387,12 @@ def test_an_analysis_is_invisible_until_it_is_committed_and_repeats_itself(plann
     assert {table: len(frame(plan, table)) for table in TABLES} == dict.fromkeys(TABLES, 0)
     store = Store(plan.context.out)
     written = {path: store.read_bytes(path) for table in TABLES for path in store.paths(f"parts/{table}")}
-    assert len(written) == 4
+    assert len(written) == 5
     monkeypatch.setattr(Store, "commit", commit)
     analyse(plan, 5)
     assert {path: store.read_bytes(path) for path in written} == written
     (row,) = rows_of(frame(plan, "tasks"), kind="curvature").to_dict("records")
-    assert (row["step"], row["tables"]) == (5, "angles,curvature,directions,eigenvalues")
+    assert (row["step"], row["tables"]) == (5, "angles,curvature,density,directions,eigenvalues")
 
 
 def test_a_run_is_analysed_alike_whatever_its_pack(planned):
