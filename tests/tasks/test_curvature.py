@@ -28,6 +28,7 @@ DOUBLE = {
     "curvature": {"dtype": "float64", "top": 5, "tolerance": 1e-9},
 }
 TABLES = ("eigenvalues", "density", "curvature", "directions", "angles")
+OF_ALL_MEMBERS = tuple(name for name in TABLES if name != "density")  # which has no nodes for a dead one
 
 
 def train(plan):
@@ -346,7 +347,8 @@ def test_a_diverged_member_has_null_rows_and_changes_no_bit_of_the_others(planne
         assert [row for row in after if row["run_id"] != victim] == [
             row for row in before if row["run_id"] != victim
         ]
-        assert list(map(identity, after)) == list(map(identity, before))
+        if table in OF_ALL_MEMBERS:
+            assert list(map(identity, after)) == list(map(identity, before))
         assert all(computed(row) for row in before), table
         assert [computed(row) for row in after if row["run_id"] == victim if computed(row)] == [], table
 
@@ -355,10 +357,11 @@ def test_a_pack_whose_members_have_all_diverged_gives_null_rows(planned):
     plan = planned(optimizers=[{"name": "sgd", "lr": 1e12}])
     train(plan)
     analyse(plan)
-    for table in TABLES:
+    for table in OF_ALL_MEMBERS:
         late = [row for row in records(plan, table) if row["step"] > 0]
         assert {row["step"] for row in late} == {5, 12}
         assert [row for row in late if computed(row)] == [], table
+    assert set(frame(plan, "density")["step"]) == {0}
     assert frame(plan, "curvature").query("step == 0")["lambda_max"].notna().all()
 
 
