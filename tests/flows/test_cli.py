@@ -10,6 +10,7 @@ import pytest
 import lossray
 from flows.cli import run_command
 from lossray.storage.files import LocalFiles
+from lossray.storage.tables import TABLES
 
 SGD = [{"name": "sgd", "lr": 0.1}]
 
@@ -133,7 +134,7 @@ def test_run_status_and_tables_of_one_study(command, study_file, out):
     assert code == 0
     assert "state: done" in output
     code, output, _ = command("tables", out)
-    assert (code, len(output.splitlines())) == (0, 9)
+    assert (code, len(output.splitlines())) == (0, 1 + len(TABLES))
     code, output, _ = command("tables", out, "eigenvalues", "--rows", "3")
     assert code == 0
     assert output.startswith("eigenvalues: 30 rows")
