@@ -1,1 +1,1 @@
-"""The store of a study: files (files), layout and commits (store), tables, checkpoints, and the lease."""
+"""The store of a study: files, layout and commits (store), tables, checkpoints, recordings, the lease."""

@@ -66,9 +66,7 @@ def record(
     model = _unwrapped(model)
     _check_model(model, optimizer)
     store = Store(str(out))
-    before = read_recording(store, run)
-    if before is None:
-        _check_store(store)
+    before = _before(store, run, step, overwrite=overwrite)
     known = recognised(optimizer) if optimizer is not None else None
     recording = _recording(run, model, optimizer, known)
     state = {}
@@ -147,6 +145,16 @@ def _check_store(store: Store) -> None:
 # ---- what is written
 
 
+def _before(store: Store, run: str, step: int, *, overwrite: bool) -> Recording | None:
+    """What the run's checkpoints so far have in common; None where this one begins it, or begins it anew."""
+    before = read_recording(store, run)
+    if before is None:
+        _check_store(store)
+    elif overwrite and all(other >= step for other in store.checkpoint_steps(run)):
+        return None
+    return before
+
+
 def _unwrapped(model: nn.Module) -> nn.Module:
     """The module inside torch.compile's, DataParallel's or DistributedDataParallel's."""
     inner = getattr(model, "_orig_mod", model)
@@ -215,14 +223,12 @@ def _write(
             return
         if not overwrite:
             raise StoreError(f"{store.url}/{path}: {_difference(there, data, path)}")
-    steps = store.checkpoint_steps(run)
-    for later in steps if overwrite else ():
+    if before is not None:
+        _check_same_run(store, before, recording)
+    for later in store.checkpoint_steps(run) if overwrite else ():
         if later >= step:
             store.delete(store.checkpoint_path(run, later))
-    begins = overwrite and not any(earlier < step for earlier in steps)
-    if before is not None and not begins:
-        _check_same_run(store, before, recording)
-    if before is None or begins or (before.optimizer is None and recording.optimizer is not None):
+    if before is None or (before.optimizer is None and recording.optimizer is not None):
         store.write_json(recording_path(run), recording.plain())
     store.write_bytes(path, data)
 

@@ -223,13 +223,15 @@ def test_overwriting_drops_what_the_run_has_from_there_on(out, trained):
 
 def test_overwriting_the_first_checkpoint_begins_the_run_anew(out, trained):
     model, optimizer = trained
-    lossray.record(out, nn.Linear(2, 2), None, 0)
-    lossray.record(out, nn.Linear(2, 2), None, 5)
-    lossray.record(out, model, optimizer, 0, overwrite=True)
+    other = nn.Linear(2, 2)
+    for step in (3, 5):
+        lossray.record(out, other, torch.optim.Adam(other.parameters(), eps=1.0), step)
+    lossray.record(out, model, optimizer, 3, overwrite=True)
+    assert read(out, 3).optimizer.keys() == {"exp_avg", "exp_avg_sq", "step"}
     (recording,) = read_recordings(Store(str(out)))
     assert next(iter(recording.parameters)) == "first.weight"
     assert recording.optimizer == "adam"
-    assert recording.steps.keys() == {0}
+    assert recording.steps.keys() == {3}
 
 
 # ---- what it refuses
@@ -238,7 +240,8 @@ def test_overwriting_the_first_checkpoint_begins_the_run_anew(out, trained):
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_run_has_one_architecture_and_one_optimizer(out, trained, overwrite):
     model, optimizer = trained
-    lossray.record(out, model, optimizer, 0)
+    for step in (0, 9):
+        lossray.record(out, model, optimizer, step)
     with pytest.raises(
         StoreError, match=r"parameters: found first\.weight none, before \[3, 3\]; .*run=\.\.\."
     ):
@@ -249,7 +252,7 @@ def test_a_run_has_one_architecture_and_one_optimizer(out, trained, overwrite):
     model.first.bias.requires_grad_(False)
     with pytest.raises(StoreError, match=r"parameters: found first\.bias none, before \[3\]"):
         lossray.record(out, model, optimizer, 1, overwrite=overwrite)
-    assert Store(str(out)).checkpoint_steps("run") == [0]
+    assert Store(str(out)).checkpoint_steps("run") == [0, 9]
 
 
 @pytest.mark.parametrize("step", [-1, 1.0, "3", None, True, torch.tensor(0.5)])
