@@ -174,7 +174,8 @@ class KrylovPass:
         # The first round confirms nothing, so that vectors count in it; a warm start may need few steps.
         enough = size >= FIRST_CHECK if self.round == 0 else self.steps >= FIRST_CHECK
         due = enough and self.steps % every == 0
-        ritz = {r: self._ritz(r, size) for r in running if due or full or self._at_an_end(r)}
+        judged = [r for r in running if due and size >= self._least(self.members[r])]
+        ritz = {r: self._ritz(r, size) for r in running if full or r in judged or self._at_an_end(r)}
         for r, pairs in ritz.items():
             self._judge(r, pairs)
         if full and self._running():
@@ -364,7 +365,7 @@ class KrylovPass:
         return torch.cat([self.guesses.to(starts), starts[:, :1]], dim=1)
 
     def _draws(self, r: int, round_index: int) -> Tensor:
-        """The random vectors [n, d] of member r in a round."""
+        """The random vectors [n, d] of member r in a round; the same at each call."""
         draws = generator(self.members[r].seed, "lanczos", round_index)
         size = self.block
         if self.probing is not None and round_index == self._probing_round:
