@@ -30,7 +30,6 @@ PEERS = ("PyHessian", "hessian-eigenthings", "curvlinops-for-pytorch")
 THREADS = (1, 2)
 PRODUCT_REPEATS = 15
 PRODUCT_SECONDS = 0.05  # of one repeat: short products are repeated inside it
-REPORT_REPEATS = 5  # seeds
 
 PRODUCT_HEADER = ("model", "d", "examples", "threads", "gradient, ms")
 REPORT_HEADER = (
@@ -58,6 +57,9 @@ def main() -> None:
     """Measure everything and write the section."""
     warnings.filterwarnings("ignore", "Using backward\\(\\) with create_graph=True", UserWarning)
     products, reports = [], []
+    warm = make_problem(SETTINGS[-1])
+    for side in SIDES:
+        side.report(warm, 0)
     for setting in SETTINGS:
         problem = make_problem(setting)
         exact = reference(problem)
@@ -66,6 +68,8 @@ def main() -> None:
                 if not problem.dense:  # those are for the accuracy; their products take microseconds
                     products.append(product_row(problem, SIDES, threads))
                     print(" | ".join(products[-1]), flush=True)
+                if threads > 1 and problem.dense:
+                    continue
                 rows = report_rows(problem, exact, SIDES, threads)
                 print("\n".join(" | ".join(row) for row in rows), flush=True)
                 reports.extend(rows)
@@ -86,11 +90,11 @@ def _report_text() -> str:
     return f"""The full report of one checkpoint: the {TOP} leading eigenpairs to a residual of {TOLERANCE:g}
 times the largest eigenvalue, the trace, and the density from {PROBES} probes of {STEPS} steps; with the
 set-up. Each peer with its defaults (benchmarks/peers says how). Seconds are the median (smallest to largest)
-of {REPORT_REPEATS} repeats in turn; "over lossray" is the median over neighbouring repeats. Errors against
-float64: "eigenvalues" the largest of all values and seeds, as a share of the largest eigenvalue; "trace" the
-root mean square over the seeds, as a share of the trace (of the estimated ones, the reference's own standard
-error stands beside it); "density" the Wasserstein-1 distance to all d eigenvalues, in mean absolute
-eigenvalues, where d is small enough to know them."""
+of 1 to 5 repeats in turn, fewer for the larger models; "over lossray" is the median over neighbouring
+repeats. Errors against float64: "eigenvalues" the largest of all values and seeds, as a share of the largest
+eigenvalue; "trace" the root mean square over the seeds, as a share of the trace (of the estimated ones, the
+reference's own standard error stands beside it); "density" the Wasserstein-1 distance to all d eigenvalues,
+in mean absolute eigenvalues, where d is small enough to know them."""
 
 
 @contextmanager
@@ -127,14 +131,10 @@ def _by_product(sides: Sequence[Side]) -> list[Side]:
     return list({side.product: side for side in reversed(sides)}.values())[::-1]
 
 
-def report_rows(
-    problem: Problem, exact: Reference, sides: Sequence[Side], threads: int, repeats: int = REPORT_REPEATS
-) -> list[list[str]]:
+def report_rows(problem: Problem, exact: Reference, sides: Sequence[Side], threads: int) -> list[list[str]]:
     """One row for each engine: its time, products and errors."""
-    for side in sides:
-        side.report(problem, 0)  # warm
     runs: list[list[Run]] = [[] for _ in sides]
-    for seed in range(repeats):
+    for seed in range(problem.repeats):
         for own, side in zip(runs, sides, strict=True):
             own.append(_run(side, problem, seed))
     return [

@@ -26,6 +26,7 @@ class Setting:
     examples: int
     steps: int = 400  # of Adam
     dense: bool = False  # small enough for all its eigenvalues
+    repeats: int = 3  # of the reports, each with a seed of its own
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Problem:
     targets: Tensor  # [N] int64
     loss: nn.Module  # mean over examples
     dense: bool
+    repeats: int = 1
 
     @property
     def dim(self) -> int:
@@ -52,13 +54,15 @@ class Problem:
 
 SETTINGS = (
     Setting("mlp", {"name": "mlp", "widths": [128, 128]}, 1000),
-    Setting("cnn", {"name": "cnn"}, 1000),
-    Setting("resnet-20", {"name": "resnet", "depth": 20}, 128, steps=150),
-    Setting("vit", {"name": "vit"}, 256),
-    Setting("small mlp", {"name": "mlp", "widths": [32]}, 1000, dense=True),
-    Setting("small tanh mlp", {"name": "mlp", "widths": [64], "activation": "tanh"}, 1000, dense=True),
-    Setting("small cnn", {"name": "cnn", "channels": [6, 12], "widths": [32]}, 128, dense=True),
-    Setting("small vit", {"name": "vit", "dim": 16, "depth": 1}, 128, dense=True),
+    Setting("cnn", {"name": "cnn"}, 1000, repeats=2),
+    Setting("resnet-20", {"name": "resnet", "depth": 20}, 128, steps=150, repeats=1),
+    Setting("vit", {"name": "vit"}, 256, repeats=2),
+    Setting("small mlp", {"name": "mlp", "widths": [32]}, 1000, dense=True, repeats=5),
+    Setting(
+        "small tanh mlp", {"name": "mlp", "widths": [64], "activation": "tanh"}, 1000, dense=True, repeats=5
+    ),
+    Setting("small cnn", {"name": "cnn", "channels": [6, 12], "widths": [32]}, 128, dense=True, repeats=5),
+    Setting("small vit", {"name": "vit", "dim": 16, "depth": 1}, 128, dense=True, repeats=5),
 )
 
 
@@ -70,7 +74,9 @@ def make_problem(setting: Setting) -> Problem:
         model = build_model(model_settings(setting.model), dataset.input_shape, dataset.n_outputs)
     _train(model, dataset, setting.steps)
     inputs, targets = dataset.train.inputs[: setting.examples], dataset.train.targets[: setting.examples]
-    return Problem(setting.name, model.eval(), inputs, targets, nn.CrossEntropyLoss(), setting.dense)
+    return Problem(
+        setting.name, model.eval(), inputs, targets, nn.CrossEntropyLoss(), setting.dense, setting.repeats
+    )
 
 
 def _train(model: nn.Module, dataset: Dataset, steps: int) -> None:

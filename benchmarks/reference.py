@@ -13,8 +13,8 @@ from benchmarks.problems import Problem
 from benchmarks.sides import TOP, Array
 from lossray.seeds import generator
 
-DEFLATED = 60  # leading pairs whose share of the trace is known exactly
-SAMPLES = 600  # random vectors for the rest
+DEFLATED = 40  # leading pairs whose share of the trace is known exactly
+SAMPLES = 200  # random vectors for the rest
 
 
 @dataclass(frozen=True)

@@ -169,7 +169,7 @@ def _solve(block: Block, image: Tensor, wanted: Wanted, tolerance: float) -> tup
     vectors = rotation @ basis
     residuals = row_norms(rotation @ image - values[:, None] * vectors)[:k]
     complement = block.complement
-    if m > k and not wanted.keys(values[k]) <= wanted.keys(torch.tensor(complement)):
+    if m > k and not wanted.keys(values[k]) <= wanted.keys(values.new_tensor(complement)):
         complement = float("nan") if math.isnan(complement) else float(values[k])
     loss = max(block.orthogonality_loss, orthogonality_loss(vectors))
 

@@ -55,26 +55,17 @@ def eigenpairs(
         StudyError: an impossible argument.
         ResourceError: the basis would not fit the memory.
     """
-    guesses = None
-    if start is not None:
-        dim = operator.packed.shape[1]
-        if start.ndim != 2 or start.shape[0] != dim or not torch.isfinite(start).all():
-            found = (
-                f"shape {list(start.shape)}" if torch.isfinite(start).all() else "entries that are not finite"
-            )
-            raise StudyError(f"start: found {found}; allowed: finite columns [{dim}, n]")
-        guesses = start.T[None]
-    wanted = wanted_pairs(end, k)
-    found_pairs = packed_eigenpairs(
-        operator.packed,
-        wanted,
+    packed = _packed(operator)
+    ends = packed_eigenpairs(
+        packed,
+        wanted_pairs(end, k),
         seeds=[seed],
         tolerance=tol,
         block=block,
         max_matvecs=max_matvecs,
-        guesses=guesses,
+        guesses=None if start is None else _guesses(start, packed.shape[1]),
     )
-    parts = [pairs.member(0) for pairs in found_pairs]
+    parts = [pairs.member(0) for pairs in ends]
     return parts[0] if len(parts) == 1 else _joined(*parts)
 
 
@@ -95,7 +86,7 @@ def spectral_density(
         StudyError: an impossible argument.
         ResourceError: the bases would not fit the memory.
     """
-    return packed_density(operator.packed, probes=probes, steps=steps, seeds=[seed]).member(0)
+    return packed_density(_packed(operator), probes=probes, steps=steps, seeds=[seed]).member(0)
 
 
 def trace(operator: SingleOperator, *, matvecs: int = 60, seed: int = 0) -> MemberEstimate:
@@ -110,7 +101,7 @@ def trace(operator: SingleOperator, *, matvecs: int = 60, seed: int = 0) -> Memb
         StudyError: too few products.
         ResourceError: the basis would not fit the memory.
     """
-    return packed_trace(operator.packed, matvecs=matvecs, seeds=[seed]).member(0)
+    return packed_trace(_packed(operator), matvecs=matvecs, seeds=[seed]).member(0)
 
 
 def analyse(
@@ -140,8 +131,18 @@ def analyse(
         ResourceError: the basis would not fit the memory.
     """
     return packed_analysis(
-        operator.packed, top=top, tolerance=tol, probes=probes, steps=steps, seeds=[seed], block=block
+        _packed(operator), top=top, tolerance=tol, probes=probes, steps=steps, seeds=[seed], block=block
     ).member(0)
+
+
+def _packed(operator: SingleOperator) -> CurvatureOperator:
+    packed = getattr(operator, "packed", None)
+    if packed is None:
+        raise StudyError(
+            f"operator: found {type(operator).__name__}; allowed: lossray.Hessian(model, loss, data), "
+            "GaussNewton, EmpiricalFisher, or one of these Restricted, Scaled or Preconditioned"
+        )
+    return operator.packed
 
 
 def _guesses(start: Tensor, dim: int) -> Tensor:
