@@ -132,15 +132,23 @@ def test_equals_the_dense_hessian(name: str, loss: str) -> None:
     assert (nearest <= pairs.residuals[1] + 1e-13 * largest).all()
 
 
-@pytest.mark.parametrize("name", ["mlp-relu", "mlp-layer", "cnn"])
-def test_float32_products(name: str) -> None:
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+@pytest.mark.parametrize("name", MODELS)
+def test_float32_products(name: str, loss: str) -> None:
     stack, theta, buffers, batches = _case(name)
-    exact = torch.linalg.eigvalsh(_dense((stack, theta, buffers, batches), "cross_entropy", 0)[2]).flip(0)
-    operator = StackHessian(stack, theta, buffers, get_loss("cross_entropy"), batches, mode="retained")
+    hessian = _dense((stack, theta, buffers, batches), loss, 0)[2]
+    exact = torch.linalg.eigvalsh(hessian).flip(0)
+    operator = StackHessian(stack, theta, buffers, get_loss(loss), batches, mode="retained")
     assert operator.dtype == torch.float32
     assert operator.apply(theta).dtype == torch.float64
     pairs = leading_pairs(operator, 3, seeds=[0, 1], tolerance=1e-5)
     assert torch.allclose(pairs.values[0], exact[:3], rtol=1e-4, atol=1e-4 * exact.abs().max())
+    # The residual certifies the float32 operator; `product_error` says how far that is from the exact one.
+    vector = pairs.vectors[:, 0]
+    error = operator.apply(vector)[0] - hessian @ vector[0]
+    found = operator.product_error(vector)[0].item()
+    assert found == pytest.approx(torch.linalg.vector_norm(error).item(), rel=1e-3, abs=1e-12)
+    assert found < 1e-5 * exact.abs().max()
 
 
 @pytest.mark.parametrize("mode", ["retained", "recompute"])
