@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from scipy.stats import t as student_t
+from scipy.special import stdtrit
 from torch import Tensor
 
 
@@ -18,7 +18,7 @@ class Estimate:
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """Student's t interval that holds the true value with probability ``level``; low and high [R]."""
-        factor = float(student_t.ppf((1 + level) / 2, self.dof)) if self.dof else 1.0
+        factor = float(stdtrit(self.dof, (1 + level) / 2)) if self.dof else 1.0
         return self.value - factor * self.stderr, self.value + factor * self.stderr
 
     def member(self, r: int) -> "MemberEstimate":
@@ -36,7 +36,7 @@ class MemberEstimate:
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """Student's t interval that holds the true value with probability ``level``."""
-        factor = float(student_t.ppf((1 + level) / 2, self.dof)) if self.dof else 1.0
+        factor = float(stdtrit(self.dof, (1 + level) / 2)) if self.dof else 1.0
         return self.value - factor * self.stderr, self.value + factor * self.stderr
 
 
