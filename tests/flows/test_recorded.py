@@ -140,16 +140,17 @@ def test_a_recorded_run_has_every_table_that_its_training_leaves(own_study, out)
     assert pd.isna([row[name] for name in ("seed", "batch_size", "schedule", "reason")]).all()
     assert (row["n_params"], row["dtype"]) == (6 * 4 + 4 + 4 * 3 + 3, "float32")
     counts = {name: len(table(out, name)) for name in ("checkpoints", "training", "curvature", "eigenvalues")}
-    assert counts == {"checkpoints": 3, "training": 3, "curvature": 3, "eigenvalues": 3 * 5}
+    assert counts == {"checkpoints": 3, "training": 3, "curvature": 3, "eigenvalues": 3 * (5 + 1)}
     assert table(out, "training")["lr"].tolist() == [0.05] * 3
     directions = table(out, "directions").set_index(["direction", "step"])["norm"]
-    assert set(directions.index) == {("gradient", step) for step in STEPS} | {
-        ("momentum", 2),
-        ("momentum", 5),
+    assert set(directions.index) == {
+        *(("gradient", step) for step in STEPS),
+        *(("momentum", step) for step in STEPS[1:]),
+        *(("displacement", step) for step in STEPS[:-1]),
     }
     for step in (2, 5):
         assert directions["momentum", step] == pytest.approx(moments_of[step], rel=1e-6)
-    assert set(table(out, "angles")["direction"]) == {"gradient", "momentum"}
+    assert set(table(out, "angles")["direction"]) == {"gradient", "momentum", "displacement"}
     assert set(table(out, "tasks")["status"]) == {"done"}
 
 
@@ -224,7 +225,7 @@ def test_what_only_the_optimizer_knows_is_missing_where_it_is_unknown(own_study,
     assert pd.isna(runs["optimizer"]["none"])
     assert runs["lr"]["mine"] == 0.05
     assert runs[["optimizer_settings", "adaptive", "weight_decay"]].isna().all().all()
-    assert set(table(out, "directions")["direction"]) == {"gradient"}
+    assert set(table(out, "directions")["direction"]) == {"gradient", "displacement"}
 
 
 def test_weights_of_another_precision_are_analysed_in_that_of_the_study(own_study, out):

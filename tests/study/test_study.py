@@ -314,8 +314,6 @@ def test_defaults_are_not_listed_as_missing(small):
         ('[angles]\ngauges = ["raw", "balanced"]\n', "angles.gauges: 'balanced' "),
         ('[angles]\nshadow = ["adam"]\n', "angles.shadow: 'adam' "),
         ("[angles]\nwindow = 5\n", "angles.window"),
-        ('[curvature]\noperators = ["hessian", "ggn"]\n', "curvature.operators: 'ggn' "),
-        ("[curvature]\nprobes = 3\n", "curvature.probes"),
     ],
 )
 def test_what_is_asked_for_and_not_computed_is_said(asked, line):
@@ -327,7 +325,7 @@ def test_what_is_asked_for_and_not_computed_is_said(asked, line):
 
 def test_what_is_asked_for_and_computed_is_not_listed():
     angles = '[angles]\ngauges = ["raw"]\ndirections = ["gradient", "update", "displacement"]\nwindow = 0\n'
-    asked = f"{angles}[curvature]\ntop = 3\n"
+    asked = f'{angles}[curvature]\ntop = 3\nprobes = 2\noperators = ["ggn:layers"]\n'
     assert study_from_table(tomllib.loads(SMALL + asked)).not_computed() == []
 
 
