@@ -1,7 +1,7 @@
 """``lossray spectrum``: the curvature of one's own model at one point, printed, and as tables."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +13,9 @@ from torch import nn
 from flows.spectrum_store import Origin, open_store, publish
 from flows.spectrum_text import describe
 from lossray.curvature.analysis import MemberAnalysis, packed_analysis
-from lossray.curvature.matrices import EmpiricalFisher, GaussNewton, Hessian
+from lossray.curvature.modules import ModuleObjective
+from lossray.curvature.objectives import require_example_mean
+from lossray.curvature.operators import PackedFisher, PackedGaussNewton, PackedHessian
 from lossray.curvature.transforms import PointOperator
 from lossray.errors import DataError, ModelError, StudyError
 from lossray.names import unknown_name
@@ -32,7 +34,11 @@ from lossray.training.datasets import (
 )
 from tasks.record import Attempt, Stopwatch
 
-OPERATORS = {"hessian": Hessian, "ggn": GaussNewton, "fisher": EmpiricalFisher}
+OPERATORS: dict[str, Callable[[ModuleObjective], PointOperator]] = {
+    "hessian": PackedHessian,
+    "ggn": PackedGaussNewton,
+    "fisher": PackedFisher,
+}
 DTYPES = ("float32", "float64")
 PARQUET = (".parquet", ".pq")
 LABEL = "label"  # the column of a Parquet file that holds the targets; the others are the inputs
@@ -140,10 +146,17 @@ def read_point(request: Request) -> Point:
 
 
 def operator_at(request: Request, point: Point) -> PointOperator:
-    """The operator as a pack of one."""
+    """The operator as a pack of one.
+
+    Raises:
+        ModelError: the loss is no mean over examples, or cannot be differentiated twice.
+    """
     examples = analysis_set(point.data, point.examples)
-    matrix = OPERATORS[request.operator]
-    return matrix(point.model, get_loss(request.loss), (examples.inputs, examples.targets)).packed
+    data = (examples.inputs, examples.targets)
+    objective = ModuleObjective(point.model, get_loss(request.loss), data)
+    for batch in objective.batches():
+        require_example_mean(objective, batch, purpose="the spectrum of the mean loss")
+    return OPERATORS[request.operator](objective)
 
 
 def heading(request: Request, point: Point, analysis: MemberAnalysis) -> list[str]:

@@ -35,7 +35,11 @@ def open_store(out: str) -> Store:
         StoreError: it holds something else.
     """
     store = Store(out)
-    if store.exists("manifest.json") or store.paths("recorded"):
+    try:
+        of_a_study = store.exists("manifest.json") or store.paths("recorded")
+    except OSError as error:
+        raise StoreError(f"--out {store.url}: cannot be a store: {error.strerror}") from error
+    if of_a_study:
         raise StoreError(f"--out {store.url}: is the store of a study; allowed: a folder for spectra alone")
     if not store.committed_keys() and (strangers := store.paths()):
         raise StoreError(

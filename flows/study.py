@@ -203,7 +203,8 @@ def freeze(request: Request, rule: Rule) -> Plan:
         store.write_bytes("study.toml", request.loaded.text.encode())
     plan = make_plan(request.context, packs, request.inputs)
     if request.inputs.recordings and (withdrawn := withdraw(store, plan)):
-        _say(f"note: {withdrawn} results of what is no longer recorded are withdrawn")
+        reason = "their checkpoints were replaced, deleted or parted by another"
+        _say(f"note: {withdrawn} results are withdrawn: {reason}")
     return plan
 
 

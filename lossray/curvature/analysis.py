@@ -27,7 +27,7 @@ from lossray.curvature.eigensolver import (
 )
 from lossray.curvature.ends import Wanted
 from lossray.curvature.estimates import Estimate, MemberEstimate
-from lossray.curvature.lanczos import KrylovPass
+from lossray.curvature.lanczos import KrylovPass, capacity
 from lossray.curvature.pairs import EigenPairs, MemberPairs, PackedOperator, certify
 from lossray.curvature.quadrature import Probing
 from lossray.settings import Settings
@@ -44,7 +44,9 @@ Operator = Literal[
 ]
 
 
-TRACES_PER_PROBE = 4  # further probes for the trace: one product each, where a density takes many
+# Further probes for the trace, of one product each, where a density takes many. With few of them Student's t
+# intervals would miss the trace too often where the rest of the spectrum has a low rank.
+TRACES_PER_PROBE, FEWEST_TRACES = 4, 16
 RESOLVED_SHARE = 1e-2  # of |lambda|max: about what a quadrature of 64 nodes resolves (SCIENCE 5B)
 
 
@@ -129,7 +131,7 @@ class Analysis:
     pairs: EigenPairs  # the largest, [R, top]
     smallest: EigenPairs  # the algebraically smallest, [R, 1]
     ipr: Tensor  # [R, top] inverse participation ratios sum v_i^4 of the largest: 1/d spread, 1 localised
-    product_error: Tensor  # [R] |(H - H in float64) v| for the top vector: rounding of the products
+    product_error: Tensor  # [R] |(H - H in float64) v|, v the top vector; NaN where float64 does not work
     density: Densities
     trace: Estimate
     frobenius: Estimate  # Frobenius norm
@@ -179,15 +181,15 @@ def packed_analysis(
 
     The first round finds the pairs at both ends. The second starts from ``probes`` random vectors outside
     them: it confirms the pairs, and its quadrature gives density, trace and the other sums. It goes on until
-    the confirmation is done and its basis resolves what the pairs leave of the spectrum as finely as a basis
-    of ``steps`` vectors resolves the whole.
+    the confirmation is done and its polynomials resolve what the pairs leave of the spectrum as finely as
+    ``steps`` Lanczos steps resolve the whole, in a basis of ``2 * steps`` vectors at most.
 
     Args:
         operator: R operators of size d.
         top: eigenpairs at the large end, at most d.
         tolerance: largest residual of a converged pair, as a share of |lambda|max.
         probes: random vectors of the density.
-        steps: vectors of a basis that resolves the whole spectrum.
+        steps: Lanczos steps that resolve the whole spectrum.
         seeds: one per member; its result depends on its own seed.
         alive: [R] bool; dead members are skipped, as are those whose loss or gradient is not finite.
         block: vectors of a block in the first round; more than one pays on a GPU.
@@ -202,9 +204,9 @@ def packed_analysis(
     finite = torch.isfinite(operator.losses) & torch.isfinite(operator.gradient).all(dim=1)
     analysed = finite if alive is None else finite & alive.to(finite.device)
     wanted = (Wanted("largest", min(top, dim)), Wanted("smallest", 1, confirm=False))
-    width = max(basis_size(wanted, block=max(block, probes)), 2 * steps)
+    least, largest_block = basis_size(wanted, block=max(block, probes)), max(block, probes)
     living = living_members(n_members, analysed)
-    if is_small(operator, wanted, basis_size(wanted, block=max(block, probes))):
+    if is_small(operator, wanted, least + largest_block):
         spectra = dense_spectra(operator, living)
         blocks = [spectra.blocks(end) for end in wanted]
         density = exact_densities(spectra)
@@ -216,10 +218,10 @@ def packed_analysis(
             seeds=seeds,
             tolerance=tolerance,
             alive=living,
-            basis=width,
+            basis=min(max(least, 2 * steps), dim - capacity(wanted) - largest_block),
             block=block,
             max_matvecs=most_matvecs(wanted),
-            probing=Probing(probes, steps, traces=TRACES_PER_PROBE * probes),
+            probing=Probing(probes, steps, traces=max(FEWEST_TRACES, TRACES_PER_PROBE * probes)),
         )
         members = solver.run()
         blocks = [solver.blocks(end) for end in wanted]

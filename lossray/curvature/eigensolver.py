@@ -82,7 +82,7 @@ def check_solve(
     if len(seeds) != n_members:
         raise StudyError(f"need one seed for each of {n_members} members; found {len(seeds)}")
     if not 0 < tolerance < 1:
-        raise StudyError(f"tolerance: found {tolerance}; allowed: between 0 and 1")
+        raise StudyError(f"tol (tolerance): found {tolerance}; allowed: between 0 and 1")
     if block < 1:
         raise StudyError(f"block: found {block}; allowed: a whole number from 1")
     if max_matvecs is not None and max_matvecs < 1:
@@ -117,5 +117,8 @@ def living_members(n_members: int, alive: Tensor | None) -> list[bool]:
 
 
 def is_small(operator: PackedOperator, wanted: Sequence[Wanted], vectors: int) -> bool:
-    """Whether so many vectors may fill the space: then the matrix costs little more, and tells all."""
+    """Whether so many vectors may fill the space: then the matrix costs little more, and tells all.
+
+    The basis and its next block count: locked and basis vectors have to fit into the space together.
+    """
     return operator.shape[1] <= capacity(wanted) + vectors

@@ -34,10 +34,15 @@ class KrylovBases:
 
     Raises:
         ResourceError: the bases would not fit the memory.
+        ValueError: they would not fit the space.
     """
 
     def __init__(self, operator: PackedOperator, *, locked: int, width: int, seeds: Sequence[int]) -> None:
         n_members, self.dim = operator.shape
+        if locked + width > self.dim:
+            raise ValueError(
+                f"{locked} locked vectors and a basis of {width} exceed the dimension {self.dim}"
+            )
         self.width, self.origin, self.seeds = width, locked, tuple(seeds)
         self.eps = torch.finfo(operator.dtype).eps
         self.n_locked = [0] * n_members

@@ -107,6 +107,8 @@ class CurvatureMatrix:
 
     def _product(self, vectors: Tensor) -> Tensor:
         d = self.shape[0]
+        if not isinstance(vectors, Tensor):
+            raise ValueError(f"vectors: found {type(vectors).__name__}; allowed: a tensor or an array")
         if vectors.ndim not in (1, 2) or len(vectors) != d:
             raise ValueError(f"vectors: found the shape {list(vectors.shape)}; allowed: [{d}] or [{d}, k]")
         if not vectors.is_floating_point():
@@ -212,7 +214,7 @@ class Scaled(CurvatureMatrix):
     """
 
     def __init__(self, matrix: CurvatureMatrix, scale: Tensor | NDArray[Any]) -> None:
-        super().__init__(PackedScaled(matrix.packed, torch.as_tensor(scale)))
+        super().__init__(PackedScaled(matrix.packed, _diagonal(scale)))
 
 
 class Preconditioned(CurvatureMatrix):
@@ -227,7 +229,7 @@ class Preconditioned(CurvatureMatrix):
     """
 
     def __init__(self, matrix: CurvatureMatrix, scale: Tensor | NDArray[Any]) -> None:
-        super().__init__(PackedPreconditioned(matrix.packed, torch.as_tensor(scale)))
+        super().__init__(PackedPreconditioned(matrix.packed, _diagonal(scale)))
 
 
 class Restricted(CurvatureMatrix):
@@ -243,3 +245,10 @@ class Restricted(CurvatureMatrix):
 
     def __init__(self, matrix: CurvatureMatrix, names: Iterable[str]) -> None:
         super().__init__(PackedRestricted(matrix.packed, names))
+
+
+def _diagonal(scale: Any) -> Tensor:
+    try:
+        return torch.as_tensor(scale)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"scale: found {type(scale).__name__}; allowed: a tensor or an array [d]") from error

@@ -63,6 +63,9 @@ class ModuleObjective:
         dtype: torch.dtype | None = None,
     ) -> None:
         _check_arguments(model, loss, data, closure)
+        model = getattr(
+            model, "_orig_mod", model
+        )  # what torch.compile has wrapped: its graph has one backward
         self.layout = layout_of(model)
         self._parameters = _trainable(model, self.layout.names)
         self.device = self._parameters[0].device
@@ -254,7 +257,8 @@ class ModuleObjective:
         if not self.coupled and (weighted or len(self._sizes) > 1):
             purpose = "a weighted mean" if weighted else "the mean over several batches"
             with torch.enable_grad():
-                require_example_mean(self, next(self.batches()), purpose=purpose)
+                for batch in self.batches():
+                    require_example_mean(self, batch, purpose=purpose)
 
     def _survey(self) -> tuple[list[float], list[int | None], list[float]]:
         """Losses (over a few examples where that may be), sizes and weights of all batches, read once."""

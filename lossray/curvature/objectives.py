@@ -21,6 +21,7 @@ from lossray.errors import ModelError
 from lossray.networks.losses import Loss
 from lossray.networks.stack import Layout, Stack
 
+SAMPLED_EXAMPLES = 64  # of a batch, to see whether its loss is a mean
 SAME_MEAN = 1e-4  # relative difference of two ways to take one mean, float32 rounding included
 
 
@@ -211,19 +212,26 @@ def example_losses(loss: Loss, outputs: Tensor, targets: Any) -> Tensor:
 
 
 def is_example_mean(objective: Objective, batch: Batch) -> bool:
-    """Whether the loss over a few examples is the mean of the losses over their halves.
+    """Whether the loss over examples from all of the batch is the mean of those over its halves and thirds.
 
-    Only then may a batch be split, and do several batches make one mean. A sum over examples is not, nor is a
-    model that mixes the examples of a batch.
+    Only then do several batches make one mean, and has an example a loss of its own. A sum over examples is
+    not, nor one that is divided by class weights, nor a model that mixes the examples of a batch.
     """
-    n = min(batch.size or 0, 4)
-    if n < 2:
-        return batch.size is not None
-    few = replace(batch, weights=None).pick(slice(0, n))
-    halves = few.split((n + 1) // 2)
+    n = batch.size
+    if n is None or n < 2:
+        return n is not None
+    m = min(n, SAMPLED_EXAMPLES)
+    places = torch.arange(m, device=objective.device) * (n - 1) // (m - 1)
+    sample = replace(batch, weights=None).pick(places)
+    return all(splits_exactly(objective, sample, -(-m // parts)) for parts in (2, 3))
+
+
+def splits_exactly(objective: Objective, batch: Batch, size: int) -> bool:
+    """Whether the loss over the batch is the mean of those over its parts of ``size`` examples at most."""
     with torch.no_grad():
-        whole = objective.losses(objective.theta, few)
-        mean = sum(half.share / few.share * objective.losses(objective.theta, half) for half in halves)
+        whole = objective.losses(objective.theta, batch)
+        parts = batch.split(size)
+        mean = sum(part.share / batch.share * objective.losses(objective.theta, part) for part in parts)
     return torch.allclose(whole, torch.as_tensor(mean), rtol=SAME_MEAN, atol=1e-12, equal_nan=True)
 
 
@@ -237,7 +245,7 @@ def require_example_mean(objective: Objective, batch: Batch, *, purpose: str) ->
         model, loss = objective.names["model"], objective.names["loss"]
         raise ModelError(
             f"loss {loss!r} of model {model!r} is no mean over examples: over a few examples it differs from "
-            f"the mean over their halves, so that {purpose} would be wrong; return the mean over the "
+            f"the mean over their parts, so that {purpose} would be wrong; return the mean over the "
             "examples (reduction='mean'), or pass all of them as one batch"
         )
 

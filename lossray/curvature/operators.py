@@ -11,6 +11,7 @@ from torch import Tensor
 from lossray.curvature.modes import ProductMode, plan_products
 from lossray.curvature.objectives import Objective, StackObjective, require_example_mean
 from lossray.curvature.precision import exact_products
+from lossray.curvature.product_error import error_norms
 from lossray.curvature.products import (
     Piece,
     PieceMaker,
@@ -60,6 +61,10 @@ class ObjectiveOperator:
         self.dtype, self.device = objective.dtype, objective.device
         self.shape = (objective.theta.shape[0], objective.theta.shape[1])
         self.matvecs = 0
+        if torch.is_inference_mode_enabled():
+            raise ModelError(
+                "inside torch.inference_mode() nothing can be differentiated; use torch.no_grad() instead"
+            )
         with _differentiating(objective):
             self._check()
             plan = plan_products(objective, mode, type(self).make_piece)
@@ -101,9 +106,11 @@ class ObjectiveOperator:
         return self._masked((found - expected).view(vectors.shape))
 
     def product_error(self, vectors: Tensor) -> Tensor:
-        """|(A - A64) v| of every member for ``vectors`` [R, d], with a reference in float64: [R]."""
-        errors: Tensor = torch.linalg.vector_norm(self.difference(vectors), dim=-1)
-        return errors
+        """|(A - A64) v| of every member for ``vectors`` [R, d], with a reference in float64: [R].
+
+        NaN where the model cannot be evaluated in float64.
+        """
+        return error_norms(self, vectors)
 
     def _check(self) -> None:
         """Refuse an objective that has no such operator."""

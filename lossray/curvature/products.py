@@ -34,6 +34,7 @@ def hessian_piece(objective: Objective, batch: Batch, *, linearized: bool = Fals
     """H v, by a backward pass through the graph of the gradient, or by the linearised gradient."""
     theta = objective.theta
     losses = batch.share * objective.losses(theta, batch)
+    _require_dependence(objective, losses)
     gradient = _derivative(losses.sum(), theta, create_graph=True)
     product = _pullback(gradient, theta)
     if linearized:
@@ -48,6 +49,7 @@ def gauss_newton_piece(objective: Objective, batch: Batch, *, linearized: bool =
     outputs = objective.outputs(theta, batch)
     leaf = outputs.detach().requires_grad_()
     losses = batch.share * objective.losses_of(leaf, batch)
+    _require_dependence(objective, outputs, losses)
     slope = _derivative(losses.sum(), leaf, create_graph=True)
     push = _pushforward(objective, outputs, batch, linearized=linearized)
     curve, pull = _pullback(slope, leaf), _pullback(outputs, theta)
@@ -60,6 +62,7 @@ def fisher_piece(objective: Objective, batch: Batch, *, linearized: bool = False
     outputs = objective.outputs(theta, batch)
     leaf = outputs.detach().requires_grad_()
     each = objective.example_losses(leaf, batch)  # [R, B]
+    _require_dependence(objective, outputs, each)
     slopes = _derivative(each.sum(), leaf)  # [R, B, ...]
     weights = torch.ones_like(each[0]) if batch.weights is None else batch.weights
     shares = batch.share * weights / weights.sum()
@@ -115,6 +118,15 @@ def _derivative(
     if create_graph:
         _require_twice_differentiable(derivative)
     return derivative
+
+
+def _require_dependence(objective: Objective, *values: Tensor) -> None:
+    """Refuse what autograd has not recorded: its zeros would pass for a flat loss."""
+    if not all(value.requires_grad for value in values):
+        raise ModelError(
+            f"loss {objective.names['loss']!r} of model {objective.names['model']!r} does not depend on the "
+            "parameters as far as autograd can tell; take out detach() and torch.no_grad()"
+        )
 
 
 def _require_twice_differentiable(derivative: Tensor) -> None:

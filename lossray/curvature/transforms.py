@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lossray.curvature.pairs import PackedOperator
+from lossray.curvature.product_error import error_norms
 from lossray.errors import ModelError
 from lossray.names import nearest
 from lossray.networks.stack import Layout
@@ -81,9 +82,8 @@ class PackedScaled:
         return scale * self.operator.difference(scale * vectors.to(scale))
 
     def product_error(self, vectors: Tensor) -> Tensor:
-        """|(A - A64) v| of every member for ``vectors`` [R, d]: [R]."""
-        errors: Tensor = torch.linalg.vector_norm(self.difference(vectors), dim=-1)
-        return errors
+        """|(A - A64) v| of every member [R] for ``vectors`` [R, d]; see `ObjectiveOperator`."""
+        return error_norms(self, vectors)
 
 
 class PackedPreconditioned(PackedScaled):
@@ -148,9 +148,8 @@ class PackedRestricted:
         return self.operator.difference(self._embedded(vectors))[..., self.index]
 
     def product_error(self, vectors: Tensor) -> Tensor:
-        """|(A - A64) v| of every member for ``vectors`` [R, d]: [R]."""
-        errors: Tensor = torch.linalg.vector_norm(self.difference(vectors), dim=-1)
-        return errors
+        """|(A - A64) v| of every member [R] for ``vectors`` [R, d]; see `ObjectiveOperator`."""
+        return error_norms(self, vectors)
 
     def _embedded(self, vectors: Tensor) -> Tensor:
         """``vectors`` with zeros for the other parameters."""

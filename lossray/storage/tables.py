@@ -282,7 +282,7 @@ ANGLES = TableSchema(
         STEP,
         DIRECTION,
         _key("gauge", TEXT, "", "metric of the angle: `raw`, `balanced`, `adaptive` or `preconditioned`"),
-        _key("subspace", TEXT, "", "`v1` (top eigenvector), `vmin` (of the smallest), `top5`, ..."),
+        _key("subspace", TEXT, "", "`v1` (top eigenvector), `top5`, ..."),
         _number("cosine", "1", "cosine of the angle between direction and subspace, >= 0"),
         _number("angle_degrees", "degrees", "that angle, 0 to 90"),
         _number("energy", "1", "chi^2, the squared cosine: the direction's share inside the subspace"),

@@ -181,8 +181,18 @@ def _changes(place: str, old: Any, new: Any) -> Iterator[str]:
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in [*old, *(key for key in new if key not in old)]:
             yield from _changes(f"{place}.{key}", old.get(key), new.get(key))
+    elif isinstance(old, list) and isinstance(new, list) and _shown(old) == _shown(new) and old != new:
+        yield f"{place}: {_list_difference(old, new)}"
     elif old != new:
         yield f"{place}: the store has {_shown(old)}, the study says {_shown(new)}"
+
+
+def _list_difference(old: Sequence[Any], new: Sequence[Any]) -> str:
+    """What two long lists do not share: shown as they are, they would be cut before they differ."""
+    lost, added = [x for x in old if x not in new], [x for x in new if x not in old]
+    parts = [f"the store has {shown(lost)}, which the study lacks"] if lost else []
+    parts += [f"the study adds {shown(added)}"] if added else []
+    return "; ".join(parts) or f"the store has {shown(old)}, the study says {shown(new)}"
 
 
 def _lost_settings(section: str, old: Sequence[Any], new: Sequence[Any]) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """Recording a trajectory in one's own training loop, for a study with ``source = "checkpoints"``."""
 
 import operator
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def record(
     step, run = _checked_step(step), _checked_name(run)
     model = _unwrapped(model)
     _check_model(model, optimizer)
-    store = Store(str(out))
+    store = _opened(out)
     before = _before(store, run, step, overwrite=overwrite)
     known = recognised(optimizer) if optimizer is not None else None
     recording = _recording(run, model, optimizer, known)
@@ -78,6 +79,18 @@ def record(
 
 
 # ---- what is refused
+
+
+def _opened(out: Any) -> Store:
+    """The store at ``out``, which must be a place for one."""
+    if not isinstance(out, str | os.PathLike) or not str(out):
+        raise StudyError(f"out: found {out!r}; allowed: a folder, or a URI such as s3://bucket/runs")
+    store = Store(str(out))
+    try:
+        store.paths()
+    except OSError as error:
+        raise StoreError(f"{store.url}: cannot be a store: {error.strerror}") from error
+    return store
 
 
 def _checked_step(step: Any) -> int:

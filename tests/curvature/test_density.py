@@ -172,7 +172,7 @@ def test_one_probe_has_no_standard_error() -> None:
     assert math.isnan(float(analysis.frobenius.stderr))
     assert math.isfinite(float(analysis.frobenius.value))
     assert analysis.frobenius.dof == 0
-    assert analysis.trace.dof == 4  # the trace has probes of its own
+    assert analysis.trace.dof == 16  # the trace has probes of its own
 
 
 @pytest.mark.parametrize("arguments", [{"probes": 0}, {"steps": 0}])

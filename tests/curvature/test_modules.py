@@ -302,3 +302,81 @@ def test_another_dtype_starts_from_the_original_weights() -> None:
     theta = nn.utils.parameters_to_vector(model.parameters()).detach()
     assert torch.equal(objective.to(torch.float64).theta[0].detach(), theta)
     assert torch.equal(objective.theta[0].detach(), theta.float())
+
+
+def test_inference_mode_is_refused_and_no_grad_is_no_trouble() -> None:
+    model = _net()
+    with torch.inference_mode(), pytest.raises(ModelError, match=r"inference_mode\(\) nothing can be diff"):
+        lossray.Hessian(model, cross_entropy, (X, Y))
+    vector = torch.randn(43, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        inside = lossray.Hessian(model, cross_entropy, (X, Y)) @ vector
+    assert torch.equal(inside, lossray.Hessian(model, cross_entropy, (X, Y)) @ vector)
+    assert inside.norm() > 0
+
+
+@pytest.mark.parametrize("kind", [lossray.Hessian, lossray.GaussNewton, lossray.EmpiricalFisher])
+def test_a_loss_that_autograd_has_not_recorded_is_refused(kind: Any) -> None:
+    def detached(outputs: Tensor, targets: Tensor) -> Tensor:
+        return cross_entropy(outputs, targets).detach()
+
+    class Silent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        @torch.no_grad()
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x)  # type: ignore[no-any-return]
+
+    for model, loss in ((_net(), detached), (Silent(), cross_entropy)):
+        with pytest.raises(
+            ModelError, match=r"does not depend on the parameters as far as autograd can tell"
+        ):
+            kind(model, loss, (X, Y))
+
+
+def test_a_compiled_model_is_analysed_as_what_it_was_made_from() -> None:
+    model = _net()
+    compiled = torch.compile(model, backend="eager")
+    vector = torch.randn(43, generator=torch.Generator().manual_seed(1))
+    expected = lossray.Hessian(model, cross_entropy, (X, Y)) @ vector
+    assert torch.equal(lossray.Hessian(compiled, cross_entropy, (X, Y)) @ vector, expected)
+
+
+SORTED = torch.arange(3).repeat_interleave(400)
+MANY = torch.randn(1200, 4, generator=torch.Generator().manual_seed(3))
+
+
+def _ignoring() -> tuple[Any, Tensor]:
+    targets = SORTED.clone()
+    targets[700:1100] = -100
+    return nn.CrossEntropyLoss(), targets
+
+
+NOT_MEANS = {
+    "class weights": (nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0, 20.0])), SORTED),
+    "sum": (nn.CrossEntropyLoss(reduction="sum"), SORTED),
+    "ignored targets": _ignoring(),
+}
+
+
+@pytest.mark.parametrize("name", NOT_MEANS)
+def test_losses_divided_by_something_else_than_the_examples(name: str) -> None:
+    """Refused over several batches and in the Fisher; one batch is never split."""
+    loss, targets = NOT_MEANS[name]
+    model = nn.Sequential(nn.Linear(4, 200), nn.Tanh(), nn.Linear(200, 3))
+    for first in (1, 600):
+        halves = [(MANY[:first], targets[:first]), (MANY[first:], targets[first:])]
+        with pytest.raises(ModelError, match="is no mean over examples"):
+            lossray.Hessian(model, loss, halves)
+    with pytest.raises(ModelError, match="is no mean over examples"):
+        lossray.EmpiricalFisher(model, loss, (MANY, targets))
+    whole = lossray.Hessian(model, loss, (MANY, targets))
+    assert whole.loss == pytest.approx(float(loss(model(MANY), targets)), rel=1e-5)
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(loss(model(MANY), targets), parameters, create_graph=True)
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    vector = torch.randn(whole.shape[0], generator=torch.Generator().manual_seed(4))
+    exact = torch.cat([part.flatten() for part in torch.autograd.grad(flat @ vector, parameters)])
+    assert (whole @ vector - exact).norm() < 1e-4 * exact.norm()

@@ -147,7 +147,8 @@ def test_more_pairs_than_there_are(case) -> None:
     [
         ({"end": "larges"}, r"end: found 'larges'; .* did you mean 'largest'\?"),
         ({"k": 0}, r"k: found 0; allowed: a whole number from 1"),
-        ({"tol": 2.0}, r"tolerance: found 2.0; allowed: between 0 and 1"),
+        ({"k": 1.5}, r"k: found 1.5; allowed: a whole number from 1"),
+        ({"tol": 2.0}, r"found 2.0; allowed: between 0 and 1"),
         ({"block": 0}, r"block: found 0"),
         ({"start": torch.zeros(3, 1)}, r"start: found shape \[3, 1\]; allowed: columns \[243, n\]"),
         ({"start": torch.full((243, 1), math.nan)}, r"start: found entries that are not finite"),
@@ -161,3 +162,47 @@ def test_impossible_arguments(case, arguments: dict[str, object], message: str) 
 def test_anything_else_than_an_operator_is_refused() -> None:
     with pytest.raises(StudyError, match=r"operator: found Tensor; allowed: lossray.Hessian"):
         lossray.analyse(torch.eye(3))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("steps", [64, 128, 256])
+@pytest.mark.parametrize("hidden", [8, 10, 12, 16, 20])
+def test_sizes_around_the_one_from_which_a_basis_fits(hidden: int, steps: int) -> None:
+    """d = 97 to 241: small enough to be filled by a wide basis, or diagonalised."""
+    draws = torch.Generator().manual_seed(2)
+    model = nn.Sequential(nn.Linear(10, hidden), nn.Tanh(), nn.Linear(hidden, 1)).double()
+    inputs = torch.randn(60, 10, generator=draws, dtype=torch.float64)
+    targets = torch.randn(60, 1, generator=draws, dtype=torch.float64)
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(F.mse_loss(model(inputs), targets), parameters, create_graph=True)
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    rows = [
+        torch.autograd.grad(entry, parameters, retain_graph=True, materialize_grads=True) for entry in flat
+    ]
+    exact = torch.linalg.eigvalsh(torch.stack([torch.cat([p.flatten() for p in row]) for row in rows])).flip(
+        0
+    )
+    report = lossray.analyse(lossray.Hessian(model, F.mse_loss, (inputs, targets)), tol=1e-6, steps=steps)
+    size = float(exact.abs().max())
+    assert report.pairs.converged.all()
+    assert torch.allclose(report.pairs.values, exact[:10], atol=2e-6 * size)
+    assert float(report.smallest.values[0]) == pytest.approx(float(exact[-1]), abs=2e-6 * size)
+    assert max(report.pairs.orthogonality_loss, report.smallest.orthogonality_loss) < 1e-11
+    assert abs(report.frobenius.value - float(exact.norm())) <= 6 * report.frobenius.stderr + 1e-9 * size
+
+
+def test_a_model_that_pins_its_dtype_has_no_product_error() -> None:
+    class Pinned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.layer(inputs.float())
+
+    inputs = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
+    matrix = lossray.Hessian(Pinned(), F.cross_entropy, (inputs, torch.arange(20) % 3))
+    report = lossray.analyse(matrix, top=2)
+    assert math.isnan(report.product_error)
+    assert report.pairs.converged.all()
+    scaled = lossray.analyse(lossray.Scaled(matrix, torch.ones(15)), top=2)
+    assert math.isnan(scaled.product_error)

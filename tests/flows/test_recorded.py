@@ -323,7 +323,7 @@ def test_the_rows_of_an_overwritten_course_are_withdrawn(own_study, out, tmp_pat
     assert run(study, out) == 0
     train_and_record(out, (0, 2), seed=1, overwrite=True)
     assert run(study, out) == 0
-    assert "results of what is no longer recorded are withdrawn" in capsys.readouterr().err
+    assert "results are withdrawn: their checkpoints were replaced" in capsys.readouterr().err
     anew = str(tmp_path / "anew")
     train_and_record(anew, (0, 2), seed=1)
     assert run(study, anew) == 0

@@ -194,3 +194,17 @@ def test_a_histogram_counts_every_eigenvalue_once():
     assert [bar > 0 for bar in bars] == [count > 0 for count in counts]
     point = SpectralDensity(torch.zeros(1, 2), torch.full((1, 2), 0.5), True)
     assert histogram(point, 7) == ["          0  all 7"]
+
+
+def test_a_loss_that_is_no_mean_is_refused(weights, tmp_path):
+    (tmp_path / "spectrum_sum.py").write_text(
+        "from torch.nn.functional import cross_entropy\n\n\n"
+        "def total(outputs, targets):\n    return cross_entropy(outputs, targets, reduction='sum')\n"
+    )
+    with pytest.raises(ModelError, match="is no mean over examples"):
+        spectrum(request(weights=weights, loss="spectrum_sum:total"))
+
+
+def test_a_file_cannot_receive_the_tables(weights):
+    with pytest.raises(StoreError, match=r"w.pt: cannot be a store: Not a directory"):
+        spectrum(request(weights=weights), "w.pt")
