@@ -126,6 +126,7 @@ class KrylovPass:
             MemberPass(seed, False, living, np.zeros((basis, basis)), [float("nan")] * len(self.wanted))
             for seed, living in zip(seeds, alive, strict=True)
         ]
+        self._probes: dict[int, Tensor] = {}  # the draws of the probing round, by member
         self.round = 0
         self.steps = 0  # blocks of the current round
 
@@ -152,6 +153,7 @@ class KrylovPass:
             self.members[r].start = starts[r]
         if self.probing is not None and self.wanted and self.round == self._probing_round:
             self._trace_products(self.probing)
+            self._probes.clear()
         while self._running():
             self._step()
 
@@ -366,10 +368,14 @@ class KrylovPass:
 
     def _draws(self, r: int, round_index: int) -> Tensor:
         """The random vectors [n, d] of member r in a round; the same at each call."""
+        if self.probing is None or round_index != self._probing_round:
+            return self._random(r, round_index, self.block)
+        if r not in self._probes:  # they are needed before their round and in it
+            self._probes[r] = self._random(r, round_index, self.probing.probes + self.probing.traces)
+        return self._probes[r]
+
+    def _random(self, r: int, round_index: int, size: int) -> Tensor:
         draws = generator(self.members[r].seed, "lanczos", round_index)
-        size = self.block
-        if self.probing is not None and round_index == self._probing_round:
-            size = self.probing.probes + self.probing.traces
         vectors = torch.randn(size, self.bases.dim, dtype=torch.float64, generator=draws)
         return vectors.to(self.operator.device)
 
