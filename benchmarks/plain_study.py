@@ -1,6 +1,6 @@
 """The `quick` study as one would write it without lossray: torch.optim, PyHessian, multiprocessing.
 
-    python -m benchmarks.plain_study OUT.json
+    python -m benchmarks.plain_study OUT.json [SEEDS]
 
 One training per optimizer and seed; at each checkpoint the evaluation of the three splits, then PyHessian's
 ten leading eigenvalues, trace and density (4 x 64) on the training split. The runs are spread over the cores.
@@ -22,7 +22,7 @@ from benchmarks.peers.pyhessian import eigendecomposition_supplied, pyhessian
 from lossray.seeds import generator, stream
 from lossray.training.datasets import Dataset, DataSettings, load_dataset
 
-SEEDS = (0, 1, 2)
+SEEDS = 3
 CHECKPOINTS = (0, 1, 4, 13, 45, 159, 563, 2000)
 BATCH = 64
 OPTIMIZERS = {
@@ -35,7 +35,8 @@ OPTIMIZERS = {
 
 def main() -> None:
     """Train and analyse every run, and write the rows."""
-    jobs = [(name, seed) for name in OPTIMIZERS for seed in SEEDS]
+    seeds = int(sys.argv[2]) if len(sys.argv) > 2 else SEEDS
+    jobs = [(name, seed) for name in OPTIMIZERS for seed in range(seeds)]
     with multiprocessing.Pool() as pool:  # one process per core
         rows = [row for run in pool.imap_unordered(_run, jobs) for row in run]
     Path(sys.argv[1]).write_text(json.dumps(rows))

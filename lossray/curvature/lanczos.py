@@ -19,7 +19,6 @@ so they are the probes of `density`, which thus costs little beyond the confirma
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from math import ceil
 
 import numpy as np
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from lossray.curvature.ends import Wanted
 from lossray.curvature.krylov import KrylovBases
+from lossray.curvature.members import MemberPass, Ritz
 from lossray.curvature.pairs import Block, PackedOperator, orthogonality_loss, row_norms
 from lossray.curvature.quadrature import Probing, Quadrature, Sketch, outside, quadratic_forms
 from lossray.seeds import generator
@@ -38,52 +38,6 @@ Array = NDArray[np.float64]
 FIRST_CHECK = 8  # steps of a run before it is judged: fewer would confirm too little
 CHECK_EVERY = 4  # products between judgements, each a small dense eigenproblem
 LOCKING_MARGIN = 0.5  # pairs are locked at this share of the tolerance; the rest is for the final rotation
-
-
-@dataclass
-class MemberPass:
-    """Where the pass of one member stands, and in the end its outcome."""
-
-    seed: int
-    running: bool  # in the current round
-    searching: bool  # in further rounds
-    projected: Array  # [width, width]: V H V' of the current basis, filled up to its size
-    complements: list[
-        float
-    ]  # for each end wanted: leading Ritz value outside the locked vectors; NaN: unknown
-    coupling: Array = field(
-        default_factory=lambda: np.zeros((0, 0))
-    )  # [b, b] of the last products to the rest
-    start: Array = field(default_factory=lambda: np.zeros((0, 0)))  # [b, b] of the start block to the basis
-    matvecs: int = 0
-    scale: float = 0.0  # largest |Ritz value| or |H v| seen: a lower bound of |lambda|max
-    values: Array = field(default_factory=lambda: np.zeros(0))  # locked, in the order of their vectors
-    errors: Array = field(default_factory=lambda: np.zeros(0))  # how far these may be off
-    share: float = 1.0  # spread of what is not locked, relative to the whole spectrum's
-    confirmed: list[bool] = field(default_factory=list)  # for each end wanted
-    orthogonality_loss: float = 0.0
-    sketch: Sketch | None = None
-    trace_products: Array = field(
-        default_factory=lambda: np.zeros(0)
-    )  # u'Hu of the probes for the trace alone
-    quadrature: Quadrature | None = None
-
-
-@dataclass(frozen=True)
-class Ritz:
-    """Ritz pairs of one member's basis, ascending."""
-
-    values: Array  # [m]
-    rotation: Array  # [m, m], columns: coefficients in the basis
-    residuals: Array  # [m], as the recurrence gives them
-
-    def errors(self) -> Array:
-        """Bounds of the values' errors: the residual, or its square over the gap where the gap is known."""
-        distances = np.abs(self.values[:, None] - self.values)
-        np.fill_diagonal(distances, np.inf)
-        gaps = np.maximum(distances.min(axis=1), self.residuals)
-        bounds: Array = np.divide(self.residuals**2, gaps, out=np.zeros_like(gaps), where=gaps > 0)
-        return bounds
 
 
 class KrylovPass:
@@ -212,7 +166,9 @@ class KrylovPass:
     def _ritz(self, r: int, size: int) -> Ritz:
         """Ritz pairs of member r's basis of ``size`` vectors, whose last block leaves the coupling."""
         member = self.members[r]
-        values, rotation = np.linalg.eigh(member.projected[:size, :size])
+        # torch's, not NumPy's: the threads of a second BLAS would get in the way of the products'.
+        pairs = torch.linalg.eigh(torch.from_numpy(member.projected[:size, :size]))
+        values, rotation = pairs[0].numpy(), pairs[1].numpy()
         member.scale = max(member.scale, float(np.abs(values).max()))
         # Scaled, so that no square overflows or vanishes.
         largest = np.abs(member.coupling).max()
