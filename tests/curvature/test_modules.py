@@ -373,7 +373,7 @@ def test_losses_divided_by_something_else_than_the_examples(name: str) -> None:
     with pytest.raises(ModelError, match="is no mean over examples"):
         lossray.EmpiricalFisher(model, loss, (MANY, targets))
     whole = lossray.Hessian(model, loss, (MANY, targets))
-    assert whole.loss == pytest.approx(float(loss(model(MANY), targets)), rel=1e-5)
+    assert whole.loss == pytest.approx(float(loss(model(MANY), targets).detach()), rel=1e-5)
     parameters = list(model.parameters())
     gradients = torch.autograd.grad(loss(model(MANY), targets), parameters, create_graph=True)
     flat = torch.cat([gradient.flatten() for gradient in gradients])
