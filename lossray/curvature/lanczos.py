@@ -2,7 +2,8 @@
 
 Thick-restart block Lanczos (Wu & Simon 2000) in float64 with full reorthogonalisation and locking. The
 members share each call of the operator and nothing else: every member has its own start vectors, basis and
-stopping rule, so its result depends on its own seed.
+stopping rule, so its result depends on its own seed (and, among the vectors of a multiple eigenvalue, on
+rounding).
 
 The Krylov space of a block of b vectors holds at most b copies of a multiple eigenvalue, so a single run can
 miss the others with every residual small. Hence converged pairs are *locked*, and a fresh random block
@@ -373,8 +374,8 @@ class KrylovPass:
             kth = np.sort(keys)[-wanted.k]
             chosen = keys >= kth - self.tolerance * member.scale
             vectors = vectors[torch.from_numpy(chosen).to(vectors.device)]
-            outside = np.append(member.values[~chosen], complement)  # NaN stays NaN
-            complement = float(outside[np.argmax(wanted.keys(outside))])
+            rest = np.append(member.values[~chosen], complement)  # NaN stays NaN
+            complement = float(rest[np.argmax(wanted.keys(rest))])
         confirmed = any(member.confirmed) and member.confirmed[self.wanted.index(wanted)]
         return Block(vectors, complement, member.scale, confirmed, member.matvecs, member.orthogonality_loss)
 

@@ -4,7 +4,7 @@ Vectors are flat, in the order of the trainable parameters in ``model.named_para
 """
 
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -13,7 +13,12 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
 
 from lossray.curvature.modules import Closure, ModuleObjective
-from lossray.curvature.operators import PackedFisher, PackedGaussNewton, PackedHessian
+from lossray.curvature.operators import (
+    ObjectiveOperator,
+    PackedFisher,
+    PackedGaussNewton,
+    PackedHessian,
+)
 from lossray.curvature.transforms import (
     PackedPreconditioned,
     PackedRestricted,
@@ -118,7 +123,27 @@ class CurvatureMatrix:
         return products.reshape(vectors.shape).to(vectors.device, vectors.dtype)
 
 
-class Hessian(CurvatureMatrix):
+class ModelMatrix(CurvatureMatrix):
+    """A curvature matrix of a model's mean loss; see `Hessian` for the arguments."""
+
+    make_packed: ClassVar[type[ObjectiveOperator]]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss | None = None,
+        data: Any = None,
+        *,
+        closure: Closure | None = None,
+        train: bool = False,
+        dtype: torch.dtype | None = None,
+        mode: str = "auto",
+    ) -> None:
+        objective = ModuleObjective(model, loss, data, closure=closure, train=train, dtype=dtype)
+        super().__init__(type(self).make_packed(objective, mode=mode))
+
+
+class Hessian(ModelMatrix):
     """The Hessian of a model's mean loss.
 
     The model is evaluated in eval mode and left as it was: mode, weights, buffers, ``.grad``. The kinks of
@@ -143,63 +168,27 @@ class Hessian(CurvatureMatrix):
         ResourceError: not even the graph of one batch fits the memory.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        loss: Loss | None = None,
-        data: Any = None,
-        *,
-        closure: Closure | None = None,
-        train: bool = False,
-        dtype: torch.dtype | None = None,
-        mode: str = "auto",
-    ) -> None:
-        objective = ModuleObjective(model, loss, data, closure=closure, train=train, dtype=dtype)
-        super().__init__(PackedHessian(objective, mode=mode))
+    make_packed = PackedHessian
 
 
-class GaussNewton(CurvatureMatrix):
+class GaussNewton(ModelMatrix):
     """The generalised Gauss-Newton matrix J' (d2 loss / d outputs2) J (Schraudolph 2002).
 
     Equal to the Hessian where the outputs are linear in the parameters; positive semi-definite where the loss
     is convex in the outputs. The model returns one tensor. Arguments and errors as for `Hessian`.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        loss: Loss | None = None,
-        data: Any = None,
-        *,
-        closure: Closure | None = None,
-        train: bool = False,
-        dtype: torch.dtype | None = None,
-        mode: str = "auto",
-    ) -> None:
-        objective = ModuleObjective(model, loss, data, closure=closure, train=train, dtype=dtype)
-        super().__init__(PackedGaussNewton(objective, mode=mode))
+    make_packed = PackedGaussNewton
 
 
-class EmpiricalFisher(CurvatureMatrix):
+class EmpiricalFisher(ModelMatrix):
     """The mean of g_n g_n' over the examples n, with g_n the gradient of example n's own loss.
 
     That loss is ``loss(outputs[n:n+1], targets[n:n+1])``. Arguments and errors as for `Hessian`; batch norm
     in train mode is refused.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        loss: Loss | None = None,
-        data: Any = None,
-        *,
-        closure: Closure | None = None,
-        train: bool = False,
-        dtype: torch.dtype | None = None,
-        mode: str = "auto",
-    ) -> None:
-        objective = ModuleObjective(model, loss, data, closure=closure, train=train, dtype=dtype)
-        super().__init__(PackedFisher(objective, mode=mode))
+    make_packed = PackedFisher
 
 
 class Scaled(CurvatureMatrix):

@@ -18,12 +18,8 @@ class MemberPass:
     running: bool  # in the current round
     searching: bool  # in further rounds
     projected: Array  # [width, width]: V H V' of the current basis, filled up to its size
-    complements: list[
-        float
-    ]  # for each end wanted: leading Ritz value outside the locked vectors; NaN: unknown
-    coupling: Array = field(
-        default_factory=lambda: np.zeros((0, 0))
-    )  # [b, b] of the last products to the rest
+    complements: list[float]  # leading Ritz value outside the locked vectors, for each end; NaN: unknown
+    coupling: Array = field(default_factory=lambda: np.zeros((0, 0)))  # [b, b] of the last products
     start: Array = field(default_factory=lambda: np.zeros((0, 0)))  # [b, b] of the start block to the basis
     matvecs: int = 0
     scale: float = 0.0  # largest |Ritz value| or |H v| seen: a lower bound of |lambda|max
@@ -33,9 +29,7 @@ class MemberPass:
     confirmed: list[bool] = field(default_factory=list)  # for each end wanted
     orthogonality_loss: float = 0.0
     sketch: Sketch | None = None
-    trace_products: Array = field(
-        default_factory=lambda: np.zeros(0)
-    )  # u'Hu of the probes for the trace alone
+    trace_products: Array = field(default_factory=lambda: np.zeros(0))  # [traces] u'Hu of `Probing.traces`
     quadrature: Quadrature | None = None
 
 
