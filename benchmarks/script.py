@@ -137,8 +137,8 @@ there the largest eigenvalues differ by {agreement.median:.1e} in the median and
 (relative). PyHessian stops when a value changes little, and mixes the two ends of the spectrum where both are
 of one size, as early in training. The script writes eigenvalues, traces and densities; the study also
 certifies and confirms every pair, finds the smallest eigenvalue, compares neighbouring checkpoints, and
-writes directions and angles. The start of Ray and its workers, idle cores and the gathering take two fifths of
-`quick` (see the section on useful work): a script has little of it."""
+writes directions and angles. The start of Ray and its workers, idle cores and the gathering take two
+fifths of `quick` (see the section on useful work): a script has little of it."""
 
 
 if __name__ == "__main__":
