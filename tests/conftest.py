@@ -1,6 +1,7 @@
 """What the tests with Ray share: one embedded Ray, gates, `lossray` as a process of its own, rows to compare.
 
-Nothing here is started unless a test asks for it.
+Nothing here is started unless a test asks for it. LOSSRAY_TEST_SEED moves every unseeded draw of a test:
+none may depend on it.
 """
 
 import contextlib
@@ -209,6 +210,14 @@ class Helpers:
         found = published(out)
         for name, frame in published(expected).items():
             pd.testing.assert_frame_equal(found[name], frame, check_exact=True, obj=name)
+
+
+@pytest.fixture(autouse=True)
+def _same_draws():
+    """What a test draws from torch's own generator depends neither on its neighbours nor on their order."""
+    import torch
+
+    torch.manual_seed(int(os.environ.get("LOSSRAY_TEST_SEED", "0")))
 
 
 @pytest.fixture(scope="session")
