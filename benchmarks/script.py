@@ -132,13 +132,14 @@ turn: {repeats}.
 
 {rows}
 
-At {agreement.checkpoints} checkpoints the weights of the two agree (training losses within {SAME_WEIGHTS:g});
-there the largest eigenvalues differ by {agreement.median:.1e} in the median and {agreement.worst:.1e} at most
+At {agreement.checkpoints} checkpoints of {timings[0].seeds} seeds the weights of the two agree (training
+losses within {SAME_WEIGHTS:g}); there the largest eigenvalues differ by {agreement.median:.1e} in the median
+and {agreement.worst:.1e} at most
 (relative). PyHessian stops when a value changes little, and mixes the two ends of the spectrum where both are
 of one size, as early in training. The script writes eigenvalues, traces and densities; the study also
 certifies and confirms every pair, finds the smallest eigenvalue, compares neighbouring checkpoints, and
-writes directions and angles. The start of Ray and its workers, idle cores and the gathering take two
-fifths of `quick` (see the section on useful work): a script has little of it."""
+writes directions and angles. The start of Ray and its workers, idle cores and the gathering cost `quick` a
+large part of its time (the section on useful work says how much): a script has little of it."""
 
 
 if __name__ == "__main__":

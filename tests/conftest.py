@@ -1,7 +1,7 @@
 """What the tests with Ray share: one embedded Ray, gates, `lossray` as a process of its own, rows to compare.
 
-Nothing here is started unless a test asks for it. LOSSRAY_TEST_SEED moves every unseeded draw of a test:
-none may depend on it.
+Nothing here is started unless a test asks for it. LOSSRAY_TEST_SEED moves every unseeded draw; the
+outcome of no test may depend on it.
 """
 
 import contextlib

@@ -29,7 +29,7 @@ class Wanted:
 
     def __post_init__(self) -> None:
         """Refuse less than one pair."""
-        if not isinstance(self.k, int) or self.k < 1:
+        if not isinstance(self.k, int | np.integer) or self.k < 1:
             raise StudyError(f"k: found {self.k}; allowed: a whole number from 1")
 
     def keys(self, values: Values) -> Values:

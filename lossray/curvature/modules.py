@@ -22,7 +22,7 @@ from lossray.curvature.objectives import (
 )
 from lossray.errors import DataError, LossrayError, ModelError
 from lossray.networks.losses import Loss
-from lossray.networks.stack import layout_of, seeded
+from lossray.networks.stack import layout_of, seeded, uncompiled
 from lossray.plugins import failure
 from lossray.seeds import stream
 
@@ -63,9 +63,7 @@ class ModuleObjective:
         dtype: torch.dtype | None = None,
     ) -> None:
         _check_arguments(model, loss, data, closure)
-        model = getattr(
-            model, "_orig_mod", model
-        )  # what torch.compile has wrapped: its graph has one backward
+        model = uncompiled(model)  # a compiled graph can be differentiated once only
         self.layout = layout_of(model)
         self._parameters = _trainable(model, self.layout.names)
         self.device = self._parameters[0].device

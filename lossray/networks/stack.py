@@ -346,6 +346,12 @@ def tensors_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return trainable, buffers | {n: p.detach() for n, p in parameters.items() if not p.requires_grad}
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module that torch.compile has wrapped, or the model itself."""
+    inner: nn.Module = getattr(model, "_orig_mod", model)
+    return inner
+
+
 def _places(model: nn.Module) -> list[tuple[str, dict[str, Any], str]]:
     """Where a model keeps its parameters and buffers: name, table and key; tied ones have several places."""
     named = itertools.chain(model.named_parameters(), model.named_buffers())

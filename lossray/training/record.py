@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from lossray.errors import ModelError, StoreError, StudyError
-from lossray.networks.stack import tensors_of
+from lossray.networks.stack import tensors_of, uncompiled
 from lossray.storage.checkpoints import Checkpoint, dumps, loads
 from lossray.storage.recordings import FOLDER, Recording, read_recording, recording_path
 from lossray.storage.store import Store
@@ -170,7 +170,7 @@ def _before(store: Store, run: str, step: int, *, overwrite: bool) -> Recording 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
     """The module inside torch.compile's, DataParallel's or DistributedDataParallel's."""
-    inner = getattr(model, "_orig_mod", model)
+    inner = uncompiled(model)
     if isinstance(inner, nn.DataParallel | nn.parallel.DistributedDataParallel):
         return _unwrapped(inner.module)
     return inner if inner is model else _unwrapped(inner)

@@ -1,7 +1,9 @@
 """`lossray.eigenpairs`, `spectral_density`, `trace` and `analyse` on a model of the user's."""
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,16 +23,15 @@ def _setting(width: int = 24) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
     return model, (inputs, torch.arange(50) % 3)
 
 
-def _dense(model: nn.Module, data: tuple[Tensor, Tensor]) -> Tensor:
+def _dense(model: nn.Module, data: tuple[Tensor, Tensor], loss: Any = F.cross_entropy) -> Tensor:
     """By double backward, [d, d]."""
     parameters = list(model.parameters())
-    gradients = torch.autograd.grad(F.cross_entropy(model(data[0]), data[1]), parameters, create_graph=True)
+    gradients = torch.autograd.grad(loss(model(data[0]), data[1]), parameters, create_graph=True)
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     rows = [
-        torch.cat([p.flatten() for p in torch.autograd.grad(entry, parameters, retain_graph=True)])
-        for entry in flat
+        torch.autograd.grad(entry, parameters, retain_graph=True, materialize_grads=True) for entry in flat
     ]
-    return torch.stack(rows)
+    return torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +135,10 @@ def test_a_block_and_a_scaled_operator(case) -> None:
     assert torch.allclose(lossray.eigenpairs(scaled, 3, tol=1e-8).values, exact[:3], atol=1e-9)
 
 
+def test_a_number_of_pairs_from_numpy(case) -> None:
+    assert len(lossray.eigenpairs(case[0], k=np.int64(3))) == 3
+
+
 def test_more_pairs_than_there_are(case) -> None:
     model, data = _setting(1)
     small = lossray.Hessian(model, F.cross_entropy, data)
@@ -172,15 +177,7 @@ def test_sizes_around_the_one_from_which_a_basis_fits(hidden: int, steps: int) -
     model = nn.Sequential(nn.Linear(10, hidden), nn.Tanh(), nn.Linear(hidden, 1)).double()
     inputs = torch.randn(60, 10, generator=draws, dtype=torch.float64)
     targets = torch.randn(60, 1, generator=draws, dtype=torch.float64)
-    parameters = list(model.parameters())
-    gradients = torch.autograd.grad(F.mse_loss(model(inputs), targets), parameters, create_graph=True)
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    rows = [
-        torch.autograd.grad(entry, parameters, retain_graph=True, materialize_grads=True) for entry in flat
-    ]
-    exact = torch.linalg.eigvalsh(torch.stack([torch.cat([p.flatten() for p in row]) for row in rows])).flip(
-        0
-    )
+    exact = torch.linalg.eigvalsh(_dense(model, (inputs, targets), F.mse_loss)).flip(0)
     report = lossray.analyse(lossray.Hessian(model, F.mse_loss, (inputs, targets)), tol=1e-6, steps=steps)
     size = float(exact.abs().max())
     assert report.pairs.converged.all()
