@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 
 from lossray.errors import StoreError
 from lossray.names import unknown_name
-from lossray.storage.tables import Column, TableSchema, arrow_schema, schema_of
+from lossray.storage.schema import Column, TableSchema
+from lossray.storage.tables import arrow_schema, schema_of
 
 Rows: TypeAlias = Sequence[Mapping[str, Any]] | Mapping[str, Any] | pa.Table
 
