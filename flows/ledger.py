@@ -1,11 +1,12 @@
 """The driver's books: what is committed, what is counted, what failed."""
 
-from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 
+from flows.followers import Event, Follower, Waiting
 from flows.plan import AnalysisJob, PackPlan, Plan
 from flows.progress import Counts, Progress
 from lossray.storage.store import Store
+from tasks.curvature import CurvatureJob
 from tasks.pairs import PairJob
 from tasks.record import Attempt, failure
 from tasks.training import failed_run_rows
@@ -29,9 +30,11 @@ class Ledger:
         self.committed = frozenset(committed)
         self.guard = guard
         self._packs = {pack.pack.pack_id: pack for pack in plan.packs}
+        self._waiting = Waiting(follower for follower in self._followers() if follower.key not in committed)
+        self._needed = self._waiting.needed_steps("trained", "analysed")  # by pack: checkpoints
+        self._compared = self._waiting.needed_steps("analysed")  # by pack: eigenvectors
         self._unanalysed = {name: self._without_analysis(pack) for name, pack in self._packs.items()}
         self._trained = {name for name, pack in self._packs.items() if self._was_trained(pack)}
-        self._comparable: dict[str, set[int]] = defaultdict(set)  # by pack: steps on disk and analysed
         self.failures: list[str] = []
         self.progress = Progress(store, self._counts(), state="running")
 
@@ -48,18 +51,16 @@ class Ledger:
         """Steps of the pack whose curvature this driver is to compute."""
         return self._unanalysed[pack.pack.pack_id]
 
-    def uncompared(self, pack: PackPlan) -> list[tuple[int, int]]:
-        """Neighbouring steps of the pack whose comparison was not committed when this driver started."""
-        return [steps for steps, key in pack.pair_keys.items() if key not in self.committed]
-
     def next_jobs(self, pack: PackPlan, step: int) -> list[AnalysisJob]:
         """What can start once the checkpoint at a step is on disk; asked once for each.
 
-        That is its analysis. Where an earlier driver has done it, the comparisons with its neighbours.
+        That is its analysis, unless an earlier driver has done it, and the jobs that have waited for it.
         """
+        name = pack.pack.pack_id
+        jobs = self._after(Event("trained", name, step))
         if step in self.unanalysed(pack):
-            return [self.plan.curvature_job(pack, step)]
-        return [*self._comparisons(pack, step)]
+            return [self.plan.curvature_job(pack, step), *jobs]
+        return [*jobs, *self._after(Event("analysed", name, step))]
 
     def training_done(self, pack: PackPlan) -> None:
         """All members of the pack are trained (or have diverged)."""
@@ -78,30 +79,39 @@ class Ledger:
         self.progress.counts.checkpoints_trained += 1
         self.progress.counts.units_done += 1
 
-    def analysis_done(self, job: AnalysisJob) -> list[PairJob]:
-        """A curvature or pair task is committed; returns the pair tasks that can start now."""
-        self.progress.counts.units_done += 1
+    def analysis_done(self, job: AnalysisJob) -> list[AnalysisJob]:
+        """A job is committed; returns those that can start now."""
+        counts = self.progress.counts
+        counts.units_done += 1
+        if isinstance(job, CurvatureJob):
+            counts.checkpoints_analysed += 1
+            return self._after(Event("analysed", job.pack.pack_id, job.step))
         if isinstance(job, PairJob):
-            self.progress.counts.pairs_done += 1
-            return []
-        self.progress.counts.checkpoints_analysed += 1
-        return self._comparisons(self._packs[job.pack.pack_id], job.step)
+            counts.pairs_done += 1
+        else:
+            counts.further_done += 1
+        return []
 
     def analysis_failed(self, job: AnalysisJob, error: str, trace: str) -> None:
-        """A checkpoint cannot be analysed, or a pair not compared: record why, and go on with the others."""
+        """A checkpoint cannot be analysed, or another job not done: record why, and go on with the others."""
         record = failure(job.key, job.kind, job.attempt, error, pack_id=job.pack.pack_id, step=job.step)
         self._fail(record, f"{job.kind} of {job.pack.pack_id} at step {job.step}", trace)
-        if isinstance(job, PairJob):
-            self.progress.counts.pairs_failed += 1
+        counts = self.progress.counts
+        if isinstance(job, CurvatureJob):
+            counts.checkpoints_failed += 1
+        elif isinstance(job, PairJob):
+            counts.pairs_failed += 1
         else:
-            self.progress.counts.checkpoints_failed += 1
+            counts.further_failed += 1
 
-    def _comparisons(self, pack: PackPlan, step: int) -> list[PairJob]:
-        """The comparisons of a step, just analysed, with those of its neighbours that are."""
-        known = self._comparable[pack.pack.pack_id]
-        known.add(step)
-        pairs = [steps for steps in self.uncompared(pack) if step in steps and known.issuperset(steps)]
-        return [self.plan.pair_job(pack, steps) for steps in pairs]
+    def _followers(self) -> Iterator[Follower]:
+        for pack in self.plan.packs:
+            yield from pack.followers
+
+    def _after(self, event: Event) -> list[AnalysisJob]:
+        """The jobs that have waited for this event, and for nothing else any more."""
+        ready = self._waiting.after(event)
+        return [self.plan.job_of(self._packs[follower.pack_id], follower) for follower in ready]
 
     def _without_analysis(self, pack: PackPlan) -> list[int]:
         """Steps whose curvature is not committed, or is to be computed again for its eigenvectors."""
@@ -111,21 +121,17 @@ class Ledger:
         ]
 
     def _without_vectors(self, pack: PackPlan) -> list[int]:
-        """Analysed steps that are still to be compared, and whose eigenvectors have been deleted."""
+        """Analysed steps whose eigenvectors are still needed, and have been deleted."""
         return [
             step
-            for step in self._compared_steps(pack)
+            for step in self._compared[pack.pack.pack_id]
             if pack.curvature_keys[step] in self.committed
             and not self.store.exists(self.store.vectors_path(pack.pack.pack_id, step))
         ]
 
-    def _compared_steps(self, pack: PackPlan) -> set[int]:
-        """Steps that are still to be compared with a neighbour."""
-        return {step for steps in self.uncompared(pack) for step in steps}
-
     def _was_trained(self, pack: PackPlan) -> bool:
         """A checkpoint that is still needed may have been deleted: then the pack trains again."""
-        needed = {*self.unanalysed(pack), *self._compared_steps(pack)}
+        needed = {*self.unanalysed(pack), *self._needed[pack.pack.pack_id]}
         paths = [self.store.checkpoint_path(pack.pack.pack_id, step) for step in sorted(needed)]
         return pack.training_key in self.committed and all(map(self.store.exists, paths))
 
@@ -148,8 +154,15 @@ class Ledger:
             counts.checkpoints += steps
             counts.checkpoints_trained += steps if trained else 0
             counts.checkpoints_analysed += analysed
-            counts.pairs += len(pack.pair_keys)
-            counts.pairs_done += len(pack.pair_keys) - len(self.uncompared(pack))
-        counts.units = 2 * counts.checkpoints + counts.pairs
-        counts.units_done = counts.checkpoints_trained + counts.checkpoints_analysed + counts.pairs_done
+        undone = {follower.key for follower in self._waiting.followers}
+        for follower in self._followers():
+            if follower.kind == "pair":
+                counts.pairs += 1
+                counts.pairs_done += follower.key not in undone
+            else:
+                counts.further += 1
+                counts.further_done += follower.key not in undone
+        counts.units = 2 * counts.checkpoints + counts.pairs + counts.further
+        done = counts.checkpoints_trained + counts.checkpoints_analysed
+        counts.units_done = done + counts.pairs_done + counts.further_done
         return counts

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
+from flows.followers import Event, Follower
 from lossray.settings import content_hash
 from lossray.study import (
     Pack,
@@ -34,6 +35,14 @@ class PackPlan:
     curvature_keys: Mapping[int, str]  # step -> key of the checkpoint's analysis
     pair_keys: Mapping[tuple[int, int], str]  # two neighbouring steps -> key of their comparison
 
+    @property
+    def followers(self) -> Iterator[Follower]:
+        """All further jobs of the pack, each with what it waits for."""
+        name = self.pack.pack_id
+        for steps, key in self.pair_keys.items():
+            both = frozenset(Event("analysed", name, step) for step in steps)
+            yield Follower("pair", name, max(steps), key, both)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -58,7 +67,7 @@ class Plan:
             yield pack.training_key
             yield from pack.checkpoint_keys.values()
             yield from pack.curvature_keys.values()
-            yield from pack.pair_keys.values()
+            yield from (follower.key for follower in pack.followers)
 
     def training_job(self, plan: PackPlan, attempt: Attempt) -> TrainingJob:
         """What the training of a pack is given."""
@@ -67,6 +76,11 @@ class Plan:
     def curvature_job(self, plan: PackPlan, step: int, attempt: Attempt | None = None) -> CurvatureJob:
         """What the analysis of a checkpoint is given."""
         return CurvatureJob(self.context, plan.pack, step, plan.curvature_keys[step], attempt or Attempt())
+
+    def job_of(self, plan: PackPlan, follower: Follower) -> AnalysisJob:
+        """What a follower is given."""
+        steps = next(steps for steps, key in plan.pair_keys.items() if key == follower.key)
+        return self.pair_job(plan, steps)
 
     def pair_job(self, plan: PackPlan, steps: tuple[int, int]) -> PairJob:
         """What the comparison of two neighbouring checkpoints is given."""

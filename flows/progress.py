@@ -31,7 +31,10 @@ class Counts:
     pairs: int = 0  # of neighbouring checkpoints, to be compared
     pairs_done: int = 0
     pairs_failed: int = 0
-    units: int = 0  # checkpoints trained, checkpoints analysed, pairs compared: the measure of time left
+    further: int = 0  # other jobs: degeneracy, trajectories, surfaces
+    further_done: int = 0
+    further_failed: int = 0
+    units: int = 0  # checkpoints trained and analysed, pairs compared, the others: the measure of time left
     units_done: int = 0
 
 
@@ -128,6 +131,7 @@ class Progress:
             f"checkpoints trained {c.checkpoints_trained}/{c.checkpoints}, "
             f"analysed {c.checkpoints_analysed}/{c.checkpoints}"
             + (f", pairs compared {c.pairs_done}/{c.pairs}" if c.pairs else "")
+            + (f", further analyses {c.further_done}/{c.further}" if c.further else "")
             + (f"; {rate:.0f} a minute" if rate else "")
             + (f"; about {duration(left)} left" if left else "")
         )

@@ -78,6 +78,9 @@ def _progress(progress: dict[str, object], *, driven: bool) -> list[str]:
         lines.append(
             f"pairs: {progress['pairs_done']} of {pairs} compared, {progress['pairs_failed']} failed"
         )
+    if further := progress.get("further"):
+        done, failed = progress["further_done"], progress["further_failed"]
+        lines.append(f"further analyses: {done} of {further} done, {failed} failed")
     left = progress["seconds_left"]
     if driven and isinstance(left, int | float):
         lines.append(f"time left: about {duration(left)}")

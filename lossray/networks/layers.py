@@ -1,9 +1,9 @@
 """What the built-in models share: the settings they have in common, activations, norms and initialisation."""
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 from torch import nn
 
 from lossray.errors import ModelError
@@ -21,9 +21,28 @@ GAINS = {"relu": math.sqrt(2), "gelu": math.sqrt(2), "tanh": 5 / 3, "linear": 1.
 
 
 class ModelSettings(Settings):
-    """Base of every model's settings; ``name`` says which model."""
+    """Base of every model's settings.
+
+    Attributes:
+        name: which model.
+        optimizers: names of those of the study's optimizers that train it; None: all. No part of the model.
+    """
 
     name: str
+    optimizers: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | None = None
+
+    @property
+    def alone(self) -> Self:
+        """The model, whoever trains it."""
+        return self.model_copy(update={"optimizers": None})
+
+    @model_serializer(mode="wrap")
+    def _without_nothing(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves `optimizers` out where it says nothing: a model's settings are part of its runs' ids."""
+        plain: dict[str, Any] = serialise(self)
+        if self.optimizers is None:
+            plain.pop("optimizers", None)
+        return plain
 
 
 class BuiltinSettings(ModelSettings):

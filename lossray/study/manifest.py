@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from lossray.errors import StoreError
+from lossray.settings import content_hash
 from lossray.study import Pack, Study, StudyInputs
 from lossray.study.problems import shown
 
 FORMAT_VERSION = 1
+ANALYSES = ("degeneracy", "trajectory", "surfaces")  # sections that may be added, and then stay as they are
 PACKAGES = ("torch", "ray", "lossray")
 
 
@@ -165,8 +167,12 @@ def _differences(old: Manifest, study: Study, inputs: StudyInputs) -> Iterator[s
         yield from changes or [f"data: {hashes}"]
     for section in ("training", "curvature", "angles"):
         yield from _changes(section, old.study[section], new[section])
+    for section in ANALYSES:
+        if old.study.get(section) is not None and new[section] is not None:
+            yield from _changes(section, old.study[section], new[section])
     for section in ("models", "optimizers"):
-        yield from _lost_settings(section, old.study[section], new[section])
+        yield from _lost_settings(section, *(_alone(side[section]) for side in (old.study, new)))
+    yield from _lost_trainings(old.study, new)
     kept = set(study.seeds)
     lost = [seed for seed in old.study["seeds"] if seed not in kept]
     if lost:
@@ -212,6 +218,29 @@ def _lost_settings(section: str, old: Sequence[Any], new: Sequence[Any]) -> Iter
         else:
             added.remove(edited)
             yield from _changes(f"{section} ({entry['name']})", entry, edited)
+
+
+def _alone(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Models without the optimizers that they name; optimizers as they are."""
+    return [{key: value for key, value in entry.items() if key != "optimizers"} for entry in entries]
+
+
+def _lost_trainings(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    """Optimizers that a model of the store was trained with, and that the study no longer gives it."""
+    given = {content_hash(model): own for model, own in _trainings(new)}
+    there = {entry["name"] for entry in new["optimizers"]}
+    for model, own in _trainings(old):
+        lost = sorted((own & there) - given.get(content_hash(model), own))
+        if lost:
+            place = f"models ({model['name']}).optimizers"
+            yield f"{place}: the store has {shown(lost)}, which the study lacks"
+
+
+def _trainings(study: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], set[str]]]:
+    """Each model with the names of the optimizers that train it."""
+    names = {entry["name"] for entry in study["optimizers"]}
+    for model, alone in zip(study["models"], _alone(study["models"]), strict=True):
+        yield alone, set(model.get("optimizers") or names)
 
 
 def _shown(value: Any) -> str:

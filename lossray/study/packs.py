@@ -89,7 +89,7 @@ class Pack:
 
 
 def settings_of(study: Study, recordings: Sequence[Recording] = ()) -> tuple[Setting, ...]:
-    """Every model with every optimizer setting, models first; of a recorded study those of the recordings.
+    """Every model with each of its optimizer settings, models first; of a recorded study those recorded.
 
     The id is readable, fit for file names, and changes with whatever changes the training of a seed but for
     the data, which a store has once.
@@ -98,9 +98,10 @@ def settings_of(study: Study, recordings: Sequence[Recording] = ()) -> tuple[Set
         settings = [_recorded_setting(study, recording) for recording in recordings]
         return tuple({setting.setting_id: setting for setting in settings}.values())
     return tuple(
-        Setting(_setting_id(study, model, optimizer), model, optimizer)
+        Setting(_setting_id(study, model.alone, optimizer), model.alone, optimizer)
         for model in study.models
         for optimizer in study.optimizers
+        if model.optimizers is None or optimizer.name in model.optimizers
     )
 
 

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from lossray import plugins
 from lossray.errors import StudyError
+from lossray.names import unknown_name
 from lossray.networks.layers import ModelSettings
 from lossray.networks.models import MODELS, model_settings
 from lossray.study.problems import Place, Problem, problems_in, shown, without_consequences
@@ -143,8 +144,21 @@ def _models(table: Mapping[str, Any]) -> tuple[tuple[ModelSettings, ...], list[P
         except ValidationError as error:
             problems += problems_in(error, entry, ("models", i))
         else:
-            problems += _repeated(models[-1], first, "models", i)
+            problems += _repeated(models[-1].alone, first, "models", i)
+            problems += _unknown_optimizers(models[-1], table, i)
     return tuple(models), problems
+
+
+def _unknown_optimizers(model: ModelSettings, table: Mapping[str, Any], i: int) -> Iterator[Problem]:
+    """A model names only optimizers that the study has."""
+    entries, _ = _tables(table, "optimizers", OPTIMIZERS)
+    names = [str(entry["name"]) for _, entry in entries]
+    for name in model.optimizers or ():
+        if name not in names:
+            place = ("models", i, "optimizers")
+            yield Problem(
+                place, unknown_name(name, names) if names else f"found {name!r}; the study has none"
+            )
 
 
 def _optimizers(table: Mapping[str, Any]) -> tuple[tuple[OptimizerSettings, ...], list[Problem]]:

@@ -47,6 +47,14 @@ BAD = [
     (GOOD + '[[models]]\nname = "mlp"\nwidths = [8, 0]\n', "models[1].widths[1]", ["found 0", "at least 1"]),
     (GOOD + MODEL, "models[1]", ["models[0] again"]),
     (GOOD + '[[models]]\nname = "mlp"\nwidths = [64, 64]\n', "models[1]", ["models[0] again"]),
+    (
+        HEAD + MODEL + 'optimizers = ["sdg"]\n' + OPTIMIZER,
+        "models[0].optimizers",
+        ["found 'sdg'", "did you mean 'sgd'?"],
+    ),
+    (HEAD + MODEL + "optimizers = []\n" + OPTIMIZER, "models[0].optimizers", ["found []", "at least 1"]),
+    (HEAD + MODEL + 'optimizers = "sgd"\n' + OPTIMIZER, "models[0].optimizers", ["found 'sgd'", "a list"]),
+    (GOOD + MODEL + 'optimizers = ["sgd"]\n', "models[1]", ["models[0] again"]),
     # optimizers
     (HEAD + MODEL, "optimizers", ["missing", "[[optimizers]]"]),
     (GOOD.replace('"sgd"', '"sdg"'), "optimizers[0].name", ["found 'sdg'", "adam", "did you mean 'sgd'?"]),

@@ -91,6 +91,26 @@ def test_additions_resources_and_claims_are_accepted(manifest, changes):
     check_extension(manifest, study(**changes), INPUTS)
 
 
+def test_optimizers_of_a_model_may_be_added_and_not_taken_away():
+    def asked(*names):
+        models = [{"name": "mlp"}, {"name": OWN, "optimizers": list(names)}]
+        return study(models=models, optimizers=[{"name": "sgd"}, {"name": "adam"}, {"name": "lion"}])
+
+    first = asked("sgd", "adam")
+    manifest = new_manifest(first, INPUTS, packs_of(first), folder=".")
+    check_extension(manifest, asked("sgd", "adam", "lion"), INPUTS)
+    with pytest.raises(StoreError, match=r"optimizers: the store has \[\"adam\"\], which the study lacks"):
+        check_extension(manifest, asked("sgd"), INPUTS)
+
+
+def test_a_section_that_was_added_stays_as_it_is(manifest):
+    dense = study(degeneracy={"dense_up_to": 10})
+    made = new_manifest(dense, INPUTS, packs_of(dense), folder=".")
+    check_extension(made, study(), INPUTS)  # left out again: its rows stay
+    with pytest.raises(StoreError, match=r"degeneracy.dense_up_to: the store has 10, the study says 20"):
+        check_extension(made, study(degeneracy={"dense_up_to": 20}), INPUTS)
+
+
 def test_data_may_move_as_long_as_the_content_is_the_same():
     parquet = {"source": "parquet", "label": "y", "features": ["x"]}
     here, there = study(data=parquet | {"path": "here"}), study(data=parquet | {"path": "there"})

@@ -29,6 +29,20 @@ def runs(packs):
     return [run for pack in packs for run in pack.run_ids]
 
 
+def test_a_model_may_name_the_optimizers_that_train_it():
+    named = [{"name": "mlp", "optimizers": ["adam"]}, {"name": "mlp", "widths": [3]}]
+    everyone = {(s.model.widths, s.optimizer.name, s.setting_id) for s in settings_of(study())}
+    found = [(s.model.widths, s.optimizer.name, s.setting_id) for s in settings_of(study(models=named))]
+    assert [entry[:2] for entry in found] == [
+        ((64, 64), "adam"),
+        ((64, 64), "adam"),
+        ((3,), "sgd"),
+        ((3,), "adam"),
+        ((3,), "adam"),
+    ]
+    assert set(found) < everyone  # the same runs, under the same names
+
+
 def test_settings_are_models_times_optimizers_with_distinct_ids():
     settings = settings_of(study())
     assert [(s.model.widths, s.optimizer.name) for s in settings[:4]] == [
