@@ -51,6 +51,34 @@ def tables_current(store: Store) -> bool:
     return _is_current(store, _source(store))
 
 
+def publish_derived(store: Store, name: str, table: pa.Table, key: str) -> None:
+    """Replace a table by one that was computed from the others, which must have been published.
+
+    Args:
+        store: the store.
+        name: the table.
+        table: its rows.
+        key: hash of all that the rows depend on; see `derived_key`.
+    """
+    manifest = store.read_json(MANIFEST)
+    manifest["tables"][name] = {**_write(store, name, table), "key": key}
+    store.write_json(MANIFEST, manifest)
+
+
+def derived_key(store: Store, name: str) -> str | None:
+    """The key under which a table was derived; None where it was not since the tables were published."""
+    try:
+        key: str | None = store.read_json(MANIFEST)["tables"][name].get("key")
+    except (StoreError, KeyError, TypeError, AttributeError):  # damaged or missing: it is made anew
+        return None
+    return key
+
+
+def tables_source(store: Store) -> str:
+    """Hash of what the tables are made from now."""
+    return _source(store)
+
+
 def published_rows(store: Store) -> dict[str, int]:
     """The rows of each published table; StoreError where none have been published."""
     return {name: entry["rows"] for name, entry in store.read_json(MANIFEST)["tables"].items()}

@@ -144,10 +144,13 @@ def test_two_stores_of_one_study_have_namespaces_of_their_own():
 def test_the_executor_and_the_mode_are_decided_by_rules():
     (pack, *_) = packs_of(plan_of())
     assert (pack.executor, pack.product_mode) == ("vmap", "retained")
-    images = {"data": {"source": "digits"}, "models": [{"name": "cnn", "channels": [2]}]}
+    images = {"data": {"source": "digits"}, "models": [{"name": "cnn"}]}
     (cnn, *_) = packs_of(plan_of(**images))
-    assert cnn.executor == "loop"  # convolutions on a CPU
+    assert cnn.executor == "loop"  # large convolutions on a CPU
     assert cnn.seeds == (0,)  # a loop gains nothing from company
+    small = images | {"models": [{"name": "cnn", "channels": [8], "kernel": 3}]}
+    (cnn, *_) = packs_of(plan_of(**small))
+    assert (cnn.executor, cnn.seeds) == ("vmap", (0, 1))
 
 
 @pytest.mark.parametrize(

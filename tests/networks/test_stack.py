@@ -26,6 +26,10 @@ def convolutions() -> nn.Module:
     )
 
 
+def large_convolutions() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 40, 3), nn.Flatten(), nn.Linear(640, 3))
+
+
 class Recurrent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -299,8 +303,9 @@ def test_randomness_outside_dropout_layers_is_seeded_by_the_key_in_the_loop():
     ("build", "shape", "device", "expected"),
     [
         (dropout_net, (12,), "cpu", "vmap"),
-        (convolutions, (1, 8, 8), "cpu", "loop"),
-        (convolutions, (1, 8, 8), "cuda", "vmap"),
+        (convolutions, (1, 8, 8), "cpu", "vmap"),
+        (large_convolutions, (1, 8, 8), "cpu", "loop"),
+        (large_convolutions, (1, 8, 8), "cuda", "vmap"),
         (Recurrent, (3, 4), "cpu", "loop"),
         (FunctionalDropout, (12,), "cpu", "loop"),
         (FusedAttention, (3, 4), "cpu", "loop"),
