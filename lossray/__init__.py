@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         Scaled,
     )
     from lossray.curvature.single import analyse, eigenpairs, spectral_density, trace
+    from lossray.networks.rescaling import balance, rescale
     from lossray.results import open_study
     from lossray.training.record import record
 
@@ -30,9 +31,11 @@ _HOMES = {
     "Restricted": "lossray.curvature.matrices",
     "Scaled": "lossray.curvature.matrices",
     "analyse": "lossray.curvature.single",
+    "balance": "lossray.networks.rescaling",
     "eigenpairs": "lossray.curvature.single",
     "open_study": "lossray.results",
     "record": "lossray.training.record",
+    "rescale": "lossray.networks.rescaling",
     "spectral_density": "lossray.curvature.single",
     "trace": "lossray.curvature.single",
 }
@@ -46,10 +49,12 @@ __all__ = [
     "Scaled",
     "__version__",
     "analyse",
+    "balance",
     "eigenpairs",
     "main",
     "open_study",
     "record",
+    "rescale",
     "spectral_density",
     "trace",
 ]
