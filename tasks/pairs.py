@@ -17,15 +17,17 @@ from lossray.geometry import vectors
 from lossray.geometry.angles import angle_rows
 from lossray.geometry.directions import direction_rows
 from lossray.geometry.overlaps import overlap_rows
+from lossray.geometry.vectors import Name
 from lossray.storage.checkpoints import read_checkpoint
 from lossray.storage.store import Store
 from lossray.study import Pack, pair_tables
 from tasks.context import Context, dataset_of, device_name, local_device, prepare_worker
-from tasks.curvature import CurvatureJob, hessian_at, locate, table_row
+from tasks.curvature import CurvatureJob, table_row
+from tasks.point import hessian_at, locate
 from tasks.record import Attempt, Stopwatch
 from tasks.spectra import HESSIAN, Row
 
-Spectra = dict[tuple[str, str], EigenPairs]  # by operator and block
+Spectra = dict[Name, EigenPairs]  # by operator, block and end
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def compare_checkpoints(job: PairJob, device: torch.device | None = None) -> Non
         found = direction_rows(displacement, operator, operator.gradient)
         store.publish("directions", job.key, [table_row(job.earlier, asdict(row)) for row in found])
     if "angles" in wanted:
-        angles = angle_rows(displacement, spectra[HESSIAN], n_outputs=n_outputs)
+        angles = angle_rows(displacement, spectra[*HESSIAN, "largest"], n_outputs=n_outputs)
         store.publish("angles", job.key, [table_row(job.earlier, asdict(row)) for row in angles])
     store.commit(watch.record(job.key, job.kind, pack_id=job.pack.pack_id, step=job.step))
 
@@ -101,8 +103,9 @@ def _overlap_rows(job: PairJob, earlier: Spectra, later: Spectra, n_outputs: int
     return [
         table_row(job.later, asdict(row))
         | {"previous_step": job.earlier.step, "operator": operator, "block": block}
-        for (operator, block), pairs in earlier.items()
-        for row in overlap_rows(pairs, later[operator, block], n_outputs=n_outputs, top=top)
+        for (operator, block, end), pairs in earlier.items()
+        if end == "largest" and "@" not in operator
+        for row in overlap_rows(pairs, later[operator, block, end], n_outputs=n_outputs, top=top)
     ]
 
 
