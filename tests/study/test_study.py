@@ -323,7 +323,8 @@ def test_what_is_asked_for_and_not_computed_is_said(asked, line):
 
 def test_what_is_asked_for_and_computed_is_not_listed():
     angles = '[angles]\ngauges = ["adaptive"]\ndirections = ["update"]\nwindow = 9\nshadow = ["adam"]\n'
-    asked = f'{angles}[degeneracy]\n[trajectory]\n[surfaces]\n[curvature]\ntop = 3\nprobes = 2\noperators = ["ggn:layers"]\n'
+    later = "[degeneracy]\n[trajectory]\n[surfaces]\n"
+    asked = f'{angles}{later}[curvature]\ntop = 3\nprobes = 2\noperators = ["ggn:layers"]\n'
     assert study_from_table(tomllib.loads(SMALL + asked)).not_computed() == []
 
 
