@@ -59,7 +59,7 @@ class Waiting:
 
     def needed_steps(self, *whats: str) -> defaultdict[str, set[int]]:
         """By pack: the steps of which a follower needs the checkpoint, or what its analysis has left."""
-        steps: dict[str, set[int]] = defaultdict(set)
+        steps: defaultdict[str, set[int]] = defaultdict(set)
         for follower in self.followers:
             for event in follower.needs:
                 if event.what in whats:

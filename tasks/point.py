@@ -11,9 +11,9 @@ from lossray.curvature.operators import PackedHessian
 from lossray.networks.stack import Stack
 from lossray.storage.checkpoints import Checkpoint
 from lossray.study import Pack
-from lossray.training.datasets import Dataset, analysis_set
+from lossray.training.datasets import Dataset, analysis_set, on_device
 from lossray.training.optimizers import StackOptimizer
-from tasks.context import Context, dataset_of, loss_of, on_device, stack_of
+from tasks.context import Context, dataset_of, loss_of, stack_of
 from tasks.recorded import converted
 
 
