@@ -16,7 +16,7 @@ from lossray.training.datasets import Dataset, analysis_set
 from lossray.training.loop import train
 from lossray.training.optimizers import OPTIMIZERS
 from tasks.context import loss_of, stack_of
-from tasks.curvature import pairs_needed
+from tasks.geometry import asks_for_angles, gauge_pairs, pairs_needed
 from tasks.spectra import operators_asked
 
 TIMED_STEPS = 5
@@ -50,12 +50,13 @@ def estimate(pack_plan: PackPlan, plan: Plan, dataset: Dataset) -> Cost:
     spectra = list(_spectra(pack, study, dataset))
     gauges = _further_gauges(study, pack)
     products = sum(products_of(study.curvature, top, dim) for dim in spectra)
-    products += gauges * min(n_params, search_products(top)) + round(_direction_products(study))
+    pairs = gauge_pairs(study, dataset.n_outputs, n_params)
+    products += gauges * min(n_params, search_products(pairs)) + round(_direction_products(study))
     dense = sum(follower.kind == "degeneracy" for follower in pack_plan.followers)
     dense_products, dense_seconds = _dense_cost(study, pack, n_params)
     products = len(steps) * products + dense * dense_products
     window = len(steps) * study.angles.window * step_seconds
-    stored = sum(min(top, dim) * dim for dim in spectra) + gauges * top * n_params
+    stored = sum(min(top, dim) * dim for dim in spectra) + gauges * pairs * n_params
     vectors = 4 * len(pack.seeds) * stored * study.curvature.vectors
     return Cost(
         n_params=n_params,
@@ -83,7 +84,7 @@ def search_products(top: int) -> int:
 
 def _further_gauges(study: Study, pack: Pack) -> int:
     """Gauges in which the Hessian's eigenpairs are computed anew."""
-    if not (study.angles.directions or study.angles.window):
+    if not asks_for_angles(study):
         return 0
     scaled = pack.optimizer is not None and callable(OPTIMIZERS[pack.optimizer.name].scale)
     own = {"raw": False, "balanced": True, "adaptive": True, "preconditioned": scaled}

@@ -8,6 +8,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lossray.curvature.floor import structural_floor
     from lossray.curvature.matrices import (
         EmpiricalFisher,
         GaussNewton,
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
         Restricted,
         Scaled,
     )
+    from lossray.curvature.nullity import degeneracy
     from lossray.curvature.single import analyse, eigenpairs, spectral_density, trace
     from lossray.results import open_study
     from lossray.training.record import record
@@ -30,10 +32,12 @@ _HOMES = {
     "Restricted": "lossray.curvature.matrices",
     "Scaled": "lossray.curvature.matrices",
     "analyse": "lossray.curvature.single",
+    "degeneracy": "lossray.curvature.nullity",
     "eigenpairs": "lossray.curvature.single",
     "open_study": "lossray.results",
     "record": "lossray.training.record",
     "spectral_density": "lossray.curvature.single",
+    "structural_floor": "lossray.curvature.floor",
     "trace": "lossray.curvature.single",
 }
 
@@ -46,11 +50,13 @@ __all__ = [
     "Scaled",
     "__version__",
     "analyse",
+    "degeneracy",
     "eigenpairs",
     "main",
     "open_study",
     "record",
     "spectral_density",
+    "structural_floor",
     "trace",
 ]
 

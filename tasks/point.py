@@ -43,6 +43,7 @@ class Point:
     optimizer: StackOptimizer | None  # None: a recorded run's, which lossray does not know
     alive: Tensor  # [R] bool
     dataset: Dataset
+    checkpoint: Checkpoint  # as it was read
 
 
 def locate(job: CheckpointJob, checkpoint: Checkpoint, device: torch.device) -> Point:
@@ -56,7 +57,7 @@ def locate(job: CheckpointJob, checkpoint: Checkpoint, device: torch.device) -> 
     if job.pack.optimizer is not None:
         optimizer = StackOptimizer(job.pack.optimizer, theta, stack.layout)
         optimizer.load_state(checkpoint.optimizer)
-    return Point(stack, theta, buffers, optimizer, checkpoint.alive, dataset)
+    return Point(stack, theta, buffers, optimizer, checkpoint.alive, dataset, checkpoint)
 
 
 def objective_at(job: CheckpointJob, point: Point) -> StackObjective:
