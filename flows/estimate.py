@@ -5,51 +5,23 @@ The costs come from a few steps and products timed here, on the CPU, one setting
 
 import math
 import os
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 
+from flows.costs import Cost, estimate
 from flows.freeze import decide
 from flows.plan import PackPlan, Plan, make_plan
 from flows.progress import duration
 from flows.study import Request, check_request
-from lossray.curvature.analysis import TRACES_PER_PROBE, CurvatureSettings
-from lossray.curvature.layers import layers
-from lossray.curvature.operators import StackHessian
 from lossray.errors import StudyError
-from lossray.study import Pack, Study, load_study, partition
-from lossray.training.datasets import Dataset, analysis_set
-from lossray.training.loop import train
-from tasks.context import loss_of, stack_of
-from tasks.curvature import pairs_needed
-from tasks.spectra import operators_asked
+from lossray.study import load_study, partition
+from lossray.training.datasets import Dataset
 
-TIMED_STEPS = 5
-TIMED_PRODUCTS = 2
-TABLE_BYTES = 100_000  # of a pack's checkpoint in parts/ and tables/: a few hundred rows in small files
 NO_STORE = "memory://dry-run"  # empty, and gone with the process
 STARTUP_SECONDS = 6.0  # of Ray
 WORKER_SECONDS = 5.0  # of a training actor, one for each pack: a Python process that imports torch
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Estimated cost of one pack."""
-
-    n_params: int
-    products: int  # Hessian-vector products, each for all members at once
-    training_seconds: float
-    curvature_seconds: float
-    disk_bytes: int
-
-    @property
-    def seconds(self) -> float:
-        """On one core."""
-        return self.training_seconds + self.curvature_seconds
 
 
 def dry_run(study: str, out: str | None, overrides: Sequence[str] = ()) -> str:
@@ -92,48 +64,6 @@ def _size(plan: PackPlan) -> tuple[str, int, int]:
     return plan.pack.setting_id, len(plan.pack.seeds), len(plan.checkpoint_keys)
 
 
-def estimate(pack_plan: PackPlan, plan: Plan, dataset: Dataset) -> Cost:
-    """The cost of one pack, from a few timed steps and products."""
-    study, pack, steps = plan.study, pack_plan.pack, pack_plan.checkpoint_keys
-    n_params, step_seconds, state_bytes = _time_training(pack, study, dataset)
-    top = pairs_needed(study, dataset.n_outputs, n_params)
-    spectra = list(_spectra(pack, study, dataset))
-    products = sum(products_of(study.curvature, top, dim) for dim in spectra)
-    products = len(steps) * (products + len(study.angles.directions))
-    stored = sum(min(top, dim) * dim for dim in spectra)
-    vectors = 4 * len(pack.seeds) * stored * study.curvature.vectors
-    return Cost(
-        n_params=n_params,
-        products=products,
-        training_seconds=step_seconds * study.training.steps,
-        curvature_seconds=products * _time_product(pack, plan, dataset),
-        disk_bytes=len(steps) * (state_bytes + vectors + TABLE_BYTES),
-    )
-
-
-def products_of(settings: CurvatureSettings, top: int, dim: int) -> int:
-    """About how many products the analysis of an operator of size ``dim`` takes.
-
-    As observed: three for each pair and a few more to find and certify them at both ends; the probes' steps,
-    of which the complement of the pairs needs a sixth; and the products for the trace.
-    """
-    search = 4 * top + 16
-    probing = settings.probes * (settings.steps // 6 + TRACES_PER_PROBE)
-    return min(dim, search + probing)
-
-
-def _spectra(pack: Pack, study: Study, dataset: Dataset) -> Iterator[int]:
-    """The sizes of all operators and blocks that are analysed at a checkpoint."""
-    dtype = getattr(torch, study.training.dtype)
-    stack, _, _ = stack_of(pack, dataset, dtype=dtype, device=torch.device("cpu"))
-    blocks = layers(stack.layout)
-    sizes = dict(zip(stack.layout.names, stack.layout.sizes, strict=True))
-    for with_layers in operators_asked(study).values():
-        yield stack.dim
-        for names in blocks.values() if with_layers else ():
-            yield sum(sizes[name] for name in names)
-
-
 def wall_seconds(costs: Sequence[Cost], slots: int) -> float:
     """Wall time of all packs with ``slots`` tasks at a time, one of which is kept for curvature.
 
@@ -142,41 +72,6 @@ def wall_seconds(costs: Sequence[Cost], slots: int) -> float:
     training = [WORKER_SECONDS + cost.training_seconds for cost in costs]
     work = sum(training) + sum(cost.curvature_seconds for cost in costs)
     return STARTUP_SECONDS + max(work / slots, sum(training) / max(1, slots - 1), *training)
-
-
-def _time_training(pack: Pack, study: Study, dataset: Dataset) -> tuple[int, float, int]:
-    """Parameters, seconds per step, and bytes of a checkpoint; a recorded run is trained and on disk."""
-    dtype = getattr(torch, study.training.dtype)
-    stack, theta, buffers = stack_of(pack, dataset, dtype=dtype, device=torch.device("cpu"))
-    if pack.recorded is not None or pack.optimizer is None:
-        return stack.dim, 0.0, 0
-    few = {"steps": TIMED_STEPS, "checkpoints": {"steps": [0, 1, TIMED_STEPS]}}
-    training = type(study.training).model_validate({**study.training.plain(), **few})
-    names: dict[str, Any] = {"pack_id": pack.pack_id, "seeds": pack.seeds}
-    segments = list(train(stack, theta, buffers, pack.optimizer, training, dataset, **names))
-    last = segments[-1]
-    groups = (last.parameters, last.buffers, last.optimizer)
-    size = sum(tensor.numel() * tensor.element_size() for group in groups for tensor in group.values())
-    evaluation = segments[0].seconds
-    per_step = max(0.0, last.seconds - evaluation) / (TIMED_STEPS - 1)  # the first step warms up
-    return stack.dim, per_step, size
-
-
-def _time_product(pack: Pack, plan: Plan, dataset: Dataset) -> float:
-    """Seconds of a Hessian-vector product for all members."""
-    settings = plan.study.curvature
-    dtype = getattr(torch, settings.dtype)
-    stack, theta, buffers = stack_of(pack, dataset, dtype=dtype, device=torch.device("cpu"))
-    examples = analysis_set(dataset, settings.examples)
-    batch = (examples.inputs, examples.targets)
-    hessian = StackHessian(
-        stack, theta, buffers, loss_of(plan.context), [batch], mode=pack.product_mode, dtype=dtype
-    )
-    hessian.apply(theta)
-    started = time.perf_counter()
-    for _ in range(TIMED_PRODUCTS):
-        hessian.apply(theta)
-    return (time.perf_counter() - started) / TIMED_PRODUCTS
 
 
 def _packs(plan: Plan, costs: Sequence[Cost]) -> list[str]:

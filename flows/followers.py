@@ -1,7 +1,7 @@
 """Jobs that wait for others: what each needs to have happened, and who can start when something has."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -57,9 +57,9 @@ class Waiting:
                 ready.append(follower)
         return ready
 
-    def needed_steps(self, *whats: str) -> Mapping[str, set[int]]:
+    def needed_steps(self, *whats: str) -> defaultdict[str, set[int]]:
         """By pack: the steps of which a follower needs the checkpoint, or what its analysis has left."""
-        steps: dict[str, set[int]] = defaultdict(set)
+        steps: defaultdict[str, set[int]] = defaultdict(set)
         for follower in self.followers:
             for event in follower.needs:
                 if event.what in whats:

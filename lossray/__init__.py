@@ -8,6 +8,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lossray.curvature.floor import structural_floor
     from lossray.curvature.matrices import (
         EmpiricalFisher,
         GaussNewton,
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
         Restricted,
         Scaled,
     )
+    from lossray.curvature.nullity import degeneracy
     from lossray.curvature.single import analyse, eigenpairs, spectral_density, trace
     from lossray.networks.rescaling import balance, rescale
     from lossray.results import open_study
@@ -32,11 +34,13 @@ _HOMES = {
     "Scaled": "lossray.curvature.matrices",
     "analyse": "lossray.curvature.single",
     "balance": "lossray.networks.rescaling",
+    "degeneracy": "lossray.curvature.nullity",
     "eigenpairs": "lossray.curvature.single",
     "open_study": "lossray.results",
     "record": "lossray.training.record",
     "rescale": "lossray.networks.rescaling",
     "spectral_density": "lossray.curvature.single",
+    "structural_floor": "lossray.curvature.floor",
     "trace": "lossray.curvature.single",
 }
 
@@ -50,12 +54,14 @@ __all__ = [
     "__version__",
     "analyse",
     "balance",
+    "degeneracy",
     "eigenpairs",
     "main",
     "open_study",
     "record",
     "rescale",
     "spectral_density",
+    "structural_floor",
     "trace",
 ]
 

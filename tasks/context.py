@@ -1,7 +1,7 @@
 """What a task needs to know of its study, and what it takes from the machine it runs on."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import ray
@@ -14,7 +14,7 @@ from lossray.networks.models import build_model
 from lossray.networks.stack import Loss, Stack, build_stack, stack_models
 from lossray.plugins import check_imported
 from lossray.study import Pack, Study
-from lossray.training.datasets import Dataset, Split, load_dataset
+from lossray.training.datasets import Dataset, load_dataset
 
 
 @dataclass(frozen=True)
@@ -54,16 +54,6 @@ def dataset_of(context: Context, dtype: torch.dtype) -> Dataset:
         _datasets.clear()
         _datasets[name] = dataset
     return _datasets[name]
-
-
-def on_device(dataset: Dataset, device: torch.device) -> Dataset:
-    """The data with every split on ``device``."""
-
-    def moved(split: Split) -> Split:
-        return Split(split.inputs.to(device), split.targets.to(device))
-
-    train, validation, test = moved(dataset.train), moved(dataset.validation), moved(dataset.test)
-    return replace(dataset, train=train, validation=validation, test=test)
 
 
 def loss_of(context: Context) -> Loss:

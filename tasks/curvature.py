@@ -1,44 +1,28 @@
-"""Analyse one checkpoint of one pack: the spectra that [curvature] asks for, directions, angles.
+"""Analyse one checkpoint of one pack: the spectra that [curvature] asks for, and geometry from the Hessian.
 
 All members are analysed at once. One that has diverged is left out of every computation; its rows are null.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import ClassVar
 
 import ray
 import torch
-from torch import Tensor
 
 from lossray.curvature.analysis import Analysis, packed_analysis
-from lossray.curvature.objectives import StackObjective
-from lossray.curvature.operators import PackedHessian
 from lossray.curvature.pairs import EigenPairs
-from lossray.curvature.transforms import PointOperator
 from lossray.geometry import vectors
-from lossray.geometry.angles import angle_rows, subspaces
-from lossray.geometry.directions import direction_rows
-from lossray.networks.stack import Stack
+from lossray.geometry.vectors import Name
 from lossray.seeds import stream
-from lossray.storage.checkpoints import Checkpoint, read_checkpoint
+from lossray.storage.checkpoints import read_checkpoint
 from lossray.storage.store import Store
-from lossray.study import Pack, Study
+from lossray.study import Pack
 from lossray.study.keys import CURVATURE_TABLES
-from lossray.training.datasets import Dataset, analysis_fingerprint, analysis_set
-from lossray.training.loop import step_gradient
-from lossray.training.optimizers import StackOptimizer, learning_rate
-from tasks.context import (
-    Context,
-    dataset_of,
-    device_name,
-    local_device,
-    loss_of,
-    on_device,
-    prepare_worker,
-    stack_of,
-)
+from lossray.training.datasets import analysis_fingerprint, analysis_set
+from tasks.context import Context, dataset_of, device_name, local_device, prepare_worker
+from tasks.geometry import geometry_at, pairs_needed
+from tasks.point import Point, locate, objective_at
 from tasks.record import Attempt, Stopwatch
-from tasks.recorded import converted
 from tasks.spectra import (
     HESSIAN,
     Named,
@@ -75,15 +59,18 @@ def analyse_checkpoint(job: CurvatureJob, device: torch.device | None = None) ->
     checkpoint = read_checkpoint(store, job.pack.pack_id, job.step, device)
     point = locate(job, checkpoint, device)
     rows: dict[str, list[Row]] = {name: [] for name in CURVATURE_TABLES}
-    spectra: dict[tuple[str, str], EigenPairs] = {}
+    spectra: dict[Name, EigenPairs] = {}
     scale = point.optimizer.scale() if point.optimizer else None
     objective, mode = objective_at(job, point), job.pack.product_mode
     for named in operators_of(job.context.study, objective, mode=mode, scale=scale):
         analysis = _analyse(job, point, named)
-        spectra[named.key] = analysis.pairs
+        spectra[*named.key, "largest"] = analysis.pairs
+        spectra[*named.key, "smallest"] = analysis.smallest
         _add_spectrum(rows, job, point, named, analysis)
         if named.key == HESSIAN:
-            _add_directions(rows, job, point, named.operator, analysis)
+            geometry = geometry_at(job, point, named.operator, analysis)
+            rows |= geometry.rows
+            spectra |= geometry.spectra
     if job.context.study.curvature.vectors:
         content = vectors.dumps(spectra, key=job.key)
         store.write_bytes(store.vectors_path(job.pack.pack_id, job.step), content)
@@ -103,51 +90,6 @@ def warm_up(context: Context) -> None:
     """Make a worker ready: import what an analysis needs, and read the data."""
     prepare_worker(1)
     dataset_of(context, getattr(torch, context.study.training.dtype))
-
-
-@dataclass(frozen=True)
-class Point:
-    """Where a pack stands at one checkpoint, in the training dtype."""
-
-    stack: Stack
-    theta: Tensor  # [R, d]; diverged members at their last finite parameters
-    buffers: dict[str, Tensor]  # name -> [R, *shape]
-    optimizer: StackOptimizer | None  # None: a recorded run's, which lossray does not know
-    alive: Tensor  # [R] bool
-    dataset: Dataset
-
-
-def locate(job: CurvatureJob, checkpoint: Checkpoint, device: torch.device) -> Point:
-    """The pack at the checkpoint that the job is about, on ``device``."""
-    dtype = getattr(torch, job.context.study.training.dtype)
-    dataset = on_device(dataset_of(job.context, dtype), device)
-    stack, _, _ = stack_of(job.pack, dataset, dtype=dtype, device=device)
-    theta = stack.layout.join(checkpoint.parameters).to(dtype)  # a recorded run may have had another
-    buffers = converted(checkpoint.buffers, device, dtype)
-    optimizer = None
-    if job.pack.optimizer is not None:
-        optimizer = StackOptimizer(job.pack.optimizer, theta, stack.layout)
-        optimizer.load_state(checkpoint.optimizer)
-    return Point(stack, theta, buffers, optimizer, checkpoint.alive, dataset)
-
-
-def objective_at(job: CurvatureJob, point: Point) -> StackObjective:
-    """The losses on the analysis set; a diverged member's is NaN, which keeps it out of everything."""
-    settings = job.context.study.curvature
-    examples = analysis_set(point.dataset, settings.examples)
-    return StackObjective(
-        point.stack,
-        point.theta.masked_fill(~point.alive[:, None], float("nan")),
-        point.buffers,
-        loss_of(job.context),
-        [(examples.inputs, examples.targets)],
-        dtype=getattr(torch, settings.dtype),
-    )
-
-
-def hessian_at(job: CurvatureJob, point: Point) -> PackedHessian:
-    """The members' Hessians."""
-    return PackedHessian(objective_at(job, point), mode=job.pack.product_mode)
 
 
 def _analyse(job: CurvatureJob, point: Point, named: Named) -> Analysis:
@@ -184,53 +126,3 @@ def _add_spectrum(
     rows["eigenvalues"] += eigenvalue_rows(keys, analysis)
     rows["density"] += density_rows(keys, analysis)
     rows["curvature"] += curvature_rows(keys, analysis, named.operator, shared)
-
-
-def _add_directions(
-    rows: dict[str, list[Row]], job: CurvatureJob, point: Point, operator: PointOperator, analysis: Analysis
-) -> None:
-    directions = _directions(job, point, analysis)
-    found = direction_rows(directions, operator, analysis.gradient)
-    rows["directions"] += [table_row(job, asdict(row)) for row in found]
-    angles = angle_rows(directions, analysis.pairs, n_outputs=point.dataset.n_outputs)
-    rows["angles"] += [table_row(job, asdict(row)) for row in angles]
-
-
-def pairs_needed(study: Study, n_outputs: int, dim: int) -> int:
-    """As many eigenpairs as [curvature] asks for, and as the subspaces of [angles] need; d at most."""
-    needed = subspaces(n_outputs, dim).values() if study.angles.directions else ()
-    return min(max(study.curvature.top, *needed, 1), dim)
-
-
-def _directions(job: CurvatureJob, point: Point, analysis: Analysis) -> dict[str, Tensor]:
-    """Vectors [R, d] by name; those that do not exist (momentum at step 0) are missing."""
-    study = job.context.study
-    known = {
-        "gradient": analysis.gradient,
-        **_next_step(job, point),
-        "momentum": point.optimizer.momentum() if point.optimizer else None,
-    }
-    alive = point.alive[:, None]
-    return {
-        name: vector.double().masked_fill(~alive, float("nan"))
-        for name, vector in known.items()
-        if vector is not None and name in study.angles.directions
-    }
-
-
-def _next_step(job: CurvatureJob, point: Point) -> dict[str, Tensor]:
-    """What the run does next; of a recorded one the next batch is not known."""
-    pack, study = job.pack, job.context.study
-    if pack.recorded is not None or pack.optimizer is None or point.optimizer is None:
-        return {}
-    args = (point.stack, point.theta, point.buffers, loss_of(job.context), point.dataset)
-    _, minibatch_gradient = step_gradient(*args, study.training, pack.seeds, job.step)
-    lr = learning_rate(pack.optimizer, job.step, study.training.steps)
-    update = point.optimizer.virtual_update(minibatch_gradient, lr)
-    return {"minibatch_gradient": minibatch_gradient, "update": update}
-
-
-def table_row(job: CurvatureJob, row: Row) -> Row:
-    """A row of the geometry room, its member named by its run."""
-    member = row.pop("member")
-    return {"run_id": job.pack.run_ids[member], "step": job.step, **row}

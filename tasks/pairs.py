@@ -4,6 +4,7 @@ The displacement u = theta(later) - theta(earlier) is a direction of the *earlie
 gradient and eigenspaces it is held against. A member that has diverged at either checkpoint has null rows.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
@@ -11,21 +12,24 @@ import ray
 import torch
 from torch import Tensor
 
-from lossray.curvature.operators import PackedHessian
 from lossray.curvature.pairs import EigenPairs
 from lossray.geometry import vectors
-from lossray.geometry.angles import angle_rows
-from lossray.geometry.directions import direction_rows
+from lossray.geometry.directions import Reference, direction_rows, measure, share_rows
+from lossray.geometry.finite_step import finite_steps
 from lossray.geometry.overlaps import overlap_rows
+from lossray.geometry.vectors import Name
 from lossray.storage.checkpoints import read_checkpoint
 from lossray.storage.store import Store
 from lossray.study import Pack, pair_tables
 from tasks.context import Context, dataset_of, device_name, local_device, prepare_worker
-from tasks.curvature import CurvatureJob, hessian_at, locate, table_row
+from tasks.curvature import CurvatureJob
+from tasks.gauges import gauges_at, stored_ends
+from tasks.geometry import angles_in, table_row
+from tasks.point import Point, hessian_at, locate, objective_at
 from tasks.record import Attempt, Stopwatch
 from tasks.spectra import HESSIAN, Row
 
-Spectra = dict[tuple[str, str], EigenPairs]  # by operator and block
+Spectra = dict[Name, EigenPairs]  # by operator, block and end
 
 
 @dataclass(frozen=True)
@@ -75,12 +79,10 @@ def compare_checkpoints(job: PairJob, device: torch.device | None = None) -> Non
         rows = _overlap_rows(job, spectra, _read_spectra(store, job.later, device), n_outputs)
         store.publish("overlaps", job.key, rows)
     if "directions" in wanted:
-        displacement, operator = _displacement(job, store, device)
-        found = direction_rows(displacement, operator, operator.gradient)
-        store.publish("directions", job.key, [table_row(job.earlier, asdict(row)) for row in found])
+        point, displacement = _displacement(job, store, device)
+        _publish_displacement(job, store, point, displacement)
     if "angles" in wanted:
-        angles = angle_rows(displacement, spectra[HESSIAN], n_outputs=n_outputs)
-        store.publish("angles", job.key, [table_row(job.earlier, asdict(row)) for row in angles])
+        store.publish("angles", job.key, _angle_rows(job, point, spectra, displacement))
     store.commit(watch.record(job.key, job.kind, pack_id=job.pack.pack_id, step=job.step))
 
 
@@ -101,19 +103,59 @@ def _overlap_rows(job: PairJob, earlier: Spectra, later: Spectra, n_outputs: int
     return [
         table_row(job.later, asdict(row))
         | {"previous_step": job.earlier.step, "operator": operator, "block": block}
-        for (operator, block), pairs in earlier.items()
-        for row in overlap_rows(pairs, later[operator, block], n_outputs=n_outputs, top=top)
+        for (operator, block, end), pairs in earlier.items()
+        if end == "largest" and "@" not in operator
+        for row in overlap_rows(pairs, later[operator, block, end], n_outputs=n_outputs, top=top)
     ]
 
 
-def _displacement(
-    job: PairJob, store: Store, device: torch.device
-) -> tuple[dict[str, Tensor], PackedHessian]:
-    """The way to the later checkpoint, [R, d] by its name, and the Hessians at the earlier one."""
+def _displacement(job: PairJob, store: Store, device: torch.device) -> tuple[Point, dict[str, Tensor]]:
+    """The pack at the earlier checkpoint, and the way to the later one, [R, d] by its name."""
     before, after = (
         read_checkpoint(store, side.pack.pack_id, side.step, device) for side in (job.earlier, job.later)
     )
     point = locate(job.earlier, before, device)
     moved = point.stack.layout.join(after.parameters).to(point.theta.dtype).double() - point.theta.double()
     dead = ~(before.alive & after.alive)[:, None]
-    return {"displacement": moved.masked_fill(dead, float("nan"))}, hessian_at(job.earlier, point)
+    return point, {"displacement": moved.masked_fill(dead, float("nan"))}
+
+
+def _publish_displacement(
+    job: PairJob, store: Store, point: Point, displacement: Mapping[str, Tensor]
+) -> None:
+    """The displacement's rows of `directions` and `shares`."""
+    hessian = hessian_at(job.earlier, point)
+    measured = measure(displacement, hessian)
+    reference = _reference(job.earlier, store, hessian.gradient)
+    steps = finite_steps(objective_at(job.earlier, point), displacement)
+    rows = direction_rows(measured, reference, steps)
+    store.publish("directions", job.key, [table_row(job.earlier, asdict(row)) for row in rows])
+    shares = share_rows(measured, point.stack.layout)
+    store.publish("shares", job.key, [table_row(job.earlier, asdict(row)) for row in shares])
+
+
+def _reference(side: CurvatureJob, store: Store, gradient: Tensor) -> Reference:
+    """What the analysis of one side has found of the Hessian as a whole."""
+    name, block = HESSIAN
+    table = store.read_table(store.part_path("curvature", side.key), "curvature")
+    rows = {
+        row["run_id"]: row for row in table.to_pylist() if (row["operator"], row["block"]) == (name, block)
+    }
+
+    def column(key: str) -> Tensor:
+        values = [rows[run_id][key] for run_id in side.pack.run_ids]
+        return gradient.new_tensor([float("nan") if value is None else value for value in values])
+
+    return Reference(gradient, column("trace"), column("trace_stderr"), column("lambda_max"))
+
+
+def _angle_rows(
+    job: PairJob, point: Point, spectra: Spectra, displacement: Mapping[str, Tensor]
+) -> list[Row]:
+    """The displacement's rows of `angles`, in every gauge of the earlier checkpoint."""
+    rows = []
+    for gauge in gauges_at(job.context.study, job.pack, point).values():
+        ends = stored_ends(spectra, gauge)
+        if ends is not None:
+            rows += angles_in(job.earlier, point, gauge, ends, displacement)
+    return rows

@@ -8,9 +8,10 @@ import torch
 from lossray.storage.checkpoints import Checkpoint, read_checkpoint
 from lossray.storage.store import Store
 from lossray.study import Pack
+from lossray.training.datasets import on_device
 from lossray.training.evaluation import evaluate
 from lossray.training.log import EVALUATED, masked
-from tasks.context import Context, dataset_of, loss_of, on_device, stack_of
+from tasks.context import Context, dataset_of, loss_of, stack_of
 
 
 def recorded_checkpoints(

@@ -134,6 +134,7 @@ def _train_on(job: TrainingJob, newest: Checkpoint | None, device: torch.device)
         pack_id=job.pack.pack_id,
         seeds=job.pack.seeds,
         resume=newest,
+        shadow=job.context.study.angles.shadow,
     )
 
 

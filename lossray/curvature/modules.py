@@ -87,6 +87,13 @@ class ModuleObjective:
         self._sizes: list[int | None] = []
         self._check_data()
 
+    @property
+    def source(self) -> tuple[nn.Module, Loss, Iterable[Any]] | None:
+        """Model, loss and data as they were given; None with a closure, or in train mode."""
+        if self.loss is None or self.train:
+            return None
+        return self._model, self.loss, self._data
+
     def to(self, dtype: torch.dtype) -> "ModuleObjective":
         """The same objective in another dtype, from the original parameters and data."""
         other = copy.copy(self)

@@ -21,6 +21,7 @@ from lossray.errors import ModelError
 from lossray.networks.losses import Loss
 from lossray.networks.stack import Layout, Stack
 
+EXAMPLES_AT_ONCE = 4096  # in a forward pass without a graph
 SAMPLED_EXAMPLES = 64  # of a batch, to see whether its loss is a mean
 SAME_MEAN = 1e-4  # relative difference of two ways to take one mean, float32 rounding included
 
@@ -189,6 +190,16 @@ class StackObjective:
         dtype = self.dtype if buffer.is_floating_point() else buffer.dtype
         dead = self.dead.view(-1, *[1] * (buffer.ndim - 1))
         return buffer.to(dtype, copy=True).masked_fill_(dead, 1)
+
+
+def mean_losses(objective: StackObjective, theta: Tensor) -> Tensor:
+    """Mean losses [R], float64, at any parameters [R, d], without a graph; of dead members anything."""
+    total = torch.zeros(theta.shape[0], dtype=torch.float64, device=theta.device)
+    with torch.no_grad():
+        for batch in objective.batches():
+            for part in batch.split(EXAMPLES_AT_ONCE):
+                total += part.share * objective.losses(theta, part).double()
+    return total
 
 
 def example_losses(loss: Loss, outputs: Tensor, targets: Any) -> Tensor:

@@ -7,20 +7,22 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import Field, field_validator
-from scipy.special import betainc, betaincc
 from torch import Tensor
 
 from lossray.curvature.pairs import EigenPairs
 from lossray.geometry.directions import unit_vectors
+from lossray.geometry.gauges import Gauge
+from lossray.geometry.nulls import LayerNull, null_p_values
 from lossray.names import unknown_name
+from lossray.networks.stack import Layout
 from lossray.settings import Settings
 from lossray.training.optimizers import OPTIMIZERS
 
-Array = NDArray[np.float64]
-Direction = Literal["gradient", "minibatch_gradient", "update", "momentum", "displacement"]
-Gauge = Literal["raw", "balanced", "adaptive", "preconditioned"]
+Direction = Literal[
+    "gradient", "minibatch_gradient", "update", "momentum", "preconditioned_gradient", "displacement"
+]
+GaugeName = Literal["raw", "balanced", "adaptive", "preconditioned"]
 
 RESOLVED = 0.1  # largest residual / gap, which bounds the sine of the eigenspace's own error
 
@@ -42,7 +44,7 @@ class AnglesSettings(Settings):
         "momentum",
         "displacement",
     )
-    gauges: Annotated[tuple[Gauge, ...], Field(strict=False, min_length=1)] = (
+    gauges: Annotated[tuple[GaugeName, ...], Field(strict=False, min_length=1)] = (
         "raw",
         "balanced",
         "adaptive",
@@ -75,65 +77,110 @@ class AngleRow:
     member: int
     direction: str
     gauge: str
-    subspace: str  # "v1", "top5", ...
+    subspace: str  # "v1", "top5", ..., "vmin"
     cosine: float  # of the angle between the direction and the subspace, >= 0
     angle_degrees: float  # 0 to 90
     energy: float  # chi^2: the direction's share inside the subspace
     null_ratio: float  # chi^2 d / k: 1 on average for random directions
     null_p: float  # P(Beta(k/2, (d-k)/2) >= chi^2)
     null_p_lower: float  # P(Beta(k/2, (d-k)/2) <= chi^2)
+    sign_flip_null: float  # mean energy over random signs of the direction's components
+    layer_null: float  # mean energy of random directions with its norm in every layer
     k: int
-    dim: int
+    dim: int  # coordinates that the gauge keeps
+    dropped: int  # the others
     resolved: bool | None  # whether the subspace is known to RESOLVED; None for a dead member
 
 
+@dataclass(frozen=True)
+class Eigenspace:
+    """A subspace spanned by eigenvectors of R members."""
+
+    name: str
+    basis: Tensor  # [R, k, d] orthonormal rows
+    resolved: list[bool | None]  # [R]
+
+
 def subspaces(n_outputs: int, dim: int) -> dict[str, int]:
-    """Dimension k < d by name: the top eigenvector, the top 5, and the top C - 1 and C for C outputs."""
-    sizes = {"v1": 1} | {f"top{k}": k for k in sorted({5, n_outputs - 1, n_outputs}) if k > 1}
+    """Dimension k < d by name: the top eigenvector, the top 5, C - 1, C and 2 C for C outputs."""
+    wanted = sorted({5, n_outputs - 1, n_outputs, 2 * n_outputs})
+    sizes = {"v1": 1} | {f"top{k}": k for k in wanted if k > 1}
     return {name: k for name, k in sizes.items() if k < dim}
 
 
+def eigenspaces(pairs: EigenPairs, smallest: EigenPairs | None, *, n_outputs: int) -> list[Eigenspace]:
+    """The leading eigenspaces for which there are pairs enough, and that of the smallest eigenvalue."""
+    spaces = [
+        Eigenspace(name, pairs.vectors[:, :k], subspace_resolved(pairs, k))
+        for name, k in subspaces(n_outputs, pairs.vectors.shape[2]).items()
+        if k <= len(pairs)
+    ]
+    if smallest is not None and smallest.vectors.shape[2] > 1:
+        spaces.append(Eigenspace("vmin", smallest.vectors[:, :1], _smallest_resolved(smallest)))
+    return spaces
+
+
 def angle_rows(
-    directions: Mapping[str, Tensor], pairs: EigenPairs, *, n_outputs: int, gauge: str = "raw"
+    directions: Mapping[str, Tensor],
+    pairs: EigenPairs,
+    *,
+    n_outputs: int,
+    layout: Layout,
+    gauge: Gauge | None = None,
+    smallest: EigenPairs | None = None,
 ) -> list[AngleRow]:
     """One row per direction, subspace and member.
 
-    Subspaces of more dimensions than there are pairs are left out.
-
     Args:
-        directions: vectors [R, d] by name, in the gauge of the pairs.
-        pairs: leading eigenpairs of the members.
+        directions: vectors [R, d] by name, in the gauge.
+        pairs: leading eigenpairs of the members, in the gauge.
         n_outputs: classes or outputs C, which decides the subspaces.
-        gauge: label of the rows.
+        layout: how d divides into parameters, for the layer-matched null.
+        gauge: whose coordinates these are; None for the parameters as they are.
+        smallest: the pair of the smallest eigenvalue, in the gauge.
     """
-    dim = pairs.vectors.shape[2]
+    n_members, dim = pairs.vectors.shape[0], pairs.vectors.shape[2]
+    kept = torch.ones(n_members, dim, dtype=torch.bool, device=pairs.vectors.device)
+    if gauge is not None:
+        kept = gauge.scale != 0
+    nulls = LayerNull(layout, kept)
     rows = []
-    for subspace, k in subspaces(n_outputs, dim).items():
-        if k > len(pairs):
-            continue
-        resolved = subspace_resolved(pairs, k)
+    for space in eigenspaces(pairs, smallest, n_outputs=n_outputs):
         for name, vectors in directions.items():
-            chi2, rest = (share.cpu().numpy() for share in _split_energy(vectors, pairs.vectors[:, :k]))
-            upper, lower = null_p_values(chi2, rest, k, dim)
-            rows += [
-                AngleRow(
-                    member=r,
-                    direction=name,
-                    gauge=gauge,
-                    subspace=subspace,
-                    cosine=float(np.sqrt(chi2[r])),
-                    angle_degrees=float(np.degrees(np.arctan2(np.sqrt(rest[r]), np.sqrt(chi2[r])))),
-                    energy=float(chi2[r]),
-                    null_ratio=float(chi2[r] * dim / k),
-                    null_p=float(upper[r]),
-                    null_p_lower=float(lower[r]),
-                    k=k,
-                    dim=dim,
-                    resolved=resolved[r],
-                )
-                for r in range(len(chi2))
-            ]
+            rows += _rows(name, vectors, space, nulls, gauge.name if gauge else "raw")
     return rows
+
+
+def _rows(direction: str, vectors: Tensor, space: Eigenspace, nulls: LayerNull, gauge: str) -> list[AngleRow]:
+    """The rows of one direction and one eigenspace."""
+    k, dims = space.basis.shape[1], nulls.kept.sum(dim=1).cpu().numpy()
+    units, _ = unit_vectors(vectors)
+    chi2, rest = (share.cpu().numpy() for share in _split_energy(units, space.basis))
+    upper, lower = null_p_values(chi2, rest, k, dims)
+    weights = space.basis.square().sum(dim=1)
+    flips = (units.square() * weights).sum(dim=1).tolist()
+    layered = nulls.expected(units.square(), weights).tolist()
+    return [
+        AngleRow(
+            member=r,
+            direction=direction,
+            gauge=gauge,
+            subspace=space.name,
+            cosine=float(np.sqrt(chi2[r])),
+            angle_degrees=float(np.degrees(np.arctan2(np.sqrt(rest[r]), np.sqrt(chi2[r])))),
+            energy=float(chi2[r]),
+            null_ratio=float(chi2[r] * dims[r] / k),
+            null_p=float(upper[r]),
+            null_p_lower=float(lower[r]),
+            sign_flip_null=flips[r],
+            layer_null=layered[r],
+            k=k,
+            dim=int(dims[r]),
+            dropped=nulls.kept.shape[1] - int(dims[r]),
+            resolved=space.resolved[r],
+        )
+        for r in range(len(chi2))
+    ]
 
 
 def subspace_resolved(pairs: EigenPairs, k: int) -> list[bool | None]:
@@ -150,24 +197,19 @@ def subspace_resolved(pairs: EigenPairs, k: int) -> list[bool | None]:
     return [None if gone else flag for gone, flag in zip(dead.tolist(), known.tolist(), strict=True)]
 
 
-def null_p_values(chi2: Array, rest: Array, k: int, dim: int) -> tuple[Array, Array]:
-    """P(B >= chi^2) and P(B <= chi^2), B ~ Beta(k/2, (d-k)/2): the null of random directions (SCIENCE 2.11).
+def _smallest_resolved(pairs: EigenPairs) -> list[bool | None]:
+    """Likewise of the smallest eigenvalue's vector; no further search confirms that nothing lies below."""
+    gap = pairs.complement - pairs.values[:, 0]
+    known = pairs.converged[:, 0] & (gap > 0) & (pairs.residuals[:, 0] <= RESOLVED * gap)
+    dead = torch.isnan(pairs.values[:, 0])
+    return [None if gone else flag for gone, flag in zip(dead.tolist(), known.tolist(), strict=True)]
 
-    Args:
-        chi2: energies inside the subspace, [n].
-        rest: 1 - chi2, as accurate as chi2 itself: it decides the upper tail near 1.
-        k: dimension of the subspace.
-        dim: dimension of the space.
+
+def _split_energy(units: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """Energies of unit vectors [R, d] inside and outside the rows of ``basis`` [R, k, d].
+
+    Each is accurate where it is small.
     """
-    a, b = k / 2, (dim - k) / 2
-    low = chi2 <= rest
-    upper = np.where(low, betaincc(a, b, chi2), betainc(b, a, rest))
-    return upper, np.where(low, betainc(a, b, chi2), betaincc(b, a, rest))
-
-
-def _split_energy(vectors: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """Shares of |u|^2 inside and outside the rows of ``basis`` [R, k, d]; each accurate where it is small."""
-    units, _ = unit_vectors(vectors)
     inside = torch.einsum("rkd,rd->rk", basis, units)
     rest = units - torch.einsum("rkd,rk->rd", basis, inside)
     chi2, outside = inside.square().sum(dim=1), rest.square().sum(dim=1)

@@ -1,4 +1,4 @@
-"""Curvature along directions: rows of the `directions` table."""
+"""Curvature along directions, as a whole and layer by layer: rows of `directions` and `shares`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,7 +6,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lossray.curvature.layers import layers
 from lossray.curvature.pairs import PackedOperator
+from lossray.geometry.finite_step import FiniteStep
+from lossray.geometry.nulls import layer_index, layer_sums
+from lossray.networks.stack import Layout
+
+
+@dataclass(frozen=True)
+class Along:
+    """One direction of R members, and the Hessian along it; NaN where the direction is zero or not finite."""
+
+    units: Tensor  # [R, d] u / |u|, float64
+    norms: Tensor  # [R] |u|
+    products: Tensor  # [R, d] H u / |u|
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the curvature along a direction is held against."""
+
+    gradient: Tensor  # [R, d] of the analysis set
+    trace: Tensor  # [R]; NaN where it is not known
+    trace_stderr: Tensor  # [R]
+    lambda_max: Tensor  # [R]
 
 
 @dataclass(frozen=True)
@@ -17,29 +40,85 @@ class DirectionRow:
     direction: str
     norm: float  # |u|
     curvature: float  # u'Hu / u'u
+    finite_step_curvature: float  # see `FiniteStep`
+    finite_step_curvature_noise: float
+    step_norm: float
+    relative_curvature: float  # curvature over trace / d
+    relative_curvature_stderr: float
+    sharpness_share: float  # curvature over lambda_max
     cosine_with_gradient: float  # cosine of the angle to the gradient of the analysis set
 
 
-def direction_rows(
-    directions: Mapping[str, Tensor], operator: PackedOperator, gradient: Tensor
-) -> list[DirectionRow]:
-    """One row per direction and member, for one product per direction.
+@dataclass(frozen=True)
+class ShareRow:
+    """One layer's part of one direction u of one member."""
 
-    Args:
-        directions: vectors [R, d] by name.
-        operator: the members' Hessians.
-        gradient: of the analysis set, [R, d].
-    """
-    along = unit_vectors(gradient)[0]
-    rows = []
+    member: int
+    direction: str
+    block: str  # the layer
+    energy_share: float  # |u_l|^2 / |u|^2
+    curvature_part: float  # u_l'(Hu)_l / u'u
+    dim: int
+
+
+def measure(directions: Mapping[str, Tensor], operator: PackedOperator) -> dict[str, Along]:
+    """Apply the members' Hessians to directions [R, d] by name: one product for each."""
+    found = {}
     for name, vectors in directions.items():
         units, norms = unit_vectors(vectors)
         # Unit vectors do not overflow in float32; zeros for NaN keep it from spreading.
         products = operator.apply(torch.nan_to_num(units, nan=0.0))
-        curvatures = (units * products).sum(dim=1)
-        cosines = (units * along).sum(dim=1).clamp(-1, 1)
-        values = zip(norms.tolist(), curvatures.tolist(), cosines.tolist(), strict=True)
+        found[name] = Along(units, norms, products)
+    return found
+
+
+def direction_rows(
+    measured: Mapping[str, Along], reference: Reference, steps: Mapping[str, FiniteStep]
+) -> list[DirectionRow]:
+    """One row per direction and member.
+
+    Args:
+        measured: from `measure`.
+        reference: of the same members.
+        steps: finite-step curvature by direction; those that are missing are NaN.
+    """
+    along = unit_vectors(reference.gradient)[0]
+    mean = reference.trace / along.shape[1]
+    rows = []
+    for name, one in measured.items():
+        curvature = (one.units * one.products).sum(dim=1)
+        relative = curvature / mean
+        unknown = torch.full_like(curvature, torch.nan)
+        step = steps.get(name, FiniteStep(unknown, unknown, unknown))
+        columns = (
+            one.norms,
+            curvature,
+            step.curvature,
+            step.noise,
+            step.norm,
+            relative,
+            (relative * reference.trace_stderr / reference.trace).abs(),  # to first order
+            curvature / reference.lambda_max,
+            (one.units * along).sum(dim=1).clamp(-1, 1),
+        )
+        values = zip(*(column.tolist() for column in columns), strict=True)
         rows += [DirectionRow(r, name, *numbers) for r, numbers in enumerate(values)]
+    return rows
+
+
+def share_rows(measured: Mapping[str, Along], layout: Layout) -> list[ShareRow]:
+    """One row per direction, layer and member."""
+    index, names = layer_index(layout), list(layers(layout))
+    sizes = torch.bincount(index).tolist()
+    rows = []
+    for direction, one in measured.items():
+        energies = layer_sums(one.units.square(), index).tolist()
+        parts = layer_sums(one.units * one.products, index).tolist()
+        rows += [
+            ShareRow(r, direction, block, energies[r][i], parts[r][i], sizes[i])
+            for r in range(len(one.units))
+            for i, block in enumerate(names)
+        ]
     return rows
 
 

@@ -1,7 +1,8 @@
 """The eigenpairs of a pack at one step as bytes: the content of OUT/vectors/<pack>/<step>.safetensors.
 
-Tensor keys are "<operator>/<block>/<field>", for example "hessian/all/values"; the fields are those of
-`EigenPairs`. The vectors are rounded to float32, all else is kept as computed.
+Tensor keys are "<operator>/<block>/<end>/<field>", for example "hessian/all/largest/values"; the fields are
+those of `EigenPairs`. The Hessian in another gauge (SCIENCE 2.6) is an operator of its own, such as
+"hessian@adaptive". The vectors are rounded to float32, all else is kept as computed.
 """
 
 from collections.abc import Mapping
@@ -14,22 +15,23 @@ from lossray.curvature.pairs import EigenPairs
 from lossray.errors import StoreError
 from lossray.storage import tensors as files
 
-FORMAT = "eigenpairs/1"
+FORMAT = "eigenpairs/2"
 REMEDY = "delete it and run the study again"  # where it is still needed the checkpoint is analysed again
 FIELDS = tuple(field.name for field in fields(EigenPairs))
-Spectra = Mapping[tuple[str, str], EigenPairs]  # by operator and block, such as ("hessian", "all")
+Name = tuple[str, str, str]  # operator, block and end, such as ("hessian", "all", "largest")
+Spectra = Mapping[Name, EigenPairs]
 
 
 def dumps(spectra: Spectra, *, key: str) -> bytes:
     """The content of the file.
 
     Args:
-        spectra: eigenpairs by operator and block.
+        spectra: eigenpairs by operator, block and end.
         key: of the task that has computed them.
     """
     tensors = {
-        f"{operator}/{block}/{field}": _stored(field, getattr(pairs, field))
-        for (operator, block), pairs in spectra.items()
+        f"{'/'.join(name)}/{field}": _stored(field, getattr(pairs, field))
+        for name, pairs in spectra.items()
         for field in FIELDS
     }
     return files.dumps(tensors, {"format": FORMAT, "key": key, "spectra": [list(name) for name in spectra]})
@@ -37,7 +39,7 @@ def dumps(spectra: Spectra, *, key: str) -> bytes:
 
 def loads(
     data: bytes, *, key: str, device: str | torch.device = "cpu", name: str = "vectors"
-) -> dict[tuple[str, str], EigenPairs]:
+) -> dict[Name, EigenPairs]:
     """The eigenpairs in the content of a file; vectors in float64, with the rounding of float32.
 
     Args:
@@ -54,8 +56,8 @@ def loads(
         raise StoreError(f"{name} is the result of task {header.get('key')}, not of {key}; {REMEDY}")
     try:
         return {
-            (operator, block): _pairs(tensors, f"{operator}/{block}", device)
-            for operator, block in header["spectra"]
+            (operator, block, end): _pairs(tensors, f"{operator}/{block}/{end}", device)
+            for operator, block, end in header["spectra"]
         }
     except KeyError as error:
         raise StoreError(f"{name} is damaged: {error} is missing; {REMEDY}") from error

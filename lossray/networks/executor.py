@@ -9,7 +9,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lossray.networks.stack import Layout, Loss, Members, Stack, build_stack
 
-
 LARGEST_KERNEL = 1200  # weights of a convolution up to which vmap pays on a CPU (8 x 16 x 3 x 3 still does)
 
 
@@ -24,9 +23,10 @@ def choose_executor(
     """The executor of a setting: "vmap" where it works, agrees with "loop" and pays, otherwise "loop".
 
     Large convolutions on a CPU run at 0.7-0.8 of a loop under vmap (DESIGN), so they loop; small ones, whose
-    time goes into overheads, run at 1.1-1.8 of it. Every other model is tried: loss, gradient and a Hessian-vector product of two members in float64, in train and in eval mode,
-    and the outputs without gradients, for which a layer may have a path of its own. The trial runs on the
-    CPU, where it costs milliseconds; ``device`` is where the study will run.
+    time goes into overheads, run at 1.1-1.8 of it. Every other model is tried: loss, gradient and a
+    Hessian-vector product of two members in float64, in train and in eval mode, and the outputs without
+    gradients, for which a layer may have a path of its own. The trial runs on the CPU, where it costs
+    milliseconds; ``device`` is where the study will run.
 
     Args:
         build: makes a freshly initialised model.

@@ -81,7 +81,7 @@ def _checked(name: str, given: Factors, units: int) -> Tensor:
 
 def _transformed(model: nn.Module, symmetry: RescalingSymmetry, alpha: Tensor) -> nn.Module:
     layout = layout_of(model)
-    diagonals = layout.split(symmetry.factors_to_diagonal(alpha))
+    diagonals = layout.split(symmetry.diagonal(alpha))
     new = copy.deepcopy(uncompiled(model))
     trainable = [parameter for parameter in new.parameters() if parameter.requires_grad]
     with torch.no_grad():

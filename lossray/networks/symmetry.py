@@ -32,7 +32,7 @@ class RescalingSymmetry:
     outgoing: Tensor
     groups: dict[str, slice]
 
-    def factors_to_diagonal(self, factors: Tensor) -> Tensor:
+    def diagonal(self, factors: Tensor) -> Tensor:
         """The gauge D = alpha_incoming / alpha_outgoing, [..., d], of factors alpha [..., units]."""
         padded = torch.cat([factors, factors.new_ones(*factors.shape[:-1], 1)], dim=-1)
         incoming, outgoing = self.incoming.to(factors.device), self.outgoing.to(factors.device)

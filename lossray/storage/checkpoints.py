@@ -5,7 +5,7 @@ the file's header (see `lossray.storage.tensors`).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from lossray.storage.store import Store
 
 FORMAT = "checkpoint/1"
 REMEDY = "delete it and run the study again"  # what is still needed of it is trained again, bit for bit
-GROUPS = ("parameters", "buffers", "optimizer", "evaluation", "log")
+GROUPS = ("parameters", "buffers", "optimizer", "evaluation", "log", "shadow")
 SINGLE = ("alive", "diverged_at", "initial_loss")
 
 
@@ -37,6 +37,7 @@ class Checkpoint:
     evaluation: dict[str, Tensor]  # "train_loss", "test_accuracy", ... -> [R] float64; NaN where diverged
     log: dict[str, Tensor]  # since the checkpoint before: "step" [n] int64, "lr" [n], others [n, R] float64
     seconds: float  # training time of this segment; the one thing that differs between two executions
+    shadow: dict[str, Tensor] = field(default_factory=dict)  # "<optimizer>/<entry>" -> its state
 
 
 def dumps(checkpoint: Checkpoint) -> bytes:
@@ -98,8 +99,9 @@ def read_checkpoint(store: Store, pack_id: str, step: int, device: str | torch.d
 
 def _checkpoint(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Checkpoint:
     fields: dict[str, Any] = {name: tensors[name] for name in SINGLE}
+    names = {"shadow": [], **header["names"]}  # files of an older version have no shadows
     for group in GROUPS:
-        fields[group] = {name: tensors[f"{group}/{name}"] for name in header["names"][group]}
+        fields[group] = {name: tensors[f"{group}/{name}"] for name in names[group]}
     return Checkpoint(
         pack_id=header["pack_id"],
         step=header["step"],

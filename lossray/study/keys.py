@@ -18,8 +18,17 @@ from lossray.training.plan import checkpoint_steps
 
 KEY_VERSION = 1  # goes up when the same settings come to mean other numbers
 TRAINING_TABLES = ("runs", "training", "checkpoints")
-CURVATURE_VERSION = 2  # likewise, of an analysis
-CURVATURE_TABLES = ("eigenvalues", "density", "curvature", "directions", "angles")
+CURVATURE_VERSION = 3  # likewise, of an analysis
+CURVATURE_TABLES = (
+    "eigenvalues",
+    "density",
+    "curvature",
+    "directions",
+    "shares",
+    "angles",
+    "alignment",
+    "sharpness",
+)
 
 
 @dataclass(frozen=True)
@@ -108,7 +117,12 @@ def pair_tables(study: Study) -> tuple[str, ...]:
     """
     vectors = study.curvature.vectors
     displacement = "displacement" in study.angles.directions
-    wanted = {"overlaps": vectors, "directions": displacement, "angles": vectors and displacement}
+    wanted = {
+        "overlaps": vectors,
+        "directions": displacement,
+        "shares": displacement,
+        "angles": vectors and displacement,
+    }
     return tuple(name for name, asked in wanted.items() if asked)
 
 

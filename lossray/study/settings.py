@@ -150,18 +150,12 @@ class Study(Settings):
             missing = [repr(name) for name in self.angles.directions if name in OF_THE_NEXT_BATCH]
             reason = "not computed, since the next batch of a recorded run is not known"
             lines += [f"angles.directions: {', '.join(missing)} {reason}"] if missing else []
-        for section, key, computed in (
-            ("angles", "gauges", ("raw",)),
-            ("angles", "shadow", ()),
-        ):
-            settings = getattr(self, section)
-            if key in settings.model_fields_set:
-                missing = [repr(name) for name in getattr(settings, key) if name not in computed]
-                lines += (
-                    [f"{section}.{key}: {', '.join(missing)} not computed by this version"] if missing else []
-                )
-        if "window" in self.angles.model_fields_set and self.angles.window > 0:
-            lines.append("angles.window: the alignment statistic is not computed by this version")
+        if self.source is not None:
+            lines += [
+                f"angles.{key}: not computed, since the steps of a recorded run are not known"
+                for key in ("shadow", "window")
+                if key in self.angles.model_fields_set and getattr(self.angles, key)
+            ]
         if not self.curvature.vectors:
             displacement = "displacement" in self.angles.directions
             angles = ", and no angles of the displacement" if displacement else ""

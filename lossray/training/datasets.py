@@ -8,7 +8,7 @@ same on every machine that decodes the same files.
 import hashlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -334,3 +334,13 @@ def _chosen(dataset: Dataset, examples: int | Literal["all"]) -> np.ndarray[Any,
             f"found {examples} examples for the analysis set; allowed: 1 to {n}, the training split"
         )
     return partition(dataset.train.targets.cpu().numpy(), [examples, n - examples], seed=0)[0]
+
+
+def on_device(dataset: Dataset, device: torch.device) -> Dataset:
+    """The data with every split on ``device``."""
+
+    def moved(split: Split) -> Split:
+        return Split(split.inputs.to(device), split.targets.to(device))
+
+    train, validation, test = moved(dataset.train), moved(dataset.validation), moved(dataset.test)
+    return replace(dataset, train=train, validation=validation, test=test)

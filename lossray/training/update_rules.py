@@ -194,6 +194,40 @@ def _radam_scale(state: State, settings: RAdamSettings) -> Tensor:
     return scale
 
 
+# ---- stability thresholds, each the root at -1 of the characteristic polynomial (SCIENCE 2.10)
+
+
+def _of_descent(settings: OptimizerSettings) -> float:
+    """X <- x - lr P^-1 g."""
+    return 2.0
+
+
+def _of_heavy_ball(settings: MomentumSettings) -> float:
+    """B <- beta b + g; x <- x - lr b."""
+    return 2 + 2 * settings.momentum
+
+
+def _of_nesterov(settings: NesterovSettings) -> float:
+    """B <- beta b + g; x <- x - lr (g + beta b)."""
+    beta = settings.momentum
+    return (2 + 2 * beta) / (1 + 2 * beta)
+
+
+def _of_moving_average(settings: AdamFamilySettings) -> float:
+    """M <- beta m + (1 - beta) g; x <- x - lr P^-1 m: Adam and its kin."""
+    beta = settings.betas[0]
+    return (2 + 2 * beta) / (1 - beta)
+
+
+def _of_nadam(settings: NAdamSettings) -> float:
+    """M <- beta m + (1 - beta) g; x <- x - lr P^-1 (beta m + (1 - beta) g).
+
+    The limit of NAdam's momentum schedule, whose beta_t = beta (1 - 0.96^(t decay) / 2) tends to beta.
+    """
+    beta = settings.betas[0]
+    return (2 + 2 * beta) / ((1 - beta) * (1 + 2 * beta))
+
+
 # ---- the registry
 
 
@@ -210,6 +244,8 @@ class OptimizerEntry:
         scale: reads the diagonal of P from its state; "identity" where there is no preconditioner by
             definition; None where the step is not of that form.
         momentum: the state entry that holds its momentum, or None.
+        threshold: largest lr times an eigenvalue of P^-1/2 H P^-1/2 at which it is stable on a quadratic, P
+            held fixed, bias corrections over and no decay (SCIENCE 2.10); None where there is no P.
     """
 
     settings: type[OptimizerSettings]
@@ -218,6 +254,7 @@ class OptimizerEntry:
     elementwise: bool
     scale: Callable[[State, Any], Tensor] | Literal["identity"] | None
     momentum: str | None
+    threshold: Callable[[Any], float] | None
 
 
 def _torch(
@@ -233,7 +270,9 @@ def _torch(
     return build
 
 
-def _plain(settings: type[OptimizerSettings], *keys: str, **fixed: Any) -> OptimizerEntry:
+def _plain(
+    settings: type[OptimizerSettings], *keys: str, threshold: Callable[[Any], float], **fixed: Any
+) -> OptimizerEntry:
     """SGD with or without momentum."""
     build = _torch(torch.optim.SGD, *keys, foreach=False, **fixed)
     return OptimizerEntry(
@@ -243,6 +282,7 @@ def _plain(settings: type[OptimizerSettings], *keys: str, **fixed: Any) -> Optim
         elementwise=True,
         scale="identity",
         momentum="momentum_buffer" if keys else None,
+        threshold=threshold,
     )
 
 
@@ -252,6 +292,7 @@ def _adaptive(
     *keys: str,
     scale: Callable[[State, Any], Tensor],
     momentum: str | None = "exp_avg",
+    threshold: Callable[[Any], float] = _of_moving_average,
     **fixed: Any,
 ) -> OptimizerEntry:
     """An optimizer with a diagonal preconditioner.
@@ -260,7 +301,13 @@ def _adaptive(
     """
     build = _torch(optimizer, *keys, foreach=False, **fixed)
     return OptimizerEntry(
-        settings=settings, build=build, adaptive=True, elementwise=True, scale=scale, momentum=momentum
+        settings=settings,
+        build=build,
+        adaptive=True,
+        elementwise=True,
+        scale=scale,
+        momentum=momentum,
+        threshold=threshold,
     )
 
 
@@ -268,15 +315,34 @@ _ADAM = ("betas", "eps")
 _SECOND_MOMENT = _corrected_root("exp_avg_sq")
 
 OPTIMIZERS: dict[str, OptimizerEntry] = {
-    "sgd": _plain(SGDSettings),
-    "momentum": _plain(MomentumSettings, "momentum"),
-    "nesterov": _plain(NesterovSettings, "momentum", nesterov=True),
-    "adagrad": _adaptive(AdagradSettings, torch.optim.Adagrad, "eps", scale=_root("sum"), momentum=None),
+    "sgd": _plain(SGDSettings, threshold=_of_descent),
+    "momentum": _plain(MomentumSettings, "momentum", threshold=_of_heavy_ball),
+    "nesterov": _plain(NesterovSettings, "momentum", threshold=_of_nesterov, nesterov=True),
+    "adagrad": _adaptive(
+        AdagradSettings,
+        torch.optim.Adagrad,
+        "eps",
+        scale=_root("sum"),
+        momentum=None,
+        threshold=_of_descent,
+    ),
     "adadelta": _adaptive(
-        AdadeltaSettings, torch.optim.Adadelta, "rho", "eps", scale=_adadelta_scale, momentum=None
+        AdadeltaSettings,
+        torch.optim.Adadelta,
+        "rho",
+        "eps",
+        scale=_adadelta_scale,
+        momentum=None,
+        threshold=_of_descent,
     ),
     "rmsprop": _adaptive(
-        RMSpropSettings, torch.optim.RMSprop, "alpha", "eps", scale=_root("square_avg"), momentum=None
+        RMSpropSettings,
+        torch.optim.RMSprop,
+        "alpha",
+        "eps",
+        scale=_root("square_avg"),
+        momentum=None,
+        threshold=_of_descent,
     ),
     "adam": _adaptive(AdamSettings, torch.optim.Adam, *_ADAM, scale=_SECOND_MOMENT),
     "amsgrad": _adaptive(
@@ -284,7 +350,14 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
     ),
     "adamw": _adaptive(AdamWSettings, torch.optim.AdamW, *_ADAM, scale=_SECOND_MOMENT),
     "adamax": _adaptive(AdamaxSettings, torch.optim.Adamax, *_ADAM, scale=_adamax_scale),
-    "nadam": _adaptive(NAdamSettings, torch.optim.NAdam, *_ADAM, "momentum_decay", scale=_SECOND_MOMENT),
+    "nadam": _adaptive(
+        NAdamSettings,
+        torch.optim.NAdam,
+        *_ADAM,
+        "momentum_decay",
+        scale=_SECOND_MOMENT,
+        threshold=_of_nadam,
+    ),
     "radam": _adaptive(RAdamSettings, torch.optim.RAdam, *_ADAM, scale=_radam_scale),
     "muon": OptimizerEntry(
         settings=MuonSettings,
@@ -293,6 +366,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         elementwise=False,
         scale=None,
         momentum="momentum_buffer",
+        threshold=None,
     ),
     "lion": OptimizerEntry(
         settings=LionSettings,
@@ -301,5 +375,6 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         elementwise=True,
         scale=None,
         momentum="exp_avg",
+        threshold=None,
     ),
 }

@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from flows.estimate import STARTUP_SECONDS, WORKER_SECONDS, Cost, _bytes, dry_run, wall_seconds
+from flows.costs import Cost
+from flows.estimate import STARTUP_SECONDS, WORKER_SECONDS, _bytes, dry_run, wall_seconds
 from lossray.errors import StudyError
 
 STUDY = """

@@ -12,7 +12,12 @@ from lossray.errors import StoreError
 from lossray.geometry.vectors import FIELDS, FORMAT, dumps, loads
 
 PLACE = "vectors/p/20.safetensors"
-NAMES = [("hessian", "all"), ("ggn", "layer/0.weight"), ("ggn", "all")]
+NAMES = [
+    ("hessian", "all", "largest"),
+    ("hessian", "all", "smallest"),
+    ("ggn", "layer/0.weight", "largest"),
+    ("hessian@adaptive", "all", "largest"),
+]
 
 
 def pairs(seed=0, *, members=2, k=3, dim=7):
@@ -55,9 +60,9 @@ def test_everything_comes_back_to_the_bit_and_vectors_with_the_rounding_of_float
 
 def test_the_keys_in_the_file_are_those_that_are_documented():
     stored = safetensors.torch.load(DATA)
-    assert set(stored) == {f"{operator}/{block}/{field}" for operator, block in NAMES for field in FIELDS}
-    assert stored["hessian/all/vectors"].dtype == torch.float32
-    assert stored["hessian/all/values"].dtype == torch.float64
+    assert set(stored) == {f"{'/'.join(name)}/{field}" for name in NAMES for field in FIELDS}
+    assert stored["hessian/all/largest/vectors"].dtype == torch.float32
+    assert stored["hessian/all/largest/values"].dtype == torch.float64
 
 
 def test_equal_eigenpairs_give_equal_files():
@@ -67,11 +72,11 @@ def test_equal_eigenpairs_give_equal_files():
 def test_views_of_one_tensor_are_saved_as_they_are():
     whole = torch.randn(2, 3, 14, dtype=torch.float64)
     spectra = {
-        ("hessian", block): dataclasses.replace(pairs(), vectors=whole[:, :, part])
+        ("hessian", block, "largest"): dataclasses.replace(pairs(), vectors=whole[:, :, part])
         for block, part in (("a", slice(0, 7)), ("b", slice(7, 14)))
     }
     found = loads(dumps(spectra, key="k"), key="k")
-    assert found["hessian", "b"].vectors.equal(whole[:, :, 7:].float().double())
+    assert found["hessian", "b", "largest"].vectors.equal(whole[:, :, 7:].float().double())
 
 
 @pytest.mark.parametrize("cut", [0, 4, 8, 100, -1])
@@ -82,10 +87,12 @@ def test_a_damaged_file_is_named_with_its_remedy(cut):
 
 def test_a_file_that_lacks_a_tensor_is_named():
     tensors = safetensors.torch.load(DATA)
-    del tensors["ggn/all/gaps"]
+    del tensors["hessian/all/smallest/gaps"]
     length = int.from_bytes(DATA[:8], "little")
     metadata = json.loads(DATA[8 : 8 + length])["__metadata__"]
-    with pytest.raises(StoreError, match=rf"{PLACE} is damaged: 'ggn/all/gaps' is missing; delete it"):
+    with pytest.raises(
+        StoreError, match=rf"{PLACE} is damaged: 'hessian/all/smallest/gaps' is missing; delete it"
+    ):
         loads(safetensors.torch.save(tensors, metadata=metadata), key="k1", name=PLACE)
 
 

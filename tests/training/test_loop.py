@@ -18,7 +18,6 @@ from lossray.training.datasets import Dataset, Split
 from lossray.training.evaluation import evaluate_split
 from lossray.training.loop import (
     TrainingSettings,
-    _all_finite,
     batch_indices,
     checkpoint_steps,
     next_minibatch,
@@ -26,6 +25,7 @@ from lossray.training.loop import (
     train,
 )
 from lossray.training.optimizers import OPTIMIZERS, StackOptimizer, learning_rate, optimizer_settings
+from lossray.training.steps import all_finite
 
 SEEDS = (3, 5, 8)
 MLP = {"name": "mlp", "widths": [6]}
@@ -262,7 +262,7 @@ def test_poisoned_data_leave_the_others_bit_identical(
             batch.inputs[1, 3] = torch.nan  # the batch is a copy
         return batch
 
-    monkeypatch.setattr("lossray.training.loop.next_minibatch", poisoned)
+    monkeypatch.setattr("lossray.training.steps.next_minibatch", poisoned)
     sick = list(run(NOISY_MLP, {"name": optimizer}, training))
     for before, after in zip(sound, sick, strict=True):
         assert_identical(member_of(after, [0, 2]), member_of(before, [0, 2]))
@@ -340,8 +340,8 @@ def test_finite_numbers_whose_sum_overflows_are_finite() -> None:
     large = torch.full((3, 4), 3e38)
     large[1, 2] = float("inf")
     large[2, 0] = float("nan")
-    assert _all_finite(large).tolist() == [True, False, False]
-    assert _all_finite(large[:1]).tolist() == [True]
+    assert all_finite(large).tolist() == [True, False, False]
+    assert all_finite(large[:1]).tolist() == [True]
 
 
 def test_parameters_that_overflow_freeze_the_last_finite_ones() -> None:

@@ -1,0 +1,156 @@
+"""What a pack costs: products, seconds and bytes, from a few steps and products timed here."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flows.plan import PackPlan, Plan
+from lossray.curvature.analysis import TRACES_PER_PROBE, CurvatureSettings
+from lossray.curvature.layers import layers
+from lossray.curvature.operators import StackHessian
+from lossray.study import Pack, Study
+from lossray.training.datasets import Dataset, analysis_set
+from lossray.training.loop import train
+from lossray.training.optimizers import OPTIMIZERS
+from tasks.context import loss_of, stack_of
+from tasks.geometry import asks_for_angles, gauge_pairs, pairs_needed
+from tasks.spectra import operators_asked
+
+TIMED_STEPS = 5
+TIMED_PRODUCTS = 2
+TABLE_BYTES = 100_000  # of a pack's checkpoint in parts/ and tables/: a few hundred rows in small files
+FORWARD = 1 / 6  # of the time of a product
+DENSE_SECONDS = 1.0  # all eigenvalues of one matrix of order 3,000 (SCIENCE 5B); grows with its cube
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Estimated cost of one pack."""
+
+    n_params: int
+    products: int  # Hessian-vector products, each for all members at once
+    training_seconds: float
+    curvature_seconds: float
+    disk_bytes: int
+
+    @property
+    def seconds(self) -> float:
+        """On one core."""
+        return self.training_seconds + self.curvature_seconds
+
+
+def estimate(pack_plan: PackPlan, plan: Plan, dataset: Dataset) -> Cost:
+    """The cost of one pack, from a few timed steps and products."""
+    study, pack, steps = plan.study, pack_plan.pack, pack_plan.checkpoint_keys
+    n_params, step_seconds, state_bytes = _time_training(pack, study, dataset)
+    top = pairs_needed(study, dataset.n_outputs, n_params)
+    spectra = list(_spectra(pack, study, dataset))
+    gauges = _further_gauges(study, pack)
+    products = sum(products_of(study.curvature, top, dim) for dim in spectra)
+    pairs = gauge_pairs(study, dataset.n_outputs, n_params)
+    products += gauges * min(n_params, search_products(pairs)) + round(_direction_products(study))
+    dense = sum(follower.kind == "degeneracy" for follower in pack_plan.followers)
+    dense_products, dense_seconds = _dense_cost(study, pack, n_params)
+    products = len(steps) * products + dense * dense_products
+    window = len(steps) * study.angles.window * step_seconds
+    stored = sum(min(top, dim) * dim for dim in spectra) + gauges * pairs * n_params
+    vectors = 4 * len(pack.seeds) * stored * study.curvature.vectors
+    return Cost(
+        n_params=n_params,
+        products=products,
+        training_seconds=step_seconds * study.training.steps,
+        curvature_seconds=products * _time_product(pack, plan, dataset) + window + dense * dense_seconds,
+        disk_bytes=len(steps) * (state_bytes + vectors + TABLE_BYTES),
+    )
+
+
+def products_of(settings: CurvatureSettings, top: int, dim: int) -> int:
+    """About how many products the analysis of an operator of size ``dim`` takes.
+
+    As observed: three for each pair and a few more to find and certify them at both ends; the probes' steps,
+    of which the complement of the pairs needs a sixth; and the products for the trace.
+    """
+    probing = settings.probes * (settings.steps // 6 + TRACES_PER_PROBE)
+    return min(dim, search_products(top) + probing)
+
+
+def search_products(top: int) -> int:
+    """About how many products it takes to find and certify ``top`` pairs and the smallest one."""
+    return 4 * top + 16
+
+
+def _further_gauges(study: Study, pack: Pack) -> int:
+    """Gauges in which the Hessian's eigenpairs are computed anew."""
+    if not asks_for_angles(study):
+        return 0
+    scaled = pack.optimizer is not None and callable(OPTIMIZERS[pack.optimizer.name].scale)
+    own = {"raw": False, "balanced": True, "adaptive": True, "preconditioned": scaled}
+    return sum(own[name] for name in study.angles.gauges)
+
+
+def _direction_products(study: Study) -> float:
+    """What directions and sharpness take at a checkpoint, forward passes counted as products."""
+    directions = len(study.angles.directions) + len(study.angles.shadow)
+    searched = 30 * FORWARD  # for the critical learning rate
+    return directions * (1 + 2 * FORWARD) + searched
+
+
+def _dense_cost(study: Study, pack: Pack, dim: int) -> tuple[int, float]:
+    """Products (for all members at once) and further seconds of one degeneracy task."""
+    settings = study.degeneracy
+    if settings is None:
+        return 0, 0.0
+    if dim > settings.dense_up_to:
+        return study.curvature.probes * study.curvature.steps, 0.0
+    solves = 2 * len(pack.seeds)  # raw and in the adaptive gauge
+    return 2 * dim, solves * DENSE_SECONDS * (dim / 3000) ** 3  # float64 takes twice as long
+
+
+def _spectra(pack: Pack, study: Study, dataset: Dataset) -> Iterator[int]:
+    """The sizes of all operators and blocks that are analysed at a checkpoint."""
+    dtype = getattr(torch, study.training.dtype)
+    stack, _, _ = stack_of(pack, dataset, dtype=dtype, device=torch.device("cpu"))
+    blocks = layers(stack.layout)
+    sizes = dict(zip(stack.layout.names, stack.layout.sizes, strict=True))
+    for with_layers in operators_asked(study).values():
+        yield stack.dim
+        for names in blocks.values() if with_layers else ():
+            yield sum(sizes[name] for name in names)
+
+
+def _time_training(pack: Pack, study: Study, dataset: Dataset) -> tuple[int, float, int]:
+    """Parameters, seconds per step, and bytes of a checkpoint; a recorded run is trained and on disk."""
+    dtype = getattr(torch, study.training.dtype)
+    stack, theta, buffers = stack_of(pack, dataset, dtype=dtype, device=torch.device("cpu"))
+    if pack.recorded is not None or pack.optimizer is None:
+        return stack.dim, 0.0, 0
+    few = {"steps": TIMED_STEPS, "checkpoints": {"steps": [0, 1, TIMED_STEPS]}}
+    training = type(study.training).model_validate({**study.training.plain(), **few})
+    names: dict[str, Any] = {"pack_id": pack.pack_id, "seeds": pack.seeds}
+    segments = list(train(stack, theta, buffers, pack.optimizer, training, dataset, **names))
+    last = segments[-1]
+    groups = (last.parameters, last.buffers, last.optimizer)
+    size = sum(tensor.numel() * tensor.element_size() for group in groups for tensor in group.values())
+    evaluation = segments[0].seconds
+    per_step = max(0.0, last.seconds - evaluation) / (TIMED_STEPS - 1)  # the first step warms up
+    return stack.dim, per_step, size
+
+
+def _time_product(pack: Pack, plan: Plan, dataset: Dataset) -> float:
+    """Seconds of a Hessian-vector product for all members."""
+    settings = plan.study.curvature
+    dtype = getattr(torch, settings.dtype)
+    stack, theta, buffers = stack_of(pack, dataset, dtype=dtype, device=torch.device("cpu"))
+    examples = analysis_set(dataset, settings.examples)
+    batch = (examples.inputs, examples.targets)
+    hessian = StackHessian(
+        stack, theta, buffers, loss_of(plan.context), [batch], mode=pack.product_mode, dtype=dtype
+    )
+    hessian.apply(theta)
+    started = time.perf_counter()
+    for _ in range(TIMED_PRODUCTS):
+        hessian.apply(theta)
+    return (time.perf_counter() - started) / TIMED_PRODUCTS

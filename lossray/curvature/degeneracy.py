@@ -1,0 +1,227 @@
+"""How many eigenvalues are zero: counts below thresholds, a noise floor, and a rank where a gap supports one.
+
+SCIENCE 5B. All eigenvalues of a matrix that is formed in float64 where it is small enough; otherwise the
+counts of a stochastic quadrature, which resolves nothing far below the largest eigenvalue.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from lossray.curvature.density import packed_density
+from lossray.curvature.estimates import Estimate, jackknife
+from lossray.curvature.memory import require_bytes
+from lossray.curvature.pairs import PRODUCTS_AT_ONCE, PackedOperator
+from lossray.settings import Settings
+
+GAP = 1e3  # smallest ratio of neighbouring eigenvalues that supports a rank
+SAFETY = 10  # of the noise floor over the errors that were observed
+GRID = tuple(10.0**-power for power in range(1, 15))  # thresholds, as shares of |lambda|max
+FLOAT32_GRID = GRID[:6]  # what products in float32 can tell
+QUADRATURE_GRID = GRID[:2]  # what a quadrature of 64 nodes resolves
+POWER_STEPS = 40  # for the norm of the asymmetry
+MATRICES = 4  # of the size of the operator that a dense solve holds at a time
+
+
+class DegeneracySettings(Settings):
+    """The [degeneracy] section.
+
+    Attributes:
+        dense_up_to: largest order of a matrix whose eigenvalues are all computed: the number of parameters,
+            or for the Gauss-Newton matrix that of examples times outputs. About a second at 3,000.
+        checkpoints: the first and the last, or all.
+    """
+
+    dense_up_to: Annotated[int, Field(ge=0)] = 2500
+    checkpoints: Literal["ends", "all"] = "ends"
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """All eigenvalues of one matrix, and what is too small to be told from zero."""
+
+    values: Tensor  # [d] float64, by ascending |lambda|
+    noise_floor: float
+    dtype: torch.dtype  # of the products that it was made from
+
+    @property
+    def scale(self) -> float:
+        """|lambda|max."""
+        return float(self.values[-1].abs()) if len(self.values) else 0.0
+
+
+@dataclass(frozen=True)
+class Count:
+    """The eigenvalues below one threshold."""
+
+    tau: float  # the threshold as a share of |lambda|max
+    threshold: float
+    at_noise_floor: bool
+    nullity: float  # number of |lambda| <= threshold
+    stderr: float  # 0 where all eigenvalues are known
+    gap: float  # smallest |lambda| above over largest below; NaN where it is not known
+    rank: int | None  # where the gap supports one
+    rank_at_least: int  # eigenvalues that are known to exceed the threshold
+
+
+def dense_matrices(operator: PackedOperator) -> Tensor:
+    """The matrices [R, d, d] of R operators, float64, as their products give them: not symmetrised.
+
+    Raises:
+        ResourceError: they would not fit.
+    """
+    n_members, dim = operator.shape
+    require_bytes(
+        MATRICES * 8 * n_members * dim**2,
+        operator.device,
+        what=f"all eigenvalues of {n_members} x {dim:,} parameters",
+        remedy="use a smaller model, or [degeneracy] dense_up_to below its size",
+    )
+    identity = torch.eye(dim, dtype=torch.float64, device=operator.device)
+    parts = [operator.apply(rows.expand(n_members, -1, -1)) for rows in identity.split(PRODUCTS_AT_ONCE)]
+    return torch.cat(parts, dim=1)
+
+
+def spectrum_of(matrix: Tensor, dtype: torch.dtype, null_vectors: Tensor | None = None) -> Spectrum | None:
+    """All eigenvalues of one matrix; None where it is not finite.
+
+    The noise floor is 10 max(|Hv|/|v| over vectors that are known to be null, |H - H'|_2, eps |lambda|max).
+
+    Args:
+        matrix: [d, d] float64, not symmetrised.
+        dtype: of the products that it was made from.
+        null_vectors: [n, d] vectors that are known to be null.
+    """
+    if not bool(torch.isfinite(matrix).all()):
+        return None
+    values = torch.linalg.eigvalsh((matrix + matrix.T) / 2)
+    values = values[values.abs().argsort()]
+    errors = [torch.finfo(dtype).eps * float(values[-1].abs()), skew_norm(matrix)]
+    if null_vectors is not None and len(null_vectors):
+        images = torch.linalg.vector_norm(null_vectors @ matrix.T, dim=1)
+        errors.append(float((images / torch.linalg.vector_norm(null_vectors, dim=1)).max()))
+    return Spectrum(values, SAFETY * max(errors), dtype)
+
+
+def skew_norm(matrix: Tensor) -> float:
+    """|A - A'|_2, by power iteration on its square from a fixed vector."""
+    skew = matrix - matrix.T
+    if not bool((skew != 0).any()):
+        return 0.0
+    vector = torch.linspace(1, 2, len(skew), dtype=skew.dtype, device=skew.device)
+    size = 0.0
+    for _ in range(POWER_STEPS):
+        vector = skew @ (vector / torch.linalg.vector_norm(vector))
+        size = max(size, float(torch.linalg.vector_norm(vector)))
+        if size == 0:
+            break
+    return size
+
+
+def counts_of(spectrum: Spectrum) -> list[Count]:
+    """The counts at the noise floor and at all thresholds of the grid above it, in descending order."""
+    grid = FLOAT32_GRID if spectrum.dtype == torch.float32 else GRID
+    if spectrum.scale == 0:
+        return [_count(spectrum, 0.0, at_noise_floor=True)]
+    floor = spectrum.noise_floor / spectrum.scale
+    counts = [_count(spectrum, tau, at_noise_floor=False) for tau in grid if tau > floor]
+    return [*counts, _count(spectrum, floor, at_noise_floor=True)]
+
+
+def _count(spectrum: Spectrum, tau: float, *, at_noise_floor: bool) -> Count:
+    sizes = spectrum.values.abs()
+    threshold = spectrum.noise_floor if at_noise_floor else tau * spectrum.scale
+    below = int((sizes <= threshold).sum())
+    # Where nothing lies below, the errors that make the floor stand in for it.
+    lower = float(sizes[below - 1]) if below else spectrum.noise_floor / SAFETY
+    upper = float(sizes[below]) if below < len(sizes) else math.nan
+    gap = math.inf if lower == 0 and upper > 0 else upper / lower if lower else math.nan
+    if below == len(sizes):
+        gap = math.inf if at_noise_floor else math.nan  # nothing above the floor: the matrix is zero
+    supported = spectrum.dtype == torch.float64 and gap > GAP
+    return Count(
+        tau=tau,
+        threshold=threshold,
+        at_noise_floor=at_noise_floor,
+        nullity=float(below),
+        stderr=0.0,
+        gap=gap,
+        rank=len(sizes) - below if supported else None,
+        rank_at_least=len(sizes) - below,
+    )
+
+
+# ---- quadrature
+
+
+def quadrature_counts(
+    operator: PackedOperator,
+    *,
+    probes: int,
+    steps: int,
+    seeds: Sequence[int],
+    scales: Sequence[float] | None = None,
+    alive: Tensor | None = None,
+) -> list[list[Count]]:
+    """Counts below coarse thresholds from random probes, for every member; none for a dead one.
+
+    Args:
+        operator: R operators.
+        probes: random vectors.
+        steps: Lanczos steps with each.
+        seeds: one per member.
+        scales: |lambda|max of every member, where it is known; otherwise the largest node.
+        alive: [R] members that take part.
+    """
+    dim = operator.shape[1]
+    found = packed_density(operator, probes=probes, steps=steps, seeds=seeds, alive=alive)
+    members: list[list[Count]] = []
+    for r in range(operator.shape[0]):
+        nodes, weights = found.nodes[r].abs(), found.weights[r]
+        if not bool(torch.isfinite(nodes).all()):
+            members.append([])
+            continue
+        scale = float(nodes[weights > 0].max()) if scales is None else scales[r]
+        members.append(
+            [_quadrature_count(nodes, weights, tau, scale, dim, found.exact) for tau in QUADRATURE_GRID]
+        )
+    return members
+
+
+def _quadrature_count(
+    nodes: Tensor, weights: Tensor, tau: float, scale: float, dim: int, exact: bool
+) -> Count:
+    below = (nodes <= tau * scale) & (weights > 0)
+    shares = dim * torch.where(below, weights, 0).sum(dim=1)  # [probes]
+    estimate: Estimate = jackknife(shares.view(1, -1, 1), exact=exact)
+    # Ritz values interlace the eigenvalues: as many of these exceed the threshold, and of a full set all do.
+    above = int(((nodes > tau * scale) & (weights > 0)).sum(dim=1).max())
+    return Count(
+        tau=tau,
+        threshold=tau * scale,
+        at_noise_floor=False,
+        nullity=float(estimate.value[0]),
+        stderr=float(estimate.stderr[0]),
+        gap=math.nan,
+        rank=None,
+        rank_at_least=above,
+    )
+
+
+class MatrixOperator:
+    """R matrices [R, d, d] as a packed operator: a quadrature on them can be held against the truth."""
+
+    def __init__(self, matrices: Tensor) -> None:
+        self.matrices = (matrices + matrices.mT) / 2
+        self.shape = (matrices.shape[0], matrices.shape[1])
+        self.dtype, self.device = matrices.dtype, matrices.device
+
+    def apply(self, vectors: Tensor) -> Tensor:
+        """The products with ``vectors`` [R, d] or [R, b, d]."""
+        block = vectors if vectors.ndim == 3 else vectors[:, None]
+        return (block.to(self.matrices) @ self.matrices).view(vectors.shape)

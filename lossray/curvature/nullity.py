@@ -1,0 +1,92 @@
+"""Is one model's curvature singular? `lossray.degeneracy`."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lossray.curvature.degeneracy import counts_of, dense_matrices, spectrum_of
+from lossray.curvature.floor import StructuralFloor, shift_vectors, structural_floor
+from lossray.curvature.modules import ModuleObjective
+from lossray.curvature.operators import PackedHessian
+from lossray.curvature.single import SingleOperator
+from lossray.curvature.transforms import PointOperator
+from lossray.errors import ModelError, StudyError
+
+
+@dataclass(frozen=True)
+class Degeneracy:
+    """The eigenvalues of one operator that are zero, and those that architecture and data force to be."""
+
+    eigenvalues: Tensor  # [d] float64, ascending
+    noise_floor: float  # an eigenvalue of this size or less cannot be told from zero
+    nullity: int  # how many there are
+    rank: int | None  # the others; None where no gap supports it, and for products in float32
+    gap: float  # smallest |eigenvalue| above the noise floor over the largest below; inf where these are 0
+    structural_nullity: int | None  # None where it is not known
+    excess: int | None  # nullity beyond it
+    counts: dict[float, int]  # threshold -> eigenvalues with |lambda| <= threshold, descending
+    dim: int
+    method: str  # "dense"
+
+
+def degeneracy(operator: SingleOperator, floor: StructuralFloor | int | None = None) -> Degeneracy:
+    """Count the zero eigenvalues of a matrix that is formed, and compare them with what is forced.
+
+    Args:
+        operator: such as ``lossray.Hessian(model, loss, data, dtype=torch.float64)``, of size d: d products,
+            and an eigensolve of about a second for d = 3,000. Products in float32 support no rank.
+        floor: the forced nullity. By default that of `structural_floor` for a Hessian whose model is a chain
+            that it understands; None for anything else.
+
+    Raises:
+        StudyError: no operator of lossray's.
+        ResourceError: the matrix does not fit the memory.
+        ModelError: the products are not finite.
+    """
+    packed = getattr(operator, "packed", None)
+    if packed is None:
+        raise StudyError(
+            f"operator: found {type(operator).__name__}; allowed: lossray.Hessian(model, loss, data), "
+            "GaussNewton, EmpiricalFisher, or one of these Restricted, Scaled or Preconditioned"
+        )
+    known, null_vectors = _forced(packed)
+    forced = floor if floor is not None else known
+    structural = forced.dimension if isinstance(forced, StructuralFloor) else forced
+    (matrix,) = dense_matrices(packed)
+    spectrum = spectrum_of(matrix, packed.dtype, null_vectors)
+    if spectrum is None:
+        raise ModelError("the Hessian has entries that are not finite: are the parameters?")
+    counts = counts_of(spectrum)
+    at_floor = counts[-1]
+    nullity = int(at_floor.nullity)
+    return Degeneracy(
+        eigenvalues=spectrum.values.sort().values,
+        noise_floor=spectrum.noise_floor,
+        nullity=nullity,
+        rank=at_floor.rank,
+        gap=at_floor.gap,
+        structural_nullity=structural,
+        excess=None if structural is None else nullity - structural,
+        counts={count.threshold: int(count.nullity) for count in counts},
+        dim=len(spectrum.values),
+        method="dense",
+    )
+
+
+def _forced(packed: PointOperator) -> tuple[StructuralFloor | None, Tensor | None]:
+    """What is forced on a plain Hessian, and vectors that are null for certain."""
+    objective = getattr(packed, "objective", None)
+    if not isinstance(packed, PackedHessian) or not isinstance(objective, ModuleObjective):
+        return None, None
+    source = objective.source
+    if source is None:
+        return None, None
+    model, loss, data = source
+    try:
+        floor = structural_floor(model, data, loss)
+    except (ModelError, TypeError, ValueError, RuntimeError):  # a model that takes no single tensor
+        return None, None
+    shifts = floor.by_cause.get("softmax shift", 0) > 0
+    vectors = shift_vectors(model).to(packed.device, torch.float64) if shifts else None
+    return (floor if floor.complete else None), vectors

@@ -1,0 +1,84 @@
+"""The steps after a checkpoint once more, bit for bit those that training took, with all that they used.
+
+A checkpoint holds all state, and data order and noise come from counters (lossray.seeds), so this is the
+training itself. It may go on past the last step of the run, as training would have.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lossray.networks.losses import get_loss
+from lossray.networks.stack import Stack
+from lossray.storage.checkpoints import Checkpoint
+from lossray.training.datasets import Dataset, on_device
+from lossray.training.optimizers import OptimizerSettings
+from lossray.training.plan import TrainingSettings
+from lossray.training.steps import TrainingTask, resumed, take_step
+
+
+@dataclass(frozen=True)
+class ReplayedStep:
+    """One step of R members; the rows of those that are not alive after it mean nothing."""
+
+    step: int  # steps taken before
+    theta: Tensor  # [R, d] parameters before it
+    losses: Tensor  # [R] of its minibatches, in train mode
+    gradient: Tensor  # [R, d] of these losses, without weight decay
+    update: Tensor  # [R, d] the change that it made, weight decay included
+    momentum: Tensor | None  # [R, d] the buffer that it used, this gradient in it; None where there is none
+    scale: Tensor | None  # [R, d] diagonal of the preconditioner P that it used; None where it has none
+    shadows: Mapping[str, Tensor]  # by optimizer: the update [R, d] that it would have made
+    alive: Tensor  # [R] bool, after the step
+
+
+def replay(
+    stack: Stack,
+    theta: Tensor,
+    checkpoint: Checkpoint,
+    optimizer_settings: OptimizerSettings,
+    training: TrainingSettings,
+    dataset: Dataset,
+    *,
+    steps: int,
+    shadow: Sequence[str] = (),
+) -> Iterator[ReplayedStep]:
+    """Take the steps that follow a checkpoint of a pack.
+
+    Args:
+        stack: the architecture.
+        theta: [R, d]; only its dtype and device count.
+        checkpoint: where to start.
+        optimizer_settings: those of the training.
+        training: likewise.
+        dataset: likewise, in the dtype of ``theta``.
+        steps: how many; fewer are taken where no member is left alive.
+        shadow: the shadow optimizers that ran along.
+    """
+    task = TrainingTask(
+        stack,
+        get_loss(training.loss),
+        on_device(dataset, theta.device),
+        training,
+        optimizer_settings,
+        checkpoint.pack_id,
+        checkpoint.seeds,
+        tuple(shadow),
+    )
+    pack = resumed(task, theta, checkpoint)
+    for step in range(checkpoint.step, checkpoint.step + steps):
+        if not pack.anyone:
+            return
+        taken = take_step(task, pack, step)
+        yield ReplayedStep(
+            step=step,
+            theta=taken.before,
+            losses=taken.losses,
+            gradient=taken.gradient,
+            update=pack.theta - taken.before,
+            momentum=pack.optimizer.momentum(),
+            scale=pack.optimizer.scale(),
+            shadows=taken.shadows,
+            alive=pack.alive.clone(),
+        )

@@ -1,0 +1,132 @@
+"""One step of a pack, and all that it changes: what the training loop and a replay have in common."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lossray.networks.losses import Loss
+from lossray.networks.stack import Stack
+from lossray.storage.checkpoints import Checkpoint
+from lossray.training.batches import gradient_in_training, next_minibatch
+from lossray.training.datasets import Dataset
+from lossray.training.optimizers import OptimizerSettings, StackOptimizer, learning_rate
+from lossray.training.plan import TrainingSettings
+from lossray.training.shadow import Shadow, load_shadow_states, make_shadows
+
+
+@dataclass(frozen=True)
+class TrainingTask:
+    """What stays as it is during training."""
+
+    stack: Stack
+    loss: Loss
+    dataset: Dataset
+    training: TrainingSettings
+    optimizer: OptimizerSettings
+    pack_id: str
+    seeds: tuple[int, ...]
+    shadow: tuple[str, ...] = ()  # names of shadow optimizers
+
+
+@dataclass
+class PackState:
+    """What training changes. Members that are not alive are never changed again."""
+
+    theta: Tensor  # [R, d]
+    buffers: dict[str, Tensor]  # name -> [R, *shape]
+    optimizer: StackOptimizer
+    alive: Tensor  # [R] bool
+    diverged_at: Tensor  # [R] int64, -1 where alive
+    initial_loss: Tensor  # [R] float64, NaN before the first evaluation
+    shadows: list[Shadow] = field(default_factory=list)
+    anyone: bool = True  # alive.any() and alive.all(), without a wait for the device
+    everyone: bool = True
+
+    def bury(self, healthy: Tensor, step: int) -> bool:
+        """Mark the living members that are not `healthy` [R] as diverged at `step`; tell if any."""
+        dying = self.alive & ~healthy
+        if not bool(dying.any()):
+            return False
+        self.alive = self.alive & healthy
+        self.diverged_at = torch.where(dying, step, self.diverged_at)
+        self.anyone, self.everyone = bool(self.alive.any()), False
+        return True
+
+
+def fresh(task: TrainingTask, theta: Tensor, buffers: Mapping[str, Tensor]) -> PackState:
+    """A pack at step 0, with copies of ``theta`` [R, d] and ``buffers``."""
+    own = theta.detach().clone()
+    members = len(own)
+    return PackState(
+        theta=own,
+        buffers={name: tensor.detach().clone() for name, tensor in buffers.items()},
+        optimizer=StackOptimizer(task.optimizer, own, task.stack.layout),
+        alive=torch.ones(members, dtype=torch.bool, device=own.device),
+        diverged_at=torch.full((members,), -1, device=own.device),
+        initial_loss=torch.full((members,), torch.nan, dtype=torch.float64, device=own.device),
+        shadows=make_shadows(task.shadow, own, task.stack.layout),
+    )
+
+
+def resumed(task: TrainingTask, theta: Tensor, checkpoint: Checkpoint) -> PackState:
+    """A pack at a checkpoint, with copies of what is in it; ``theta`` gives dtype and device."""
+    pack = fresh(task, task.stack.layout.join(checkpoint.parameters).to(theta), checkpoint.buffers)
+    device = theta.device
+    pack.buffers = {name: tensor.to(device) for name, tensor in pack.buffers.items()}
+    pack.optimizer.load_state(checkpoint.optimizer)
+    load_shadow_states(pack.shadows, checkpoint.shadow)
+    pack.alive = checkpoint.alive.to(device, copy=True)
+    pack.diverged_at = checkpoint.diverged_at.to(device, copy=True)
+    pack.initial_loss = checkpoint.initial_loss.to(device, copy=True)
+    pack.anyone, pack.everyone = bool(pack.alive.any()), bool(pack.alive.all())
+    return pack
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step that a pack has taken."""
+
+    before: Tensor  # [R, d] parameters before it
+    losses: Tensor  # [R] of its minibatches, in train mode
+    gradient: Tensor  # [R, d] of these losses, without weight decay
+    shadows: dict[str, Tensor]  # by optimizer: the update [R, d] that it would have made
+
+
+def take_step(task: TrainingTask, pack: PackState, step: int) -> Step:
+    """Move the living members on by one step; bury those that diverge in it."""
+    before = pack.theta.clone()
+    buffers_before = {name: tensor.clone() for name, tensor in pack.buffers.items()}
+    batch = next_minibatch(task.dataset, task.training, task.seeds, step)
+    losses, gradient = gradient_in_training(
+        task.stack, pack.theta, pack.buffers, task.loss, batch, task.seeds, step
+    )
+    pack.bury(acceptable(task, pack, losses) & all_finite(gradient), step)
+    alive = None if pack.everyone else pack.alive
+    pack.optimizer.step(gradient, learning_rate(task.optimizer, step, task.training.steps), alive=alive)
+    shadows = {shadow.name: shadow.step(before, gradient, alive=alive) for shadow in pack.shadows}
+    if pack.bury(all_finite(pack.theta), step + 1):
+        pack.theta[~pack.alive] = before[~pack.alive]
+    if not pack.everyone:
+        for name, tensor in pack.buffers.items():
+            tensor[~pack.alive] = buffers_before[name][~pack.alive]
+    return Step(before, losses, gradient, shadows)
+
+
+def all_finite(rows: Tensor) -> Tensor:
+    """Whether all entries of each row [R, d] are finite; [R]."""
+    finite = torch.isfinite(rows.sum(dim=1))  # one pass; a sum of finite numbers may still overflow
+    return finite if bool(finite.all()) else torch.isfinite(rows).all(dim=1)
+
+
+def acceptable(task: TrainingTask, pack: PackState, losses: Tensor) -> Tensor:
+    """Whether losses [R] are finite and not far above the initial ones.
+
+    The smallest number that the dtype can tell from 1 stands in for an initial loss below it (a start at the
+    solution). A loss that starts negative has no zero to be a multiple from: any finite value is acceptable.
+    """
+    smallest = torch.finfo(pack.theta.dtype).eps
+    limit = task.training.diverged_above * pack.initial_loss.clamp(min=smallest)
+    limit = torch.where(pack.initial_loss < 0, torch.inf, limit)
+    return torch.isfinite(losses) & (losses <= limit)

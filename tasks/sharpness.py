@@ -1,0 +1,123 @@
+"""Rows of the `sharpness` table at one checkpoint."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from lossray.curvature.analysis import Analysis
+from lossray.curvature.eigensolver import packed_eigenpairs
+from lossray.curvature.ends import Wanted
+from lossray.curvature.objectives import StackObjective
+from lossray.curvature.pairs import EigenPairs
+from lossray.curvature.transforms import PackedScaled, PointOperator
+from lossray.geometry import gauges
+from lossray.geometry.sharpness import batch_sharpness, critical_sharpness
+from lossray.seeds import generator, stream
+from lossray.training.batches import takes_all
+from lossray.training.optimizers import OPTIMIZERS
+from tasks.context import loss_of
+from tasks.directions import NextStep
+from tasks.gauges import Ends
+from tasks.point import CheckpointJob, Point, objective_at
+from tasks.spectra import Row, finite
+
+BATCHES = 16  # over which batch sharpness is averaged
+
+
+def sharpness_rows(
+    job: CheckpointJob,
+    point: Point,
+    hessian: PointOperator,
+    analysis: Analysis,
+    following: NextStep | None,
+    ends: Mapping[str, Ends],
+) -> list[Row]:
+    """One row per member.
+
+    Args:
+        job: of the checkpoint.
+        point: the pack at it.
+        hessian: the members' Hessians.
+        analysis: theirs.
+        following: the next step, where it is known.
+        ends: eigenpairs by gauge, of which the preconditioned ones are used where they are there.
+    """
+    settings = job.context.study.training
+    preconditioned = _preconditioned(job, point, hessian, ends)
+    batches = list(_batches(job, point))
+    full = takes_all(len(point.dataset.train.targets), settings.batch_size)
+    batch = batch_sharpness(batches, mode=job.pack.product_mode, full=full)
+    critical: Tensor | None = None
+    if following is not None and following.lr > 0:
+        critical = critical_sharpness(objective_at(job, point), following.update, following.lr)
+    lr = following.lr if following is not None else None
+    values = {
+        "lambda_max": analysis.pairs.values[:, 0],
+        "lambda_max_residual": analysis.pairs.residuals[:, 0],
+        "batch_sharpness": batch.value,
+        "batch_sharpness_stderr": batch.stderr,
+    }
+    if critical is not None:
+        values["critical_sharpness"] = critical
+    if preconditioned is not None:
+        values["preconditioned_lambda_max"] = preconditioned.values[:, 0]
+        values["preconditioned_lambda_max_residual"] = preconditioned.residuals[:, 0]
+    if lr is not None:
+        values["lambda_max_lr"] = lr * values["lambda_max"]
+        if preconditioned is not None:
+            values["preconditioned_lr"] = lr * preconditioned.values[:, 0]
+    columns = {name: value.masked_fill(~point.alive, torch.nan).tolist() for name, value in values.items()}
+    shared: Row = {"step": job.step, "lr": lr, "batches": len(batches), "threshold": _threshold(job)}
+    return [
+        {"run_id": run_id, **shared, **{name: finite(column[r]) for name, column in columns.items()}}
+        for r, run_id in enumerate(job.pack.run_ids)
+    ]
+
+
+def _preconditioned(
+    job: CheckpointJob, point: Point, hessian: PointOperator, ends: Mapping[str, Ends]
+) -> EigenPairs | None:
+    """The leading pairs of P^-1/2 H P^-1/2; None where there is no P."""
+    if "preconditioned" in ends:
+        return ends["preconditioned"].largest
+    scale = point.optimizer.scale() if point.optimizer else None
+    if scale is None:
+        return None
+    gauge = gauges.preconditioned(scale)
+    (pairs,) = packed_eigenpairs(
+        PackedScaled(hessian, gauge.scale),
+        [Wanted("largest", 1)],
+        seeds=[stream(seed, "sharpness", job.step) for seed in job.pack.seeds],
+        tolerance=job.context.study.curvature.tolerance,
+        alive=point.alive,
+    )
+    return pairs
+
+
+def _batches(job: CheckpointJob, point: Point) -> Iterator[StackObjective]:
+    """The members' losses on minibatches of the training split, the same for all members."""
+    train, settings = point.dataset.train, job.context.study.training
+    n = len(train.targets)
+    if takes_all(n, settings.batch_size):
+        drawn = [torch.arange(n)]
+    else:
+        size = int(settings.batch_size)
+        draws = [generator(0, "batch sharpness", i) for i in range(BATCHES)]
+        drawn = [torch.randperm(n, generator=draw)[:size] for draw in draws]
+    for index in drawn:
+        chosen = index.to(train.inputs.device)
+        yield StackObjective(
+            point.stack,
+            point.theta.masked_fill(~point.alive[:, None], float("nan")),
+            point.buffers,
+            loss_of(job.context),
+            [(train.inputs[chosen], train.targets[chosen])],
+            dtype=getattr(torch, job.context.study.curvature.dtype),
+        )
+
+
+def _threshold(job: CheckpointJob) -> float | None:
+    optimizer = job.pack.optimizer
+    threshold = OPTIMIZERS[optimizer.name].threshold if optimizer else None
+    return threshold(optimizer) if threshold else None
