@@ -95,30 +95,28 @@ _MODULES: dict[str, tuple[type[nn.Module], ...]] = {
 
 _CALLS = {  # names of functions of torch and of methods of tensors
     "homogeneous": ("relu", "relu_", "leaky_relu", "leaky_relu_"),
-    "smooth": tuple(
-        [
-            "celu",
-            "elu",
-            "gelu",
-            "hardshrink",
-            "hardsigmoid",
-            "hardswish",
-            "hardtanh",
-            "logsigmoid",
-            "mish",
-            "relu6",
-            "selu",
-            "silu",
-            "sigmoid",
-            "sigmoid_",
-            "softplus",
-            "softshrink",
-            "softsign",
-            "tanh",
-            "tanh_",
-            "tanhshrink",
-            "threshold",
-        ]
+    "smooth": (
+        "celu",
+        "elu",
+        "gelu",
+        "hardshrink",
+        "hardsigmoid",
+        "hardswish",
+        "hardtanh",
+        "logsigmoid",
+        "mish",
+        "relu6",
+        "selu",
+        "silu",
+        "sigmoid",
+        "sigmoid_",
+        "softplus",
+        "softshrink",
+        "softsign",
+        "tanh",
+        "tanh_",
+        "tanhshrink",
+        "threshold",
     ),
     "pool": tuple(f"{name}avg_pool{n}d" for name in ("", "adaptive_") for n in (1, 2, 3)),
     "maxpool": tuple(f"{name}max_pool{n}d" for name in ("", "adaptive_") for n in (1, 2, 3)),
@@ -147,7 +145,8 @@ class Node:
         kind: one of `KINDS`.
         module: the layer of the user's own model; None for a call.
         inputs: names of the nodes whose values it takes, in order.
-        function: gives the node's value from those of ``inputs``.
+        function: gives the node's value from those of ``inputs``; a call keeps the mode (``self.training``)
+            that the model had when the graph was made.
     """
 
     name: str
@@ -166,15 +165,15 @@ def graph_of(model: nn.Module) -> tuple[Node, ...]:
         ModelError: torch.fx cannot trace the model's own ``forward``.
     """
     root = uncompiled(model)
-    if not any(root.children()):
+    if not list(root.children()):
         root = nn.Sequential(root)  # fx would look inside a layer that is the whole model
-    traced = _traced(root)
+    traced, constants = _traced(root)
     names = _names(traced)
     modules = dict(root.named_modules(remove_duplicate=False))
     spatial: dict[str, int] = {}  # name -> number of spatial axes of the value, where it is known
     nodes: list[Node] = []
     for node in traced.nodes:
-        for new in _nodes(node, names, modules, spatial):
+        for new in _nodes(node, names, modules, constants, spatial):
             nodes.append(new)
             names[node] = new.name
             spatial[new.name] = _spatial(new, spatial)
@@ -189,27 +188,30 @@ class _Tracer(fx.Tracer):
     """Its leaves are layers, and modules that cannot be traced."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return not any(m.children()) or super().is_leaf_module(m, module_qualified_name)
+        return not list(m.children()) or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         inner = uncompiled(m)
         if inner is not m:
             return inner(*args, **kwargs)
-        before = set(self.graph.nodes)
+        before, depth = set(self.graph.nodes), len(self.module_stack)
         try:
             return super().call_module(m, forward, args, kwargs)
-        except Exception:
+        except Exception:  # a user's forward may raise anything
+            while len(self.module_stack) > depth:
+                self.module_stack.popitem()
             for node in reversed(self.graph.nodes):
                 if node not in before:
                     self.graph.erase_node(node)
             return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
 
 
-def _traced(root: nn.Module) -> fx.Graph:
-    """The graph of a copy: a forward pass may change its module."""
+def _traced(root: nn.Module) -> tuple[fx.Graph, nn.Module]:
+    """The graph of a copy, as a forward pass may change its module, and the copy, which holds constants."""
     try:
         with torch.random.fork_rng(devices=[]):
-            return _Tracer().trace(copy.deepcopy(root))
+            twin = copy.deepcopy(root)
+            return _Tracer().trace(twin), twin
     except Exception as error:  # a user's forward may raise anything
         raise ModelError(
             f"the operations of {type(root).__name__} cannot be found: torch.fx cannot trace its forward: "
@@ -230,7 +232,11 @@ def _names(graph: fx.Graph) -> dict[fx.Node, str]:
 
 
 def _nodes(
-    node: fx.Node, names: dict[fx.Node, str], modules: dict[str, nn.Module], spatial: dict[str, int]
+    node: fx.Node,
+    names: dict[fx.Node, str],
+    modules: dict[str, nn.Module],
+    constants: nn.Module,
+    spatial: dict[str, int],
 ) -> Iterator[Node]:
     """Ours for one of fx: a mean that drops the spatial axes is a pool and a flatten."""
     name, operands = names[node], _operands(node)
@@ -242,7 +248,10 @@ def _nodes(
     elif node.op in ("placeholder", "output"):
         yield Node(name, "input" if node.op == "placeholder" else "output", None, inputs, _identity)
     elif node.op == "get_attr":
-        tensor = operator.attrgetter(str(node.target))(modules[""])
+        owner, _, attribute = str(node.target).rpartition(".")
+        tensor = getattr(modules[owner], attribute, None)
+        if tensor is None:
+            tensor = getattr(constants, attribute)  # one that the forward pass makes
         yield Node(name, "other", None, (), lambda: tensor)
     else:
         kind = _kind_of_call(node, operands)
@@ -262,10 +271,9 @@ def _kind_of_layer(module: nn.Module) -> str:
     for kind, classes in _MODULES.items():
         for base in classes:
             if isinstance(module, base) and type(module).forward is base.forward:
-                own = kind != "flatten" or (module.start_dim, module.end_dim) == (1, -1)
-                pair = kind == "maxpool" and module.return_indices
-                plain = own and not pair and not parametrize.is_parametrized(module)
-                return kind if plain else "other"
+                part = isinstance(module, nn.Flatten) and [module.start_dim, module.end_dim] != [1, -1]
+                pair = kind == "maxpool" and getattr(module, "return_indices", False)
+                return "other" if part or pair or parametrize.is_parametrized(module) else kind
     return "other"
 
 
@@ -296,14 +304,14 @@ def _is_shape(node: fx.Node) -> bool:
 def _keeps_batch(node: fx.Node) -> bool:
     """flatten(1), view(x.size(0), -1), or view(-1, n)."""
     if "flatten" in (node.target, getattr(node.target, "__name__", "")):
-        return (_argument(node, 1, "start_dim", 0), _argument(node, 2, "end_dim", -1)) == (1, -1)
+        return [_argument(node, 1, "start_dim", 0), _argument(node, 2, "end_dim", -1)] == [1, -1]
     shape = node.args[1:]
     if len(shape) == 1 and isinstance(shape[0], tuple | list):
         shape = tuple(shape[0])
     if len(shape) != 2:
         return False
     rows, columns = shape
-    return (rows == -1 and isinstance(columns, int)) or (columns == -1 and _is_batch_size(rows))
+    return bool(rows == -1 and isinstance(columns, int)) or bool(columns == -1 and _is_batch_size(rows))
 
 
 def _is_batch_size(size: object) -> bool:
@@ -311,7 +319,7 @@ def _is_batch_size(size: object) -> bool:
     if not isinstance(size, fx.Node) or not _is_shape(size):
         return False
     reads = size.target in ("size", operator.getitem)
-    return reads and len(size.args) == 2 and size.args[1] == 0
+    return reads and len(size.args) == 2 and bool(size.args[1] == 0)
 
 
 def _is_spatial_mean(node: fx.Node, spatial: int) -> bool:
@@ -325,8 +333,8 @@ def _is_spatial_mean(node: fx.Node, spatial: int) -> bool:
 
 def _spatial(node: Node, known: dict[str, int]) -> int:
     """Number of axes after the channels of the node's value; 0 where there are none or it is unknown."""
-    if node.kind == "conv":
-        return node.module.weight.ndim - 2  # type: ignore[union-attr, return-value]
+    if isinstance(node.module, nn.modules.conv._ConvNd):
+        return node.module.weight.ndim - 2
     if node.kind in ("norm", "homogeneous", "smooth", "pool", "maxpool", "dropout", "add"):
         return known[node.inputs[0]]
     return 0

@@ -19,6 +19,7 @@ from lossray.training.plan import checkpoint_steps
 KEY_VERSION = 1  # goes up when the same settings come to mean other numbers
 TRAINING_TABLES = ("runs", "training", "checkpoints")
 CURVATURE_VERSION = 3  # likewise, of an analysis
+DEGENERACY_VERSION = 1
 CURVATURE_TABLES = (
     "eigenvalues",
     "density",
@@ -100,6 +101,24 @@ def curvature_key(pack: Pack, step: int, study: Study, inputs: StudyInputs) -> s
             "angles": study.angles.plain(),
             "vectors": vectors.FORMAT,
             "tables": {name: TABLES[name].version for name in CURVATURE_TABLES},
+        }
+    )
+
+
+def degeneracy_key(pack: Pack, step: int, study: Study, inputs: StudyInputs) -> str:
+    """Key of the count of small eigenvalues at a pack's checkpoint."""
+    assert study.degeneracy is not None
+    settings = study.curvature
+    return content_hash(
+        {
+            "kind": "degeneracy",
+            "version": DEGENERACY_VERSION,
+            "checkpoint": _origin(pack, step, study, inputs),
+            "product_mode": pack.product_mode,
+            "dense_up_to": study.degeneracy.dense_up_to,
+            "examples": settings.examples,
+            "quadrature": [settings.probes, settings.steps, settings.dtype],
+            "tables": {"degeneracy": TABLES["degeneracy"].version},
         }
     )
 

@@ -1,0 +1,90 @@
+"""The same function at other weights: `rescale` by given factors, `balance` to the least norm."""
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lossray.errors import ModelError
+from lossray.names import unknown_name
+from lossray.networks.stack import layout_of, tensors_of, uncompiled
+from lossray.networks.symmetry import RescalingSymmetry, rescaling_symmetry
+
+Factors = float | Sequence[float] | Tensor
+
+
+def rescale(model: nn.Module, factors: Mapping[str, Factors]) -> nn.Module:
+    """A copy of a ReLU network whose hidden units are rescaled: the same function in another gauge.
+
+    Incoming weights and biases of a unit are multiplied by its factor, outgoing weights divided by it. With a
+    norm layer the affine parameters carry the factor; layers whose outputs are added share their units.
+
+    Args:
+        model: left as it is.
+        factors: positive factors by name of the hidden layer, one for each unit or one number for all. Layers
+            without factors stay as they are.
+
+    Returns:
+        A new model in the same mode; powers of two are exact, other factors change the outputs by rounding.
+
+    Raises:
+        ModelError: the architecture has no such symmetry, or a name or a factor that cannot be used.
+    """
+    symmetry = rescaling_symmetry(model, layout_of(model))
+    alpha = torch.ones(symmetry.units, dtype=torch.float64)
+    for name, given in factors.items():
+        if name not in symmetry.groups:
+            raise ModelError(f"rescale, hidden layer: {unknown_name(name, symmetry.groups)}")
+        units = symmetry.groups[name]
+        alpha[units] = _checked(name, given, units.stop - units.start)
+    return _transformed(model, symmetry, alpha)
+
+
+def balance(model: nn.Module) -> nn.Module:
+    """A copy of a ReLU network in the balanced gauge: the weights of least norm that give the same function.
+
+    There the incoming and the outgoing weights of every hidden unit have the same norm (SCIENCE 2.6). Units
+    without incoming or without outgoing weights stay as they are.
+
+    Args:
+        model: left as it is.
+
+    Raises:
+        ModelError: the architecture has no rescaling symmetry, or the weights are not finite.
+    """
+    symmetry = rescaling_symmetry(model, layout_of(model))
+    theta = torch.cat([tensor.reshape(-1).double() for tensor in tensors_of(model)[0].values()])
+    if not bool(torch.isfinite(theta).all()):
+        raise ModelError(f"balance: {type(uncompiled(model)).__name__} has weights that are not finite")
+    return _transformed(model, symmetry, symmetry.balance_factors(theta[None])[0])
+
+
+def _checked(name: str, given: Factors, units: int) -> Tensor:
+    try:
+        values = torch.as_tensor(given).detach().to("cpu", torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        raise ModelError(
+            f"rescale, factors of {name!r}: found {given!r}; allowed: positive numbers"
+        ) from None
+    if values.shape not in ((), (units,)):
+        raise ModelError(
+            f"rescale, factors of {name!r}: found shape {list(values.shape)}; allowed: one number for all, "
+            f"or {units}, one for each unit"
+        )
+    wrong = [value for value in values.reshape(-1).tolist() if not (math.isfinite(value) and value > 0)]
+    if wrong:
+        raise ModelError(f"rescale, factors of {name!r}: found {wrong[0]}; allowed: finite and above 0")
+    return values
+
+
+def _transformed(model: nn.Module, symmetry: RescalingSymmetry, alpha: Tensor) -> nn.Module:
+    layout = layout_of(model)
+    diagonals = layout.split(symmetry.diagonal(alpha))
+    new = copy.deepcopy(uncompiled(model))
+    trainable = [parameter for parameter in new.parameters() if parameter.requires_grad]
+    with torch.no_grad():
+        for parameter, diagonal in zip(trainable, diagonals.values(), strict=True):
+            parameter.copy_(parameter.double() * diagonal.to(parameter.device))
+    return new

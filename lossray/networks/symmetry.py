@@ -1,0 +1,106 @@
+"""The rescaling symmetry of ReLU networks, unit by unit, in the coordinates of theta (SCIENCE 2.1).
+
+Multiplying a hidden unit's incoming weights and bias by alpha > 0 and dividing its outgoing weights by alpha
+leaves the function as it is.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lossray.networks.balance import balanced_factors
+from lossray.networks.hidden_units import hidden_groups
+from lossray.networks.stack import Layout
+
+
+@dataclass(frozen=True)
+class RescalingSymmetry:
+    """The hidden units of an architecture that can be rescaled, numbered from 0.
+
+    Attributes:
+        units: how many there are.
+        incoming: unit whose incoming weights, bias or affine parameters a coordinate of theta belongs to, [d]
+            int64; -1 for none.
+        outgoing: unit whose outgoing weights it belongs to, [d] int64; -1 for none.
+        groups: the units of each hidden layer, by its name. Layers whose outputs are added share their units,
+            under the name of the first; with a norm, it is the norm's name.
+    """
+
+    units: int
+    incoming: Tensor
+    outgoing: Tensor
+    groups: dict[str, slice]
+
+    def diagonal(self, factors: Tensor) -> Tensor:
+        """The gauge D = alpha_incoming / alpha_outgoing, [..., d], of factors alpha [..., units]."""
+        padded = torch.cat([factors, factors.new_ones(*factors.shape[:-1], 1)], dim=-1)
+        incoming, outgoing = self.incoming.to(factors.device), self.outgoing.to(factors.device)
+        return padded[..., incoming] / padded[..., outgoing]  # -1 is the last one
+
+    def kernel_signs(self, units: slice = slice(None)) -> Tensor:
+        """The diagonals of K_j, +1 on incoming, -1 on outgoing coordinates, [units, d] int8."""
+        numbers = torch.arange(self.units)[units, None].to(self.incoming.device)
+        return (self.incoming == numbers).to(torch.int8) - (self.outgoing == numbers).to(torch.int8)
+
+    def kernel_vectors(self, theta: Tensor, units: slice = slice(None)) -> Tensor:
+        """K_j theta, [R, units, d], for theta [R, d]: null vectors of the Hessian at critical points.
+
+        Args:
+            theta: parameters.
+            units: which of them; a few at a time where all do not fit into memory.
+        """
+        return self.kernel_signs(units).to(theta) * theta[:, None]
+
+    def incoming_sums(self, values: Tensor) -> Tensor:
+        """Sums of values [..., d] over the incoming coordinates of each unit, [..., units] float64."""
+        return self._sums(self.incoming, values)
+
+    def outgoing_sums(self, values: Tensor) -> Tensor:
+        """Sums of values [..., d] over the outgoing coordinates of each unit, [..., units] float64."""
+        return self._sums(self.outgoing, values)
+
+    def imbalance(self, theta: Tensor) -> Tensor:
+        """|incoming|^2 - |outgoing|^2 of each unit, [..., units] float64 (SCIENCE 2.4)."""
+        squares = theta.double().square()
+        return self.incoming_sums(squares) - self.outgoing_sums(squares)
+
+    def balance_factors(self, theta: Tensor) -> Tensor:
+        """Factors [R, units] float64 to the gauge of least norm, where |incoming| = |outgoing| (SCIENCE 2.6).
+
+        A unit without incoming or without outgoing weights keeps its gauge: factor 1. NaN for a dead member.
+        """
+        side = self.units + 1
+        edges = ((self.incoming + 1) * side + self.outgoing + 1).to(theta.device)
+        squares = theta.detach().double().square()
+        weights = (torch.bincount(edges, own, minlength=side * side) for own in squares)
+        return torch.stack([balanced_factors(own.view(side, side)) for own in weights])
+
+    def _sums(self, owner: Tensor, values: Tensor) -> Tensor:
+        shape = (*values.shape[:-1], self.units + 1)
+        zeros = torch.zeros(shape, dtype=torch.float64, device=values.device)
+        return zeros.index_add_(-1, owner.to(values.device) + 1, values.double())[..., 1:]
+
+
+def rescaling_symmetry(model: nn.Module, layout: Layout) -> RescalingSymmetry:
+    """The rescaling symmetry of ``model`` in the coordinates of ``layout``, which is `layout_of(model)`.
+
+    Raises:
+        ModelError: no hidden layer can be rescaled; the message names the layer that breaks the symmetry.
+    """
+    hidden = hidden_groups(model)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    starts = torch.tensor([0, *layout.sizes]).cumsum(0).tolist()
+    offsets = {id(parameter): start for parameter, start in zip(trainable, starts, strict=False)}
+    incoming = torch.full((layout.dim,), -1)
+    outgoing = torch.full((layout.dim,), -1)
+    groups: dict[str, slice] = {}
+    units = 0
+    for group in hidden:
+        for use in group.uses:
+            start = offsets[id(use.parameter)]
+            owners = outgoing if use.outgoing else incoming
+            owners[start : start + use.parameter.numel()] = units + use.channels.reshape(-1)
+        groups[group.name] = slice(units, units + group.count)
+        units += group.count
+    return RescalingSymmetry(units, incoming, outgoing, groups)
