@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     )
     from lossray.curvature.nullity import degeneracy
     from lossray.curvature.single import analyse, eigenpairs, spectral_density, trace
+    from lossray.networks.rescaling import balance, rescale
     from lossray.results import open_study
     from lossray.training.record import record
 
@@ -32,10 +33,12 @@ _HOMES = {
     "Restricted": "lossray.curvature.matrices",
     "Scaled": "lossray.curvature.matrices",
     "analyse": "lossray.curvature.single",
+    "balance": "lossray.networks.rescaling",
     "degeneracy": "lossray.curvature.nullity",
     "eigenpairs": "lossray.curvature.single",
     "open_study": "lossray.results",
     "record": "lossray.training.record",
+    "rescale": "lossray.networks.rescaling",
     "spectral_density": "lossray.curvature.single",
     "structural_floor": "lossray.curvature.floor",
     "trace": "lossray.curvature.single",
@@ -50,11 +53,13 @@ __all__ = [
     "Scaled",
     "__version__",
     "analyse",
+    "balance",
     "degeneracy",
     "eigenpairs",
     "main",
     "open_study",
     "record",
+    "rescale",
     "spectral_density",
     "structural_floor",
     "trace",
