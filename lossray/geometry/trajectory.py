@@ -29,21 +29,14 @@ class TrajectorySettings(Settings):
 
 
 @dataclass(frozen=True)
-class TrajectoryRow:
+class TrajectoryPoint:
     """One checkpoint of one member on the principal axes of its checkpoints; NaN for a missing axis."""
 
     member: int
     step: int
-    pc1: float
-    pc2: float
-    pc3: float
-    explained1: float
-    explained2: float
-    explained3: float
-    random_walk1: float
-    random_walk2: float
-    random_walk3: float
-    dim: int
+    coordinates: tuple[float, ...]  # on the three axes
+    explained: tuple[float, ...]  # shares of the variance along them
+    random_walk: tuple[float, ...]  # those of a random walk with the same checkpoints
 
 
 @dataclass(frozen=True)
@@ -93,16 +86,15 @@ def random_walk_shares(steps: Sequence[int]) -> NDArray[np.float64]:
     return principal_axes(np.minimum(times[:, None], times[None, :])).explained
 
 
-def trajectory_rows(steps: Sequence[int], gram: Tensor, alive: Tensor, dim: int) -> list[TrajectoryRow]:
-    """One row per member and checkpoint; those from a divergence on are left out of the axes, and null.
+def trajectory_points(steps: Sequence[int], gram: Tensor, alive: Tensor) -> list[TrajectoryPoint]:
+    """One point per member and checkpoint; those from a divergence on are left out of the axes, and NaN.
 
     Args:
         steps: of the checkpoints [T].
         gram: inner products of every member's checkpoints, [R, T, T] float64.
         alive: [R, T] bool.
-        dim: number of parameters.
     """
-    rows = []
+    points = []
     for r in range(len(gram)):
         living = alive[r].nonzero().flatten().tolist()
         axes = principal_axes(gram[r][living][:, living].cpu().numpy())
@@ -112,9 +104,9 @@ def trajectory_rows(steps: Sequence[int], gram: Tensor, alive: Tensor, dim: int)
             known = t in places
             point = axes.coordinates[places[t]] if known else np.full(AXES, np.nan)
             shares = (axes.explained, walk) if known else (np.full(AXES, np.nan),) * 2
-            pc, explained, walked = (list(map(float, values)) for values in (point, *shares))
-            rows.append(TrajectoryRow(r, step, *pc, *explained, *walked, dim=dim))
-    return rows
+            numbers = (tuple(map(float, values)) for values in (point, *shares))
+            points.append(TrajectoryPoint(r, step, *numbers))
+    return points
 
 
 def gram_of(points: Sequence[Tensor]) -> Tensor:

@@ -123,6 +123,37 @@ def degeneracy_key(pack: Pack, step: int, study: Study, inputs: StudyInputs) -> 
     )
 
 
+def trajectory_key(pack: Pack, study: Study, inputs: StudyInputs) -> str:
+    """Key of the principal axes of a pack's checkpoints."""
+    return content_hash({"kind": "trajectory", **_places(pack, study, inputs, "trajectory")})
+
+
+def separations_key(pack: Pack, earlier: Sequence[Pack], study: Study, inputs: StudyInputs) -> str:
+    """Key of the comparison of a pack's runs with each other and with those of earlier packs."""
+    others = [_places(other, study, inputs, "separations") for other in earlier]
+    own = _places(pack, study, inputs, "separations")
+    return content_hash({"kind": "separations", "earlier": others, **own})
+
+
+def surface_key(pack: Pack, step: int, study: Study, inputs: StudyInputs) -> str:
+    """Key of the slices through a pack's checkpoint at `step`."""
+    assert study.surfaces is not None
+    return content_hash(
+        {
+            "kind": "surfaces",
+            "curvature": curvature_key(pack, step, study, inputs),
+            "surfaces": study.surfaces.plain(),
+            **_places(pack, study, inputs, "surfaces"),
+        }
+    )
+
+
+def _places(pack: Pack, study: Study, inputs: StudyInputs, table: str) -> dict[str, Any]:
+    """All checkpoints of a pack, and the table that is made of them."""
+    steps = checkpoint_keys(pack, study, inputs)
+    return {"checkpoints": list(steps.items()), "table": TABLES[table].version}
+
+
 def pair_key(earlier: str, later: str, study: Study) -> str:
     """Key of the comparison of two neighbouring checkpoints, from those of their analyses."""
     tables = {name: TABLES[name].version for name in pair_tables(study)}

@@ -8,6 +8,8 @@ from pydantic import BeforeValidator, Field, JsonValue, SerializeAsAny, field_va
 from lossray.curvature.analysis import CurvatureSettings
 from lossray.curvature.degeneracy import DegeneracySettings
 from lossray.geometry.angles import AnglesSettings
+from lossray.geometry.surface import SurfacesSettings
+from lossray.geometry.trajectory import TrajectorySettings
 from lossray.networks.layers import ModelSettings
 from lossray.plugins import is_spec
 from lossray.settings import Settings
@@ -103,8 +105,8 @@ class Study(Settings):
     claims: ClaimsSettings = ClaimsSettings()
     resources: Resources = Resources()
     degeneracy: DegeneracySettings | None = None
-    trajectory: LaterSection | None = None
-    surfaces: LaterSection | None = None
+    trajectory: TrajectorySettings | None = None
+    surfaces: SurfacesSettings | None = None
     connectivity: LaterSection | None = None
     ensembles: LaterSection | None = None
 
