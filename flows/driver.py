@@ -32,14 +32,25 @@ from flows.interrupt import Interrupt
 from flows.ledger import Ledger
 from flows.plan import AnalysisJob, PackPlan, Plan
 from flows.session import Capacity, worker_options
-from tasks.curvature import curvature, warm_up
+from tasks.curvature import CurvatureJob, curvature, warm_up
+from tasks.degeneracy import DegeneracyJob, degeneracy
 from tasks.pairs import PairJob, pair
 from tasks.record import Attempt
+from tasks.surfaces import SurfaceJob, surfaces
 from tasks.training import Published, TrainingActor, TrainingJob
+from tasks.trajectory import SeparationsJob, TrajectoryJob, separations, trajectory
 
 ATTEMPTS = 4  # tries at a task whose worker or node died
 QUEUED = 1  # analysis tasks submitted beyond those that can run, so that no worker waits for the driver
 WAIT_SECONDS = 0.25  # longest time between two looks at signals and the progress display
+TASKS: dict[type, Any] = {  # Ray task by job
+    CurvatureJob: curvature,
+    PairJob: pair,
+    DegeneracyJob: degeneracy,
+    TrajectoryJob: trajectory,
+    SeparationsJob: separations,
+    SurfaceJob: surfaces,
+}
 SYSTEM_FAILURES = (
     WorkerCrashedError,
     NodeDiedError,
@@ -161,7 +172,7 @@ class Driver:
 
     def _start_analysis(self, job: AnalysisJob) -> None:
         share = self.capacity.curvature
-        function: Any = pair if isinstance(job, PairJob) else curvature
+        function: Any = TASKS[type(job)]
         task = function.options(name=job.kind, max_retries=0, **share.options(), **self.worker_options)
         self.in_flight[task.remote(job, share.cpus)] = job
 

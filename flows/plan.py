@@ -1,8 +1,9 @@
 """What a study consists of: packs, and the key of every task."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 from flows.followers import Event, Follower
 from lossray.settings import content_hash
@@ -12,17 +13,25 @@ from lossray.study import (
     StudyInputs,
     checkpoint_keys,
     curvature_key,
+    degeneracy_key,
     pair_key,
     pair_tables,
+    separations_key,
+    surface_key,
     training_key,
+    trajectory_key,
 )
 from tasks.context import Context
 from tasks.curvature import CurvatureJob
+from tasks.degeneracy import DegeneracyJob
 from tasks.pairs import PairJob
 from tasks.record import Attempt
+from tasks.surfaces import SurfaceJob
 from tasks.training import TrainingJob
+from tasks.trajectory import SeparationsJob, TrajectoryJob
 
-AnalysisJob = CurvatureJob | PairJob
+FurtherJob = DegeneracyJob | TrajectoryJob | SeparationsJob | SurfaceJob
+AnalysisJob = CurvatureJob | PairJob | FurtherJob
 
 
 @dataclass(frozen=True)
@@ -34,14 +43,14 @@ class PackPlan:
     checkpoint_keys: Mapping[int, str]  # step -> key of the training segment that ends there
     curvature_keys: Mapping[int, str]  # step -> key of the checkpoint's analysis
     pair_keys: Mapping[tuple[int, int], str]  # two neighbouring steps -> key of their comparison
+    further: Mapping[Follower, FurtherJob]  # other jobs, which wait for several things
 
     @property
     def followers(self) -> Iterator[Follower]:
-        """All further jobs of the pack, each with what it waits for."""
-        name = self.pack.pack_id
+        """All jobs that wait for something, each with what it waits for."""
         for steps, key in self.pair_keys.items():
-            both = frozenset(Event("analysed", name, step) for step in steps)
-            yield Follower("pair", name, max(steps), key, both)
+            yield Follower("pair", self.pack.pack_id, max(steps), key, _events("analysed", self.pack, steps))
+        yield from self.further
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,8 @@ class Plan:
 
     def job_of(self, plan: PackPlan, follower: Follower) -> AnalysisJob:
         """What a follower is given."""
+        if follower in plan.further:
+            return plan.further[follower]
         steps = next(steps for steps, key in plan.pair_keys.items() if key == follower.key)
         return self.pair_job(plan, steps)
 
@@ -90,19 +101,92 @@ class Plan:
 
 def make_plan(context: Context, packs: tuple[Pack, ...], inputs: StudyInputs) -> Plan:
     """Name every task of the packs."""
-    return Plan(context, tuple(_plan_pack(pack, context.study, inputs) for pack in packs))
+    plans = [_plan_pack(pack, packs[:i], context, inputs) for i, pack in enumerate(packs)]
+    return Plan(context, tuple(plans))
 
 
-def _plan_pack(pack: Pack, study: Study, inputs: StudyInputs) -> PackPlan:
+def _plan_pack(pack: Pack, before: Sequence[Pack], context: Context, inputs: StudyInputs) -> PackPlan:
+    study = context.study
     checkpoints = checkpoint_keys(pack, study, inputs)
     curvature = {step: curvature_key(pack, step, study, inputs) for step in checkpoints}
+    further = [
+        *_degeneracy(context, pack, tuple(checkpoints), inputs),
+        *_trajectory(context, pack, before, tuple(checkpoints), inputs),
+        *_surfaces(context, pack, curvature, inputs),
+    ]
     return PackPlan(
         pack,
         training_key(pack, study, inputs),
         checkpoints,
         curvature,
         _pair_keys(curvature, study),
+        dict(further),
     )
+
+
+def _degeneracy(
+    context: Context, pack: Pack, steps: Sequence[int], inputs: StudyInputs
+) -> Iterator[tuple[Follower, FurtherJob]]:
+    """Where [degeneracy] asks for it: as soon as a checkpoint is on disk."""
+    settings = context.study.degeneracy
+    for step in _chosen(steps, settings.checkpoints) if settings is not None else ():
+        key = degeneracy_key(pack, step, context.study, inputs)
+        job = DegeneracyJob(context, pack, step, key, Attempt())
+        yield Follower(job.kind, pack.pack_id, step, key, _events("trained", pack, [step])), job
+
+
+def _trajectory(
+    context: Context, pack: Pack, before: Sequence[Pack], steps: tuple[int, ...], inputs: StudyInputs
+) -> Iterator[tuple[Follower, FurtherJob]]:
+    """Where [trajectory] asks for it: once all checkpoints are on disk, those of earlier packs included."""
+    study, recorded = context.study, pack.recorded is not None
+    if study.trajectory is None or not steps:
+        return
+    own = _events("trained", pack, steps)
+    axes = TrajectoryJob(context, pack, steps, trajectory_key(pack, study, inputs), Attempt())
+    yield Follower(axes.kind, pack.pack_id, axes.step, axes.key, own), axes
+    earlier = tuple(other for other in before if other.setting_id == pack.setting_id)
+    if study.trajectory.between_seeds and not recorded and (earlier or len(pack.seeds) > 1):
+        key = separations_key(pack, earlier, study, inputs)
+        job = SeparationsJob(context, pack, earlier, steps, key, Attempt())
+        needs = own.union(*(_events("trained", other, steps) for other in earlier))
+        yield Follower(job.kind, pack.pack_id, job.step, key, needs), job
+
+
+def _surfaces(
+    context: Context, pack: Pack, curvature: Mapping[int, str], inputs: StudyInputs
+) -> Iterator[tuple[Follower, FurtherJob]]:
+    """Where [surfaces] asks for it: once every checkpoint is on disk, and the one in the centre analysed."""
+    study = context.study
+    settings, steps = study.surfaces, tuple(curvature)
+    if settings is None or not steps:
+        return
+    members = _members(pack, study)
+    for step in _chosen(steps, settings.checkpoints) if members else ():
+        key = surface_key(pack, step, study, inputs)
+        job = SurfaceJob(context, pack, step, members, steps, curvature[step], key, Attempt())
+        needs = _events("trained", pack, steps) | _events("analysed", pack, [step])
+        yield Follower(job.kind, pack.pack_id, step, key, needs), job
+
+
+def _members(pack: Pack, study: Study) -> tuple[int, ...]:
+    """Indices of the runs that have surfaces: those of the first seeds."""
+    assert study.surfaces is not None
+    if study.surfaces.seeds == "all" or pack.recorded is not None:
+        return tuple(range(len(pack.seeds)))
+    first = study.seeds[: study.surfaces.seeds]
+    return tuple(r for r, seed in enumerate(pack.seeds) if seed in first)
+
+
+def _chosen(steps: Sequence[int], which: str) -> list[int]:
+    """The steps that "last", "ends" or "all" names."""
+    if which == "all":
+        return list(steps)
+    return list(dict.fromkeys([steps[0], steps[-1]] if which == "ends" else steps[-1:]))
+
+
+def _events(what: Literal["trained", "analysed"], pack: Pack, steps: Iterable[int]) -> frozenset[Event]:
+    return frozenset(Event(what, pack.pack_id, step) for step in steps)
 
 
 def _pair_keys(curvature: Mapping[int, str], study: Study) -> dict[tuple[int, int], str]:

@@ -9,10 +9,13 @@ import torch
 from flows.interrupt import Interrupt
 from flows.ledger import Ledger
 from flows.plan import AnalysisJob, PackPlan, Plan
-from tasks.curvature import analyse_checkpoint
+from tasks.curvature import CurvatureJob, analyse_checkpoint
+from tasks.degeneracy import DegeneracyJob, measure_degeneracy
 from tasks.pairs import PairJob, compare_checkpoints
 from tasks.record import Attempt
+from tasks.surfaces import SurfaceJob, evaluate_surfaces
 from tasks.training import train_pack
+from tasks.trajectory import SeparationsJob, TrajectoryJob, compare_runs, follow_trajectory
 
 
 def run_serially(plan: Plan, ledger: Ledger, interrupt: Interrupt) -> bool:
@@ -64,13 +67,26 @@ def _analyse(jobs: Sequence[AnalysisJob], ledger: Ledger, interrupt: Interrupt) 
     while waiting and not interrupt.received:
         job = waiting.popleft()
         try:
-            if isinstance(job, PairJob):
-                compare_checkpoints(job)
-            else:
-                analyse_checkpoint(job)
+            _run(job)
         except Exception as error:  # as above
             ledger.analysis_failed(job, f"{type(error).__name__}: {error}", traceback.format_exc())
         else:
             waiting.extend(ledger.analysis_done(job))
         ledger.tick()
     return not interrupt.received
+
+
+def _run(job: AnalysisJob) -> None:
+    match job:
+        case CurvatureJob():
+            analyse_checkpoint(job)
+        case PairJob():
+            compare_checkpoints(job)
+        case DegeneracyJob():
+            measure_degeneracy(job)
+        case TrajectoryJob():
+            follow_trajectory(job)
+        case SeparationsJob():
+            compare_runs(job)
+        case SurfaceJob():
+            evaluate_surfaces(job)

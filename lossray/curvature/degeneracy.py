@@ -16,6 +16,7 @@ from torch import Tensor
 from lossray.curvature.density import packed_density
 from lossray.curvature.estimates import Estimate, jackknife
 from lossray.curvature.memory import require_bytes
+from lossray.curvature.objectives import Batch, StackObjective
 from lossray.curvature.pairs import PRODUCTS_AT_ONCE, PackedOperator
 from lossray.settings import Settings
 
@@ -211,6 +212,60 @@ def _quadrature_count(
         rank=None,
         rank_at_least=above,
     )
+
+
+def gram_counts(objective: StackObjective) -> list[list[Count]]:
+    """The counts of Gauss-Newton matrices of any size d, from their [N C, N C] Gram matrices.
+
+    G = J' M J with M the loss's Hessian in the outputs, block-diagonal over examples. Where M = B B' its
+    non-zero eigenvalues are those of B' J J' B; the rank is at most N C, under cross entropy N (C - 1).
+
+    Args:
+        objective: R members, of a loss that is convex in the outputs, in float64.
+    """
+    dim = objective.theta.shape[1]
+    members = []
+    for r in range(objective.theta.shape[0]):
+        factor = _factor(objective, r)
+        values = torch.linalg.eigvalsh(factor @ factor.T)
+        full = torch.zeros(max(dim, len(values)), dtype=torch.float64)
+        full[: len(values)] = values.cpu()
+        full = full[full.abs().argsort()][-dim:]
+        scale = float(full[-1].abs())
+        eps = torch.finfo(torch.float64).eps
+        members.append(counts_of(Spectrum(full, SAFETY * eps * scale, torch.float64)))
+    return members
+
+
+def _factor(objective: StackObjective, r: int) -> Tensor:
+    """B' J of one member, [N C, d]: the square root of the Gauss-Newton matrix."""
+    parts = []
+    for batch in objective.batches():
+        theta = objective.theta.detach()[r : r + 1].requires_grad_()
+        alone = objective.member(r)
+        outputs = alone.outputs(theta, batch)[0]  # [N, C]
+        jacobian = torch.stack(
+            [
+                torch.autograd.grad(value, theta, retain_graph=True, materialize_grads=True)[0][0]
+                for value in outputs.flatten()
+            ]
+        ).view(*outputs.shape, -1)
+        roots = _output_roots(alone, outputs.detach(), batch) * batch.share**0.5
+        parts.append(torch.einsum("nij,nid->njd", roots, jacobian).flatten(0, 1))
+    return torch.cat(parts)
+
+
+def _output_roots(objective: StackObjective, outputs: Tensor, batch: Batch) -> Tensor:
+    """B [N, C, C] with B B' the Hessian of the mean loss in the outputs of each example."""
+    leaf = outputs.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(objective.losses_of(leaf[None], batch).sum(), leaf, create_graph=True)
+    columns = [
+        torch.autograd.grad(slope[:, c].sum(), leaf, retain_graph=True, materialize_grads=True)[0]
+        for c in range(outputs.shape[1])
+    ]
+    values, vectors = torch.linalg.eigh(torch.stack(columns, dim=2))
+    roots: Tensor = vectors * values.clamp(min=0).sqrt()[:, None, :]
+    return roots
 
 
 class MatrixOperator:

@@ -46,3 +46,8 @@ def readable_bytes(number: int) -> str:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} TB"
+
+
+def fitting(bytes_each: int, device: torch.device | str) -> int:
+    """How many pieces of work fit at a time; at least one."""
+    return max(1, int(SHARE * available_bytes(device)) // max(1, bytes_each))

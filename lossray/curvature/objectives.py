@@ -152,6 +152,14 @@ class StackObjective:
         other._convert(dtype)
         return other
 
+    def member(self, r: int) -> "StackObjective":
+        """The objective of one member alone."""
+        other = copy.copy(self)
+        other.dead, other._point = self.dead[r : r + 1], self._point[r : r + 1]
+        other._state = {name: tensor[r : r + 1] for name, tensor in self._state.items()}
+        other._convert(self.dtype)
+        return other
+
     @property
     def sizes(self) -> list[int | None]:
         """Examples in each batch."""

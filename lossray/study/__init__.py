@@ -7,10 +7,14 @@ from lossray.study.keys import (
     checkpoint_key,
     checkpoint_keys,
     curvature_key,
+    degeneracy_key,
     pair_key,
     pair_tables,
+    separations_key,
     study_inputs,
+    surface_key,
     training_key,
+    trajectory_key,
 )
 from lossray.study.packs import Pack, RecordedRun, Setting, partition, runs_of, settings_of
 from lossray.study.settings import ClaimsSettings, Resources, Study, TaskResources
@@ -31,14 +35,18 @@ __all__ = [
     "checkpoint_key",
     "checkpoint_keys",
     "curvature_key",
+    "degeneracy_key",
     "load_study",
     "pair_key",
     "pair_tables",
     "partition",
     "ready_made_studies",
     "runs_of",
+    "separations_key",
     "settings_of",
     "study_from_table",
     "study_inputs",
+    "surface_key",
     "training_key",
+    "trajectory_key",
 ]

@@ -19,6 +19,7 @@ from lossray.training.plan import checkpoint_steps
 KEY_VERSION = 1  # goes up when the same settings come to mean other numbers
 TRAINING_TABLES = ("runs", "training", "checkpoints")
 CURVATURE_VERSION = 3  # likewise, of an analysis
+DEGENERACY_VERSION = 1
 CURVATURE_TABLES = (
     "eigenvalues",
     "density",
@@ -102,6 +103,55 @@ def curvature_key(pack: Pack, step: int, study: Study, inputs: StudyInputs) -> s
             "tables": {name: TABLES[name].version for name in CURVATURE_TABLES},
         }
     )
+
+
+def degeneracy_key(pack: Pack, step: int, study: Study, inputs: StudyInputs) -> str:
+    """Key of the count of small eigenvalues at a pack's checkpoint."""
+    assert study.degeneracy is not None
+    settings = study.curvature
+    return content_hash(
+        {
+            "kind": "degeneracy",
+            "version": DEGENERACY_VERSION,
+            "checkpoint": _origin(pack, step, study, inputs),
+            "product_mode": pack.product_mode,
+            "dense_up_to": study.degeneracy.dense_up_to,
+            "examples": settings.examples,
+            "quadrature": [settings.probes, settings.steps, settings.dtype],
+            "tables": {"degeneracy": TABLES["degeneracy"].version},
+        }
+    )
+
+
+def trajectory_key(pack: Pack, study: Study, inputs: StudyInputs) -> str:
+    """Key of the principal axes of a pack's checkpoints."""
+    return content_hash({"kind": "trajectory", **_places(pack, study, inputs, "trajectory")})
+
+
+def separations_key(pack: Pack, earlier: Sequence[Pack], study: Study, inputs: StudyInputs) -> str:
+    """Key of the comparison of a pack's runs with each other and with those of earlier packs."""
+    others = [_places(other, study, inputs, "separations") for other in earlier]
+    own = _places(pack, study, inputs, "separations")
+    return content_hash({"kind": "separations", "earlier": others, **own})
+
+
+def surface_key(pack: Pack, step: int, study: Study, inputs: StudyInputs) -> str:
+    """Key of the slices through a pack's checkpoint at `step`."""
+    assert study.surfaces is not None
+    return content_hash(
+        {
+            "kind": "surfaces",
+            "curvature": curvature_key(pack, step, study, inputs),
+            "surfaces": study.surfaces.plain(),
+            **_places(pack, study, inputs, "surfaces"),
+        }
+    )
+
+
+def _places(pack: Pack, study: Study, inputs: StudyInputs, table: str) -> dict[str, Any]:
+    """All checkpoints of a pack, and the table that is made of them."""
+    steps = checkpoint_keys(pack, study, inputs)
+    return {"checkpoints": list(steps.items()), "table": TABLES[table].version}
 
 
 def pair_key(earlier: str, later: str, study: Study) -> str:

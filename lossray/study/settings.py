@@ -6,7 +6,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, JsonValue, SerializeAsAny, field_validator
 
 from lossray.curvature.analysis import CurvatureSettings
+from lossray.curvature.degeneracy import DegeneracySettings
 from lossray.geometry.angles import AnglesSettings
+from lossray.geometry.surface import SurfacesSettings
+from lossray.geometry.trajectory import TrajectorySettings
 from lossray.networks.layers import ModelSettings
 from lossray.plugins import is_spec
 from lossray.settings import Settings
@@ -18,7 +21,7 @@ from lossray.training.optimizers import OptimizerSettings
 MOST_SEEDS = 1_000_000
 LARGEST_INTEGER = 2**63 - 1  # int64, as in the tables
 OF_THE_NEXT_BATCH = ("minibatch_gradient", "update")  # of a recorded checkpoint it is not known
-LATER_SECTIONS = ("degeneracy", "trajectory", "surfaces", "connectivity", "ensembles")
+LATER_SECTIONS = ("connectivity", "ensembles")
 
 
 def _seeds(value: Any) -> Any:
@@ -82,18 +85,6 @@ class Resources(Settings):
     pack: Annotated[int | Literal["auto"], BeforeValidator(_pack)] = "auto"
 
 
-class DegeneracySettings(Settings):
-    """The [degeneracy] section.
-
-    Attributes:
-        dense_up_to: parameters up to which the Hessian is formed.
-        checkpoints: the first and the last, or all.
-    """
-
-    dense_up_to: Annotated[int, Field(ge=0)] = 2500
-    checkpoints: Literal["ends", "all"] = "ends"
-
-
 class Study(Settings):
     """One study; `lossray.study.load_study` reads it, `study_from_table` checks it as a whole.
 
@@ -114,8 +105,8 @@ class Study(Settings):
     claims: ClaimsSettings = ClaimsSettings()
     resources: Resources = Resources()
     degeneracy: DegeneracySettings | None = None
-    trajectory: LaterSection | None = None
-    surfaces: LaterSection | None = None
+    trajectory: TrajectorySettings | None = None
+    surfaces: SurfacesSettings | None = None
     connectivity: LaterSection | None = None
     ensembles: LaterSection | None = None
 

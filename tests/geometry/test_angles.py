@@ -36,8 +36,14 @@ def _pairs(
     )
 
 
+def _layout(dim: int) -> Layout:
+    """One layer."""
+    return Layout(("w",), (torch.Size([dim]),), ("other",))
+
+
 def _rows(vectors: Tensor, *, n_outputs: int = 3, k: int = 5) -> dict[str, AngleRow]:
-    rows = angle_rows({"u": vectors}, _pairs(k=k, dim=vectors.shape[1]), n_outputs=n_outputs)
+    pairs, dim = _pairs(k=k, dim=vectors.shape[1]), vectors.shape[1]
+    rows = angle_rows({"u": vectors}, pairs, n_outputs=n_outputs, layout=_layout(dim))
     return {row.subspace: row for row in rows}
 
 

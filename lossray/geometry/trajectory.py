@@ -1,0 +1,147 @@
+"""Where a run went: principal axes of its checkpoints, beside a random walk's; distances between runs.
+
+The first axes of any random walk in high dimension explain most of its variance (Antognini & Sohl-Dickstein,
+arXiv 1806.08805; SCIENCE 2.12): a picture of a trajectory in their plane is evidence only against that.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lossray.settings import Settings
+
+AXES = 3
+NEGLIGIBLE = 1e-12  # share of the variance below which an axis is rounding
+
+
+class TrajectorySettings(Settings):
+    """The [trajectory] section, which switches on the tables `trajectory` and `separations`.
+
+    Attributes:
+        between_seeds: whether runs of one setting are compared with each other.
+    """
+
+    between_seeds: bool = True
+
+
+@dataclass(frozen=True)
+class TrajectoryPoint:
+    """One checkpoint of one member on the principal axes of its checkpoints; NaN for a missing axis."""
+
+    member: int
+    step: int
+    coordinates: tuple[float, ...]  # on the three axes
+    explained: tuple[float, ...]  # shares of the variance along them
+    random_walk: tuple[float, ...]  # those of a random walk with the same checkpoints
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Principal axes of the checkpoints [T] of one run."""
+
+    coordinates: NDArray[np.float64]  # [T, 3], NaN where there is no such axis
+    explained: NDArray[np.float64]  # [3] shares of the variance
+    weights: NDArray[np.float64]  # [T, 3]: axis a is the sum over t of weights[t, a] (theta_t - mean)
+
+
+def principal_axes(gram: NDArray[np.float64]) -> Axes:
+    """The axes from inner products, which is all that they depend on.
+
+    The sign of an axis is that of the step from the first checkpoint to the last along it.
+
+    Args:
+        gram: inner products of the checkpoints (from any origin), [T, T].
+    """
+    centred = _centred(gram)
+    values, vectors = np.linalg.eigh((centred + centred.T) / 2)
+    values, vectors = values[::-1][:AXES].clip(min=0), vectors[:, ::-1][:, :AXES]
+    total = float(np.trace(centred))
+    n_points = len(gram)
+    explained = np.full(AXES, np.nan)
+    coordinates, weights = np.full((n_points, AXES), np.nan), np.full((n_points, AXES), np.nan)
+    for a, (value, vector) in enumerate(zip(values, vectors.T, strict=True)):
+        if total <= 0 or value <= NEGLIGIBLE * total:
+            break
+        sign = -1.0 if vector[-1] < vector[0] else 1.0
+        explained[a] = value / total
+        coordinates[:, a] = sign * vector * np.sqrt(value)
+        weights[:, a] = sign * vector / np.sqrt(value)
+    return Axes(coordinates, explained, weights)
+
+
+def random_walk_shares(steps: Sequence[int]) -> NDArray[np.float64]:
+    """Shares [3] of the variance that the axes of a random walk in high dimension explain.
+
+    Its inner products are min(t_i, t_j) up to a factor; for many uniform steps share k is 6 / (pi k)^2.
+
+    Args:
+        steps: of the checkpoints; from the first one on.
+    """
+    times = np.asarray(steps, dtype=np.float64)
+    times = times - times[0]
+    return principal_axes(np.minimum(times[:, None], times[None, :])).explained
+
+
+def trajectory_points(steps: Sequence[int], gram: Tensor, alive: Tensor) -> list[TrajectoryPoint]:
+    """One point per member and checkpoint; those from a divergence on are left out of the axes, and NaN.
+
+    Args:
+        steps: of the checkpoints [T].
+        gram: inner products of every member's checkpoints, [R, T, T] float64.
+        alive: [R, T] bool.
+    """
+    points = []
+    for r in range(len(gram)):
+        living = alive[r].nonzero().flatten().tolist()
+        axes = principal_axes(gram[r][living][:, living].cpu().numpy())
+        walk = random_walk_shares([steps[t] for t in living]) if living else np.full(AXES, np.nan)
+        places = {t: place for place, t in enumerate(living)}
+        for t, step in enumerate(steps):
+            known = t in places
+            point = axes.coordinates[places[t]] if known else np.full(AXES, np.nan)
+            shares = (axes.explained, walk) if known else (np.full(AXES, np.nan),) * 2
+            numbers = (tuple(map(float, values)) for values in (point, *shares))
+            points.append(TrajectoryPoint(r, step, *numbers))
+    return points
+
+
+def gram_of(points: Sequence[Tensor]) -> Tensor:
+    """Inner products [R, T, T], float64, of points [R, d] given one after the other, from the first one on.
+
+    Rows of members that have diverged may hold anything finite.
+    """
+    origin = points[0].double()
+    moved = torch.stack([point.double() - origin for point in points], dim=1)  # [R, T, d]
+    return moved @ moved.mT
+
+
+@dataclass(frozen=True)
+class Separation:
+    """How far two runs are from each other at one step."""
+
+    distance: float  # |theta_a - theta_b|
+    cosine: float  # of the angle between theta_a and theta_b
+    displacement_cosine: float  # of that between their displacements; NaN at the first checkpoint
+
+
+def separation(a: Tensor, b: Tensor, a_first: Tensor, b_first: Tensor) -> Separation:
+    """Compare the parameters [d] of two runs, and their displacements since their first checkpoints."""
+    a, b, a_first, b_first = (vector.double() for vector in (a, b, a_first, b_first))
+    return Separation(
+        float(torch.linalg.vector_norm(a - b)), _cosine(a, b), _cosine(a - a_first, b - b_first)
+    )
+
+
+def _cosine(a: Tensor, b: Tensor) -> float:
+    size = float(torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b))
+    return float((a @ b).clamp(-size, size)) / size if size > 0 else float("nan")
+
+
+def _centred(gram: NDArray[np.float64]) -> NDArray[np.float64]:
+    rows = gram - gram.mean(axis=0, keepdims=True)
+    centred: NDArray[np.float64] = rows - rows.mean(axis=1, keepdims=True)
+    return centred

@@ -1,0 +1,283 @@
+"""How singular the Hessian of a pack is at one checkpoint: the `degeneracy` table (SCIENCE 5B)."""
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import ClassVar
+
+import ray
+import torch
+from torch import Tensor, nn
+
+from lossray.curvature.degeneracy import (
+    MATRICES,
+    Count,
+    MatrixOperator,
+    counts_of,
+    dense_matrices,
+    gram_counts,
+    quadrature_counts,
+    spectrum_of,
+)
+from lossray.curvature.floor import StructuralFloor, shift_vectors, structural_floor
+from lossray.curvature.memory import fitting
+from lossray.curvature.objectives import StackObjective
+from lossray.curvature.operators import PackedGaussNewton, PackedHessian
+from lossray.errors import ModelError
+from lossray.networks.symmetry import rescaling_symmetry
+from lossray.seeds import stream
+from lossray.storage.checkpoints import read_checkpoint
+from lossray.storage.store import Store
+from lossray.study import Pack
+from lossray.training.datasets import Split, analysis_set
+from tasks.context import Context, device_name, local_device, loss_of, prepare_worker
+from tasks.point import Point, locate
+from tasks.record import Attempt, Stopwatch
+from tasks.spectra import Row, finite
+
+UNITS_AT_ONCE = 64  # of which K_j theta is formed
+
+
+@dataclass(frozen=True)
+class DegeneracyJob:
+    """Count the small eigenvalues at one checkpoint of a pack."""
+
+    context: Context
+    pack: Pack
+    step: int
+    key: str
+    attempt: Attempt
+    kind: ClassVar[str] = "degeneracy"
+
+
+@dataclass(frozen=True)
+class Member:
+    """One living run at the checkpoint."""
+
+    index: int  # in the pack
+    theta: Tensor  # [d] float64
+    floor: StructuralFloor | None
+    null_vectors: Tensor | None  # [n, d] that are null for certain
+
+
+def measure_degeneracy(job: DegeneracyJob, device: torch.device | None = None) -> None:
+    """Count, publish the rows, and commit; a diverged member has none.
+
+    Args:
+        job: what to measure.
+        device: where; None takes this machine's GPU if it has one.
+    """
+    device = device or local_device()
+    store, study = Store(job.context.out), job.context.study
+    watch = Stopwatch(job.attempt, device_name(device))
+    point = locate(job, read_checkpoint(store, job.pack.pack_id, job.step, device), device)
+    examples = analysis_set(point.dataset, study.curvature.examples)
+    assert study.degeneracy is not None
+    dim, limit = point.stack.dim, study.degeneracy.dense_up_to
+    rows: list[Row] = []
+    at_once = fitting(MATRICES * 8 * dim**2, device) if dim <= limit else len(point.theta)
+    for members in _chunks(job, point, examples, at_once):
+        if dim <= limit:
+            rows += _dense_rows(job, point, examples, members)
+        else:
+            rows += _quadrature_rows(job, point, examples, members)
+            if len(examples.targets) * point.dataset.n_outputs <= limit:
+                rows += _gram_rows(job, point, examples, members)
+    store.publish("degeneracy", job.key, rows)
+    store.commit(watch.record(job.key, job.kind, pack_id=job.pack.pack_id, step=job.step))
+
+
+@ray.remote(num_cpus=1, max_retries=0)
+def degeneracy(job: DegeneracyJob, cpus: float) -> None:
+    """`measure_degeneracy` as a Ray task; what it finds is in the store."""
+    measure_degeneracy(job, prepare_worker(cpus))
+
+
+def _chunks(job: DegeneracyJob, point: Point, examples: Split, at_once: int) -> Iterator[list[Member]]:
+    """The living members, as many at a time as fit the memory."""
+    living = point.alive.nonzero().flatten().tolist()
+    for start in range(0, len(living), at_once):
+        yield [_member(job, point, examples, r) for r in living[start : start + at_once]]
+
+
+def _member(job: DegeneracyJob, point: Point, examples: Split, r: int) -> Member:
+    model = model_of(point, r)
+    floor, vectors = None, None
+    with suppress(ModelError, TypeError, ValueError, RuntimeError):  # a user's model that cannot be traced
+        floor = structural_floor(model, (examples.inputs, examples.targets), loss_of(job.context))
+    if floor is not None and floor.by_cause.get("softmax shift"):
+        vectors = shift_vectors(model).to(point.theta.device)
+    return Member(r, point.theta[r].double(), floor if floor and floor.complete else None, vectors)
+
+
+def model_of(point: Point, r: int) -> nn.Module:
+    """The module of member r, in eval mode."""
+    model = copy.deepcopy(point.stack.template).eval()
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    values = {name: views[r] for name, views in point.stack.layout.split(point.theta).items()}
+    values |= {name: stacked[r] for name, stacked in point.buffers.items()}
+    with torch.no_grad():
+        for name, value in values.items():
+            own[name].copy_(value)
+    return model
+
+
+def _objective(
+    job: DegeneracyJob, point: Point, examples: Split, members: Sequence[Member], dtype: torch.dtype
+) -> StackObjective:
+    index = [member.index for member in members]
+    return StackObjective(
+        point.stack,
+        point.theta[index],
+        {name: tensor[index] for name, tensor in point.buffers.items()},
+        loss_of(job.context),
+        [(examples.inputs, examples.targets)],
+        dtype=dtype,
+    )
+
+
+def _dense_rows(job: DegeneracyJob, point: Point, examples: Split, members: Sequence[Member]) -> list[Row]:
+    """All eigenvalues of the Hessian, raw and in the adaptive gauge, and of the Gauss-Newton matrix."""
+    objective = _objective(job, point, examples, members, torch.float64)
+    hessian = PackedHessian(objective, mode=job.pack.product_mode)
+    matrices, gradients = dense_matrices(hessian), hessian.gradient
+    del hessian
+    rows: list[Row] = []
+    residuals = _symmetry_residuals(point, members, matrices)
+    quadratures = _quadratures(job, MatrixOperator(matrices), members, exact=matrices)
+    for i, member in enumerate(members):
+        extra: Row = {"gradient_norm": float(gradients[i].norm()), "symmetry_residual": residuals[i]}
+        found = _rows(job, member, "hessian", "dense", _counts(matrices[i], member.null_vectors), extra)
+        rows += _with_bias(found, quadratures[i])
+        kept = member.theta != 0
+        scale = member.theta[kept].abs()
+        scaled = scale[:, None] * matrices[i][kept][:, kept] * scale
+        vectors = None
+        if member.null_vectors is not None and bool(kept.all()):
+            vectors = member.null_vectors / scale
+        adaptive = _rows(job, member, "adaptive", "dense", _counts(scaled, vectors), extra)
+        # Coordinates that are zero drop out, and with them the meaning of the floor.
+        rows += adaptive if bool(kept.all()) else [row | _NO_FLOOR for row in adaptive]
+    del matrices
+    ggn = dense_matrices(PackedGaussNewton(objective, mode=job.pack.product_mode))
+    for i, member in enumerate(members):
+        extra = {"gradient_norm": float(gradients[i].norm()), "symmetry_residual": None}
+        rows += _rows(job, member, "ggn", "dense", _counts(ggn[i], member.null_vectors), extra)
+    return [row | {"n_examples": len(examples.targets), "dtype": "float64"} for row in rows]
+
+
+def _counts(matrix: Tensor, null_vectors: Tensor | None) -> list[Count]:
+    spectrum = spectrum_of(matrix, torch.float64, null_vectors)
+    return counts_of(spectrum) if spectrum is not None else []
+
+
+_NO_FLOOR: Row = {"structural_nullity": None, "excess": None}
+
+
+def _quadrature_rows(
+    job: DegeneracyJob, point: Point, examples: Split, members: Sequence[Member]
+) -> list[Row]:
+    """Coarse counts for a Hessian that is too large to be formed."""
+    dtype = job.context.study.curvature.dtype
+    objective = _objective(job, point, examples, members, getattr(torch, dtype))
+    hessian = PackedHessian(objective, mode=job.pack.product_mode)
+    rows: list[Row] = []
+    for i, counts in enumerate(_quadratures(job, hessian, members)):
+        extra: Row = {"gradient_norm": float(hessian.gradient[i].norm()), "symmetry_residual": None}
+        rows += _rows(job, members[i], "hessian", "quadrature", counts, extra, dim=hessian.shape[1])
+    return [row | {"n_examples": len(examples.targets), "dtype": dtype} for row in rows]
+
+
+def _gram_rows(job: DegeneracyJob, point: Point, examples: Split, members: Sequence[Member]) -> list[Row]:
+    """The Gauss-Newton matrix exactly, from the Gram matrix of its factors."""
+    objective = _objective(job, point, examples, members, torch.float64)
+    rows: list[Row] = []
+    for member, counts in zip(members, gram_counts(objective), strict=True):
+        rows += _rows(job, member, "ggn", "gram", counts, {}, dim=point.stack.dim)
+    return [row | {"n_examples": len(examples.targets), "dtype": "float64"} for row in rows]
+
+
+def _quadratures(
+    job: DegeneracyJob,
+    operator: MatrixOperator | PackedHessian,
+    members: Sequence[Member],
+    exact: Tensor | None = None,
+) -> list[list[Count]]:
+    """What the quadrature of [curvature] finds, at shares of the exact |lambda|max where it is known."""
+    settings = job.context.study.curvature
+    scales = None
+    if exact is not None:
+        scales = [float(torch.linalg.matrix_norm((m + m.T) / 2, ord=2)) for m in exact]
+    seeds = [job.pack.seeds[member.index] for member in members]
+    return quadrature_counts(
+        operator,
+        probes=settings.probes,
+        steps=settings.steps,
+        seeds=[stream(seed, "degeneracy", job.step) for seed in seeds],
+        scales=scales,
+    )
+
+
+def _with_bias(rows: list[Row], quadrature: Sequence[Count]) -> list[Row]:
+    """The rows, with what the quadrature counts more at the same thresholds."""
+    found = {count.tau: count.nullity for count in quadrature}
+    return [
+        row | {"quadrature_bias": found[row["tau"]] - row["nullity"]} if row["tau"] in found else row
+        for row in rows
+    ]
+
+
+def _rows(
+    job: DegeneracyJob,
+    member: Member,
+    operator: str,
+    method: str,
+    counts: Sequence[Count],
+    extra: Row,
+    dim: int | None = None,
+) -> list[Row]:
+    """Rows of one operator of one member."""
+    structural = member.floor.dimension if member.floor else None
+    return [
+        {
+            "run_id": job.pack.run_ids[member.index],
+            "step": job.step,
+            "operator": operator,
+            "point": "checkpoint",
+            "method": method,
+            "tau": count.tau,
+            "threshold": count.threshold,
+            "at_noise_floor": count.at_noise_floor,
+            "nullity": count.nullity,
+            "nullity_stderr": finite(count.stderr),
+            "structural_nullity": structural,
+            "excess": None if structural is None else count.nullity - structural,
+            "gap": finite(count.gap),
+            "noise_floor": next((c.threshold for c in counts if c.at_noise_floor), None),
+            "rank": count.rank,
+            "rank_at_least": count.rank_at_least,
+            "dim": dim if dim is not None else int(count.nullity) + count.rank_at_least,
+            "lambda_max": count.threshold / count.tau if count.tau else None,
+            **extra,
+        }
+        for count in counts
+    ]
+
+
+def _symmetry_residuals(point: Point, members: Sequence[Member], matrices: Tensor) -> list[float | None]:
+    """Largest |H K_j theta| over the units that can be rescaled; None where there is no such unit."""
+    try:
+        symmetry = rescaling_symmetry(point.stack.template, point.stack.layout)
+    except ModelError:
+        return [None] * len(members)
+    found: list[float | None] = []
+    for member, matrix in zip(members, matrices, strict=True):
+        largest = 0.0
+        for start in range(0, symmetry.units, UNITS_AT_ONCE):
+            units = slice(start, start + UNITS_AT_ONCE)
+            (vectors,) = symmetry.kernel_vectors(member.theta[None], units)
+            largest = max(largest, float(torch.linalg.vector_norm(vectors @ matrix.T, dim=1).max()))
+        found.append(largest if math.isfinite(largest) else None)
+    return found

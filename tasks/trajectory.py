@@ -1,0 +1,147 @@
+"""Where the runs of a pack went: the tables `trajectory` and `separations`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import ClassVar
+
+import ray
+import torch
+from torch import Tensor
+
+from lossray.geometry.trajectory import AXES, TrajectoryPoint, gram_of, separation, trajectory_points
+from lossray.storage.checkpoints import Checkpoint, read_checkpoint
+from lossray.storage.store import Store
+from lossray.study import Pack
+from tasks.context import Context, device_name, local_device, prepare_worker
+from tasks.record import Attempt, Stopwatch
+from tasks.spectra import Row, finite
+
+
+@dataclass(frozen=True)
+class TrajectoryJob:
+    """Find the principal axes of the runs of a pack."""
+
+    context: Context
+    pack: Pack
+    steps: tuple[int, ...]  # of all its checkpoints
+    key: str
+    attempt: Attempt
+    kind: ClassVar[str] = "trajectory"
+
+    @property
+    def step(self) -> int:
+        """Of the last checkpoint."""
+        return self.steps[-1]
+
+
+@dataclass(frozen=True)
+class SeparationsJob:
+    """Compare the runs of a pack with each other, and with those of earlier packs of their setting.
+
+    So a pack that is added to a store adds rows and changes none.
+    """
+
+    context: Context
+    pack: Pack
+    earlier: tuple[Pack, ...]
+    steps: tuple[int, ...]  # of all checkpoints
+    key: str
+    attempt: Attempt
+    kind: ClassVar[str] = "separations"
+
+    @property
+    def step(self) -> int:
+        """Of the last checkpoint."""
+        return self.steps[-1]
+
+
+def follow_trajectory(job: TrajectoryJob, device: torch.device | None = None) -> None:
+    """Find the axes, publish the rows, and commit.
+
+    Args:
+        job: which pack.
+        device: where; None takes this machine's GPU if it has one.
+    """
+    device = device or local_device()
+    store, watch = Store(job.context.out), Stopwatch(job.attempt, device_name(device))
+    points, alive = [], []
+    for step in job.steps:
+        checkpoint = read_checkpoint(store, job.pack.pack_id, step, device)
+        points.append(_theta(checkpoint))
+        alive.append(checkpoint.alive)
+    found = trajectory_points(job.steps, gram_of(points), torch.stack(alive, dim=1))
+    dim = points[0].shape[1]
+    store.publish("trajectory", job.key, [_trajectory_row(job, one, dim) for one in found])
+    store.commit(watch.record(job.key, job.kind, pack_id=job.pack.pack_id, step=job.step))
+
+
+def compare_runs(job: SeparationsJob, device: torch.device | None = None) -> None:
+    """Compare, publish the rows, and commit.
+
+    Args:
+        job: which packs.
+        device: where; None takes this machine's GPU if it has one.
+    """
+    device = device or local_device()
+    store, watch = Store(job.context.out), Stopwatch(job.attempt, device_name(device))
+    packs = (*job.earlier, job.pack)
+    first = _runs_at(store, packs, job.steps[0], device)
+    rows: list[Row] = []
+    for step in job.steps:
+        runs = _runs_at(store, packs, step, device)
+        for b, run_b in enumerate(runs):
+            if run_b in job.pack.run_ids:
+                rows += [_separation_row(run_a, run_b, step, runs, first) for run_a in list(runs)[:b]]
+    store.publish("separations", job.key, rows)
+    store.commit(watch.record(job.key, job.kind, pack_id=job.pack.pack_id, step=job.step))
+
+
+@ray.remote(num_cpus=1, max_retries=0)
+def trajectory(job: TrajectoryJob, cpus: float) -> None:
+    """`follow_trajectory` as a Ray task; what it finds is in the store."""
+    follow_trajectory(job, prepare_worker(cpus))
+
+
+@ray.remote(num_cpus=1, max_retries=0)
+def separations(job: SeparationsJob, cpus: float) -> None:
+    """`compare_runs` as a Ray task; what it finds is in the store."""
+    compare_runs(job, prepare_worker(cpus))
+
+
+def _theta(checkpoint: Checkpoint) -> Tensor:
+    """Parameters [R, d], float64; zeros for what is not finite."""
+    flat = torch.cat([tensor.double().flatten(1) for tensor in checkpoint.parameters.values()], dim=1)
+    return torch.nan_to_num(flat, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _runs_at(
+    store: Store, packs: Sequence[Pack], step: int, device: torch.device
+) -> dict[str, Tensor | None]:
+    """Parameters [d] of every run of the packs at a step; None for one that has diverged."""
+    runs: dict[str, Tensor | None] = {}
+    for pack in packs:
+        checkpoint = read_checkpoint(store, pack.pack_id, step, device)
+        theta = _theta(checkpoint)
+        for r, run_id in enumerate(pack.run_ids):
+            runs[run_id] = theta[r] if checkpoint.alive[r] else None
+    return runs
+
+
+def _separation_row(
+    run_a: str, run_b: str, step: int, runs: Mapping[str, Tensor | None], first: Mapping[str, Tensor | None]
+) -> Row:
+    a, b, a_first, b_first = runs[run_a], runs[run_b], first[run_a], first[run_b]
+    row: Row = {"run_a": run_a, "run_b": run_b, "step": step}
+    if a is None or b is None or a_first is None or b_first is None:
+        return row
+    found = separation(a, b, a_first, b_first)
+    return {**row, **{name: finite(value) for name, value in asdict(found).items()}, "dim": len(a)}
+
+
+def _trajectory_row(job: TrajectoryJob, point: TrajectoryPoint, dim: int) -> Row:
+    row: Row = {"run_id": job.pack.run_ids[point.member], "step": point.step, "dim": dim}
+    for a in range(AXES):
+        row[f"pc{a + 1}"] = finite(point.coordinates[a])
+        row[f"explained{a + 1}"] = finite(point.explained[a])
+        row[f"random_walk{a + 1}"] = finite(point.random_walk[a])
+    return row
