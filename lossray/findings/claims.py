@@ -11,6 +11,7 @@ from lossray.findings.matching import BEST, MATCHED
 from lossray.storage.claims_tables import CLAIMS
 from lossray.study.settings import ClaimsSettings
 
+CLAIMS_VERSION = 1  # goes up when the same tables come to mean other claims
 TABLES_READ = ("runs", "checkpoints", "alignment", "degeneracy")
 HEADLINES = {"A": "A. Perpendicularity", "B": "B. Degeneracy"}
 WORDS = {
