@@ -149,8 +149,8 @@ def test_the_key_of_a_pair_is_made_of_those_of_its_two_analyses(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "tables"),
     [
-        ({}, ("overlaps", "directions", "angles")),
-        ({"curvature": {"vectors": False}}, ("directions",)),
+        ({}, ("overlaps", "directions", "shares", "angles")),
+        ({"curvature": {"vectors": False}}, ("directions", "shares")),
         ({"angles": {"directions": ["update"]}}, ("overlaps",)),
         ({"curvature": {"vectors": False}, "angles": {"directions": ["update"]}}, ()),
     ],

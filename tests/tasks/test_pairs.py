@@ -22,7 +22,7 @@ DOUBLE = {
     "training": {"dtype": "float64", "checkpoints": {"steps": [0, 1, 2, 12]}},
     "curvature": {"dtype": "float64", "top": 7, "tolerance": 1e-9},
 }
-SIZES = [1, 2, 3, 5, 6, 7]  # three classes, `top`, and 5; 10 is beyond the pairs
+SIZES = [1, 2, 3, 5, 6, 7, 10]  # three classes, `top`, 5 and 10
 
 
 def prepare(plan):
@@ -120,7 +120,8 @@ def test_the_displacement_is_held_against_the_surface_at_its_start(planned):
     compare(plan, (2, 12))
     directions, angles = displaced(plan, "directions"), displaced(plan, "angles")
     assert [(row["run_id"], row["step"]) for row in directions] == [(r, 2) for r in run_ids(plan)]
-    assert {row["subspace"] for row in angles} == {"v1", "top2", "top3", "top5"}
+    assert {row["subspace"] for row in angles} == {"v1", "top2", "top3", "top5", "top6", "vmin"}
+    angles = [row for row in angles if row["gauge"] == "raw" and row["subspace"] != "vmin"]
     for row in directions:
         run_id = row["run_id"]
         u = (parameters(plan, run_id, 12) - parameters(plan, run_id, 2)).numpy()
@@ -130,7 +131,7 @@ def test_the_displacement_is_held_against_the_surface_at_its_start(planned):
         cosine = u @ gradient / np.linalg.norm(u) / np.linalg.norm(gradient)
         assert row["cosine_with_gradient"] == pytest.approx(cosine, rel=1e-9)
         own = [angle for angle in angles if angle["run_id"] == run_id]
-        assert len(own) == 4
+        assert len(own) == 5
         for angle in own:
             energy = np.square(vectors[: angle["k"]] @ u).sum() / (u @ u)
             assert angle["energy"] == pytest.approx(energy, rel=1e-5)
@@ -168,7 +169,7 @@ def test_without_stored_vectors_there_is_the_displacement_and_nothing_else(plann
     assert displaced(bare, "angles") == []
     assert displaced(bare, "directions") == displaced(plain, "directions") != []
     kinds = frame(bare, "tasks").set_index("kind")["tables"]
-    assert set(kinds["pair"]) == {"directions"}
+    assert set(kinds["pair"]) == {"directions,shares"}
 
 
 def test_without_the_displacement_there_are_overlaps_and_no_hessian_is_formed(planned, monkeypatch):
@@ -194,7 +195,7 @@ def bury(plan, step, member):
 
 KNOWN = {  # whatever becomes of the member
     *("run_id", "step", "previous_step", "operator", "block", "k", "dim", "chance"),
-    *("direction", "gauge", "subspace"),
+    *("direction", "gauge", "subspace", "dropped"),
 }
 
 
@@ -255,13 +256,13 @@ def test_a_comparison_is_invisible_until_it_is_committed_and_repeats_itself(plan
         compare(plan, (5, 12))
     assert len(frame(plan, "overlaps")) == len(displaced(plan, "directions")) == 0
     store, key = Store(plan.context.out), plan.packs[0].pair_keys[5, 12]
-    paths = [store.part_path(table, key) for table in ("angles", "directions", "overlaps")]
+    paths = [store.part_path(table, key) for table in ("angles", "directions", "overlaps", "shares")]
     written = {path: store.read_bytes(path) for path in paths}
     monkeypatch.setattr(Store, "commit", commit)
     compare(plan, (5, 12))
     assert {path: store.read_bytes(path) for path in paths} == written
     (row,) = frame(plan, "tasks").query("kind == 'pair'").to_dict("records")
-    assert (row["task_key"], row["step"], row["tables"]) == (key, 12, "angles,directions,overlaps")
+    assert (row["task_key"], row["step"], row["tables"]) == (key, 12, "angles,directions,overlaps,shares")
 
 
 @pytest.mark.parametrize("side", [0, 5])

@@ -1,0 +1,153 @@
+"""The structural floor is the measured nullity, at initialisation and in training (SCIENCE 2.3)."""
+
+import pytest
+import torch
+from torch import nn
+
+import lossray
+from lossray.curvature.floor import shift_vectors, structural_floor
+from lossray.errors import DataError
+from lossray.networks.losses import cross_entropy, mse
+from lossray.networks.models import build_model, model_settings
+from lossray.training.datasets import data_settings, load_dataset
+
+DIGITS = load_dataset(data_settings({"standardise": "feature"}), dtype=torch.float64).train
+IMAGES, LABELS = DIGITS.inputs[:200], DIGITS.targets[:200]
+SMALL = nn.functional.avg_pool2d(IMAGES, 2)  # 4 x 4
+
+
+def model_of(table, inputs, seed=0, outputs=10):
+    torch.manual_seed(seed)
+    return build_model(model_settings(table), tuple(inputs.shape[1:]), outputs).double()
+
+
+def trained(model, inputs, loss, steps, lr=0.02):
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss(model(inputs), LABELS).backward()
+        optimizer.step()
+    return model
+
+
+# Pixels that are always zero, units that die, pairs of units that are never active together, pooling windows.
+NETS = {
+    "mlp": ({"name": "mlp", "widths": [8]}, SMALL, cross_entropy),
+    "mlp-dead-inputs": ({"name": "mlp", "widths": [5]}, IMAGES, cross_entropy),
+    "mlp-deep": ({"name": "mlp", "widths": [8, 6]}, SMALL, cross_entropy),
+    "mlp-deep-mse": ({"name": "mlp", "widths": [7, 5]}, SMALL, mse),
+    "mlp-no-bias": ({"name": "mlp", "widths": [8, 6], "bias": False}, SMALL, cross_entropy),
+    "cnn": ({"name": "cnn", "channels": [3], "kernel": 3, "widths": []}, SMALL, cross_entropy),
+    "cnn-deep": ({"name": "cnn", "channels": [2, 3], "kernel": 3, "widths": [5]}, SMALL, cross_entropy),
+    "cnn-wide-kernel": ({"name": "cnn", "channels": [2, 3], "kernel": 5, "widths": []}, SMALL, mse),
+}
+
+
+@pytest.mark.parametrize("steps", [0, 30])
+@pytest.mark.parametrize("name", NETS)
+def test_the_floor_of_a_relu_network_is_its_measured_nullity(name, steps):
+    table, inputs, loss = NETS[name]
+    model = trained(model_of(table, inputs), inputs, loss, steps)
+    found = lossray.degeneracy(lossray.Hessian(model, loss, (inputs, LABELS)))
+    assert found.structural_nullity is not None
+    assert found.gap > 1e3
+    assert found.nullity == found.structural_nullity > 0
+    assert (found.excess, found.rank) == (0, found.dim - found.nullity)
+
+
+def test_most_of_these_nets_have_null_directions_beyond_dead_inputs_and_the_shift():
+    counts = {}
+    for name in ("mlp-dead-inputs", "mlp-deep", "cnn-deep"):
+        table, inputs, loss = NETS[name]
+        counts[name] = structural_floor(model_of(table, inputs), (inputs, LABELS), loss).by_cause
+    assert counts["mlp-dead-inputs"]["first layer"] > 0
+    assert counts["mlp-deep"]["later layers"] > 0
+    assert counts["cnn-deep"]["later layers"] > 0
+    assert counts["mlp-deep"]["softmax shift"] <= 6 + 1
+
+
+@pytest.mark.parametrize(
+    ("table", "inputs"),
+    [
+        ({"name": "mlp", "widths": [5, 4], "activation": "tanh"}, IMAGES),
+        ({"name": "cnn", "channels": [2], "kernel": 3, "widths": [4], "activation": "gelu"}, SMALL),
+    ],
+)
+def test_smooth_networks_have_dead_inputs_and_the_shift(table, inputs):
+    model = model_of(table, inputs)
+    found = lossray.degeneracy(lossray.Hessian(model, cross_entropy, (inputs, LABELS)))
+    assert found.excess == 0
+    floor = structural_floor(model, (inputs, LABELS), cross_entropy)
+    assert floor.complete
+    flat = torch.cat([inputs.flatten(1), torch.ones(len(inputs), 1)], dim=1)
+    blind = flat.shape[1] - int(torch.linalg.matrix_rank(flat)) if table["name"] == "mlp" else 0
+    assert floor.by_cause["first layer"] == (5 * blind if table["name"] == "mlp" else 0)
+    assert floor.by_cause["softmax shift"] == 4 + 1
+
+
+def test_softmax_regression_is_null_along_the_shift_and_dead_inputs():
+    model = model_of({"name": "linear", "widths": [], "bias": True}, IMAGES)
+    found = lossray.degeneracy(lossray.Hessian(model, cross_entropy, (IMAGES, LABELS)))
+    rank = int(torch.linalg.matrix_rank(torch.cat([IMAGES.flatten(1), torch.ones(200, 1)], dim=1)))
+    assert found.nullity == found.structural_nullity == 650 - 9 * rank
+
+
+def test_dead_units_count_with_all_their_weights():
+    model = model_of({"name": "mlp", "widths": [4, 3]}, SMALL)
+    with torch.no_grad():
+        model.hidden1.bias[0] = -1e3  # never active
+    floor = structural_floor(model, (SMALL, LABELS), mse)
+    assert floor.by_cause["first layer"] >= 16 + 1
+    assert floor.by_cause["later layers"] >= 3
+    found = lossray.degeneracy(lossray.Hessian(model, mse, (SMALL, LABELS)))
+    assert found.excess == 0
+
+
+def test_a_unit_whose_way_to_the_output_is_closed_counts_as_dead():
+    model = model_of({"name": "mlp", "widths": [4, 3]}, SMALL)
+    with torch.no_grad():
+        model.hidden2.bias.fill_(-1e3)  # the second layer is silent
+    floor = structural_floor(model, (SMALL, LABELS), mse)
+    assert floor.by_cause == {"first layer": 4 * 17, "later layers": 3 * 5 + 10 * 3}
+
+
+def test_shift_vectors_are_null_and_there_is_one_for_each_feature_and_the_bias():
+    model = model_of({"name": "mlp", "widths": [6]}, SMALL)
+    vectors = shift_vectors(model)
+    assert vectors.shape == (7, 16 * 6 + 6 + 60 + 10)
+    hessian = lossray.Hessian(model, cross_entropy, (SMALL, LABELS))
+    assert float((hessian @ vectors.T).abs().max()) < 1e-15
+    assert float((vectors @ hessian.gradient).abs().max()) < 1e-15
+    assert len(shift_vectors(nn.Sequential(nn.Linear(3, 2), nn.Tanh()))) == 0
+
+
+def test_of_an_architecture_that_is_not_understood_the_shift_is_known():
+    model = model_of({"name": "resnet", "width": 2}, IMAGES)
+    floor = structural_floor(model, (IMAGES[:8], LABELS[:8]), cross_entropy)
+    assert (floor.complete, dict(floor.by_cause)) == (False, {"softmax shift": 8 + 1})
+    assert structural_floor(model, (IMAGES[:8], LABELS[:8]), mse).dimension == 0
+
+
+def test_any_loss_that_ignores_shifts_is_a_softmax_loss_and_batches_may_be_several():
+    model = model_of({"name": "mlp", "widths": [6]}, SMALL)
+    data = [(SMALL[:120], LABELS[:120]), (SMALL[120:], LABELS[120:])]
+    whole = structural_floor(model, (SMALL, LABELS), nn.CrossEntropyLoss())
+    assert structural_floor(model, data, nn.functional.cross_entropy) == whole
+    assert whole.by_cause["softmax shift"] == 7
+    smoothed = nn.CrossEntropyLoss(label_smoothing=0.1)
+    assert structural_floor(model, data, smoothed) == whole
+
+
+def test_the_model_stays_as_it_was():
+    model = model_of({"name": "mlp", "widths": [6]}, SMALL).float().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    structural_floor(model, (SMALL.float(), LABELS), cross_entropy)
+    assert model.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_inputs_that_are_no_tensor_are_refused():
+    model = model_of({"name": "mlp", "widths": [6]}, SMALL)
+    with pytest.raises(DataError, match="inputs and targets that are tensors"):
+        structural_floor(model, ({"x": SMALL}, LABELS), cross_entropy)
