@@ -16,6 +16,7 @@ from lossray.settings import Settings
 
 AXES = 3
 NEGLIGIBLE = 1e-12  # share of the variance below which an axis is rounding
+NEGLIGIBLE_SIZE = 1e-6  # of a coordinate, where those of all checkpoints together have length 1
 
 
 class TrajectorySettings(Settings):
@@ -51,7 +52,8 @@ class Axes:
 def principal_axes(gram: NDArray[np.float64]) -> Axes:
     """The axes from inner products, which is all that they depend on.
 
-    The sign of an axis is that of the step from the first checkpoint to the last along it.
+    The first checkpoint has no positive coordinate (where it lies at zero, the first that does not): a run
+    starts on the left. Rounding cannot turn this sign on a random walk, whose ends may tie.
 
     Args:
         gram: inner products of the checkpoints (from any origin), [T, T].
@@ -66,7 +68,7 @@ def principal_axes(gram: NDArray[np.float64]) -> Axes:
     for a, (value, vector) in enumerate(zip(values, vectors.T, strict=True)):
         if total <= 0 or value <= NEGLIGIBLE * total:
             break
-        sign = -1.0 if vector[-1] < vector[0] else 1.0
+        sign = -float(np.sign(vector[np.abs(vector) > NEGLIGIBLE_SIZE][0]))
         explained[a] = value / total
         coordinates[:, a] = sign * vector * np.sqrt(value)
         weights[:, a] = sign * vector / np.sqrt(value)
@@ -112,11 +114,14 @@ def trajectory_points(steps: Sequence[int], gram: Tensor, alive: Tensor) -> list
 def gram_of(points: Sequence[Tensor]) -> Tensor:
     """Inner products [R, T, T], float64, of points [R, d] given one after the other, from the first one on.
 
-    Rows of members that have diverged may hold anything finite.
+    Only one member's points are in float64 at a time.
     """
-    origin = points[0].double()
-    moved = torch.stack([point.double() - origin for point in points], dim=1)  # [R, T, d]
-    return moved @ moved.mT
+    return torch.stack([_gram(torch.stack(own).double()) for own in zip(*points, strict=True)])
+
+
+def _gram(points: Tensor) -> Tensor:
+    moved = points - points[0]  # a short way in a large space: its own digits, not theirs
+    return moved @ moved.T
 
 
 @dataclass(frozen=True)
