@@ -4,6 +4,7 @@ The first axes of any random walk in high dimension explain most of its variance
 arXiv 1806.08805; SCIENCE 2.12): a picture of a trajectory in their plane is evidence only against that.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -97,17 +98,19 @@ def trajectory_points(steps: Sequence[int], gram: Tensor, alive: Tensor) -> list
         alive: [R, T] bool.
     """
     points = []
+    missing = (math.nan,) * AXES
     for r in range(len(gram)):
         living = alive[r].nonzero().flatten().tolist()
-        axes = principal_axes(gram[r][living][:, living].cpu().numpy())
-        walk = random_walk_shares([steps[t] for t in living]) if living else np.full(AXES, np.nan)
-        places = {t: place for place, t in enumerate(living)}
+        if living:
+            axes = principal_axes(gram[r][living][:, living].cpu().numpy())
+            explained = tuple(axes.explained.tolist())
+            walk = tuple(random_walk_shares([steps[t] for t in living]).tolist())
         for t, step in enumerate(steps):
-            known = t in places
-            point = axes.coordinates[places[t]] if known else np.full(AXES, np.nan)
-            shares = (axes.explained, walk) if known else (np.full(AXES, np.nan),) * 2
-            numbers = (tuple(map(float, values)) for values in (point, *shares))
-            points.append(TrajectoryPoint(r, step, *numbers))
+            if t in living:
+                place = tuple(axes.coordinates[living.index(t)].tolist())
+                points.append(TrajectoryPoint(r, step, place, explained, walk))
+            else:
+                points.append(TrajectoryPoint(r, step, missing, missing, missing))
     return points
 
 
@@ -143,7 +146,7 @@ def separation(a: Tensor, b: Tensor, a_first: Tensor, b_first: Tensor) -> Separa
 
 def _cosine(a: Tensor, b: Tensor) -> float:
     size = float(torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b))
-    return float((a @ b).clamp(-size, size)) / size if size > 0 else float("nan")
+    return float((a @ b).clamp(-size, size)) / size if size > 0 else math.nan
 
 
 def _centred(gram: NDArray[np.float64]) -> NDArray[np.float64]:
