@@ -83,6 +83,14 @@ def tables(
 
 
 @app.command()
+def claims(out: Annotated[str, OUT]) -> None:
+    """The verdicts on the paper's claims, with the numbers behind them."""
+    from flows.claims import describe
+
+    typer.echo(describe(out))
+
+
+@app.command()
 def spectrum(
     model: Annotated[str, typer.Argument(help="How to build it: package.module:function.")],
     data: Annotated[

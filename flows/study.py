@@ -10,6 +10,7 @@ import ray
 import torch
 from ray.exceptions import RayTaskError
 
+from flows.claims import claims_current, publish_claims
 from flows.driver import WAIT_SECONDS, Driver
 from flows.freeze import decide, study_device
 from flows.interrupt import Interrupt
@@ -102,6 +103,8 @@ def run_study(
                 ledger.progress.state = "gathering"
                 ledger.progress.refresh(force=True)
                 finished = _gather(request.store, interrupt, in_process=in_process)
+                if finished:
+                    publish_claims(request.store, plan.study)
             ledger.progress.state = "done" if finished else "interrupted"
     return _conclude(request.store, ledger, finished)
 
@@ -151,7 +154,7 @@ def is_complete(request: Request) -> bool:
     plan = make_plan(request.context, request.manifest.packs, request.inputs)
     committed, keys = request.store.committed_keys(), set(plan.keys())
     done = committed == keys if request.inputs.recordings else committed >= keys
-    return done and tables_current(request.store)
+    return done and tables_current(request.store) and claims_current(request.store, plan.study)
 
 
 def is_recorded(request: Request) -> bool:

@@ -231,7 +231,7 @@ def _described(node: Node) -> str:
 def _fix_shared_and_frozen(walk: _Walk, model: nn.Module, graph: Sequence[Node]) -> None:
     """Groups with a weight that cannot be rescaled alone, or not at all."""
     names = list(model.named_parameters(remove_duplicate=False))
-    trainable = {id(p): name for name, p in names if p.requires_grad}
+    trainable = {id(p): name for name, p in reversed(names) if p.requires_grad}
     places = Counter(id(p) for _, p in names)
     layers = Counter(id(node.module) for node in graph if node.module is not None)
     for node in graph:

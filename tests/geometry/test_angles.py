@@ -12,7 +12,10 @@ from torch import Tensor
 from lossray.curvature.eigensolver import packed_eigenpairs
 from lossray.curvature.ends import Wanted
 from lossray.curvature.pairs import EigenPairs
-from lossray.geometry.angles import AngleRow, AnglesSettings, angle_rows, null_p_values, subspaces
+from lossray.geometry.angles import AngleRow, AnglesSettings, angle_rows, subspaces
+from lossray.geometry.gauges import Gauge
+from lossray.geometry.nulls import null_p_values
+from lossray.networks.stack import Layout
 
 
 def _pairs(
@@ -36,14 +39,20 @@ def _pairs(
     )
 
 
+def _layout(dim: int) -> Layout:
+    """One layer."""
+    return Layout(("w",), (torch.Size([dim]),), ("other",))
+
+
 def _rows(vectors: Tensor, *, n_outputs: int = 3, k: int = 5) -> dict[str, AngleRow]:
-    rows = angle_rows({"u": vectors}, _pairs(k=k, dim=vectors.shape[1]), n_outputs=n_outputs)
+    pairs, dim = _pairs(k=k, dim=vectors.shape[1]), vectors.shape[1]
+    rows = angle_rows({"u": vectors}, pairs, n_outputs=n_outputs, layout=_layout(dim))
     return {row.subspace: row for row in rows}
 
 
 def test_closed_forms() -> None:
     rows = _rows(torch.tensor([[-3.0, 0, 0, 0, 0, 4.0, 0, 0]]))
-    assert list(rows) == ["v1", "top2", "top3", "top5"]
+    assert list(rows) == ["v1", "top2", "top3", "top5"]  # there are five pairs
     for name, k in (("v1", 1), ("top2", 2), ("top5", 5)):
         row = rows[name]
         assert row.cosine == pytest.approx(0.6, rel=1e-14)
@@ -95,7 +104,7 @@ def test_random_directions_follow_the_null(dim: int, k: int) -> None:
     vectors = torch.randn(draws, dim, dtype=torch.float64, generator=generator)
     basis, _ = torch.linalg.qr(torch.randn(dim, k, dtype=torch.float64, generator=generator))
     pairs = _pairs(draws, k=k, dim=dim, basis=basis.T)
-    rows = [row for row in angle_rows({"u": vectors}, pairs, n_outputs=k) if row.k == k]
+    rows = [row for row in angle_rows({"u": vectors}, pairs, n_outputs=k, layout=_layout(dim)) if row.k == k]
     assert len(rows) == draws
     assert kstest([row.null_p for row in rows], "uniform").pvalue > 0.01
     energies = torch.tensor([row.energy for row in rows], dtype=torch.float64)
@@ -108,11 +117,11 @@ def test_random_directions_follow_the_null(dim: int, k: int) -> None:
 @pytest.mark.parametrize(
     ("n_outputs", "dim", "expected"),
     [
-        (10, 100, {"v1": 1, "top5": 5, "top9": 9, "top10": 10}),
-        (5, 100, {"v1": 1, "top4": 4, "top5": 5}),
-        (6, 100, {"v1": 1, "top5": 5, "top6": 6}),
-        (2, 100, {"v1": 1, "top2": 2, "top5": 5}),
-        (1, 100, {"v1": 1, "top5": 5}),
+        (10, 100, {"v1": 1, "top5": 5, "top9": 9, "top10": 10, "top20": 20}),
+        (5, 100, {"v1": 1, "top4": 4, "top5": 5, "top10": 10}),
+        (6, 100, {"v1": 1, "top5": 5, "top6": 6, "top12": 12}),
+        (2, 100, {"v1": 1, "top2": 2, "top4": 4, "top5": 5}),
+        (1, 100, {"v1": 1, "top2": 2, "top5": 5}),
         (10, 10, {"v1": 1, "top5": 5, "top9": 9}),
         (10, 2, {"v1": 1}),
         (10, 1, {}),
@@ -137,7 +146,11 @@ def test_a_dead_member_is_nan() -> None:
     pairs = _pairs(2)
     for name in ("values", "vectors", "residuals"):
         getattr(pairs, name)[1] = math.nan
-    alive, dead = (row for row in angle_rows({"u": torch.ones(2, 8)}, pairs, n_outputs=1) if row.k == 1)
+    alive, dead = (
+        row
+        for row in angle_rows({"u": torch.ones(2, 8)}, pairs, n_outputs=1, layout=_layout(8))
+        if row.k == 1
+    )
     assert alive.energy == pytest.approx(1 / 8)
     assert (dead.member, dead.resolved) == (1, None)
     assert math.isnan(dead.energy)
@@ -146,7 +159,7 @@ def test_a_dead_member_is_nan() -> None:
 
 def test_resolved_depends_on_residual_gap_and_flags() -> None:
     def resolved(pairs: EigenPairs) -> dict[str, bool | None]:
-        rows = angle_rows({"u": torch.ones(1, 8)}, pairs, n_outputs=3)
+        rows = angle_rows({"u": torch.ones(1, 8)}, pairs, n_outputs=3, layout=_layout(8))
         return {row.subspace: row.resolved for row in rows}
 
     everything = {"v1": True, "top2": True, "top3": True, "top5": True}
@@ -180,11 +193,53 @@ def test_from_a_solve() -> None:
     (pairs,) = packed_eigenpairs(operator, [Wanted("largest", 5)], seeds=[0], tolerance=1e-10)
     point = torch.zeros(1, 40, dtype=torch.float64)
     point[0, :2] = 1
-    rows = {row.subspace: row for row in angle_rows({"g": operator.apply(point)}, pairs, n_outputs=2)}
+    found = angle_rows({"g": operator.apply(point)}, pairs, n_outputs=2, layout=_layout(40))
+    rows = {row.subspace: row for row in found}
     first, second = operator.spectrum[:2]
     assert rows["v1"].energy == pytest.approx((first**2 / (first**2 + second**2)).item())
     assert rows["top2"].angle_degrees < 1e-6
     assert all(row.resolved for row in rows.values())
+
+
+def test_the_smallest_eigenvector_is_a_subspace_of_its_own() -> None:
+    smallest = _pairs(k=1)
+    smallest.values[0, 0], smallest.complement[0] = -3.0, -1.0
+    smallest.vectors[0, 0] = torch.eye(8, dtype=torch.float64)[7]
+    smallest.confirmed[0] = False  # nothing searches below it
+    directions = {"u": torch.tensor([[0.0, 0, 0, 0, 0, 0, 3.0, 4.0]])}
+    rows = angle_rows(directions, _pairs(), n_outputs=3, layout=_layout(8), smallest=smallest)
+    row = next(row for row in rows if row.subspace == "vmin")
+    assert row.energy == pytest.approx(0.64)
+    assert (row.k, row.resolved) == (1, True)
+    smallest.residuals[0, 0] = 0.3
+    rows = angle_rows(directions, _pairs(), n_outputs=3, layout=_layout(8), smallest=smallest)
+    assert next(row for row in rows if row.subspace == "vmin").resolved is False
+
+
+def test_the_sign_flip_null_is_the_mean_over_all_signs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    basis, _ = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64, generator=generator))
+    u = torch.randn(8, dtype=torch.float64, generator=generator)
+    signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 8).double()
+    pairs = _pairs(basis=basis.T[:5])
+    rows = angle_rows({"u": u[None]}, pairs, n_outputs=3, layout=_layout(8))
+    for row in rows:
+        energies = (signs * u @ basis[:, : row.k]).square().sum(dim=1) / u.square().sum()
+        assert row.sign_flip_null == pytest.approx(float(energies.mean()), rel=1e-12)
+        assert row.layer_null == pytest.approx(row.k / 8)  # one layer: the mean over all directions
+
+
+def test_dropped_coordinates_leave_the_dimension() -> None:
+    scale = torch.ones(1, 8, dtype=torch.float64)
+    scale[0, 5:] = 0
+    gauge = Gauge("adaptive", scale)
+    directions = gauge.transform({"u": torch.ones(1, 8)})
+    rows = angle_rows(directions, _pairs(k=4), n_outputs=3, layout=_layout(8), gauge=gauge)
+    row = rows[0]
+    assert (row.gauge, row.dim, row.dropped, row.subspace) == ("adaptive", 5, 3, "v1")
+    assert row.energy == pytest.approx(1 / 5)
+    assert row.null_ratio == pytest.approx(1)
+    assert row.layer_null == pytest.approx(1 / 5)
 
 
 def test_settings_defaults_are_those_of_the_design() -> None:

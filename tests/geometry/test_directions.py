@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from lossray.geometry.directions import DirectionRow, direction_rows, unit_vectors
+from lossray.geometry.directions import (
+    DirectionRow,
+    Reference,
+    direction_rows,
+    measure,
+    share_rows,
+    unit_vectors,
+)
+from lossray.geometry.finite_step import FiniteStep
+from lossray.networks.stack import Layout
 
 
 class Diagonal:
@@ -29,7 +38,13 @@ def _rows(
     vectors: list[list[float]], spectra: list[list[float]], gradient: list[list[float]]
 ) -> list[DirectionRow]:
     operator = Diagonal(torch.tensor(spectra, dtype=torch.float64))
-    return direction_rows({"u": torch.tensor(vectors)}, operator, torch.tensor(gradient, dtype=torch.float64))
+    measured = measure({"u": torch.tensor(vectors)}, operator)
+    return direction_rows(measured, _reference(operator, torch.tensor(gradient, dtype=torch.float64)), {})
+
+
+def _reference(operator: "Diagonal", gradient: Tensor) -> Reference:
+    trace = operator.spectra.sum(dim=1)
+    return Reference(gradient, trace, 0.1 * trace, operator.spectra.amax(dim=1))
 
 
 def test_closed_form() -> None:
@@ -49,9 +64,51 @@ def test_closed_form() -> None:
 def test_one_product_for_each_direction() -> None:
     operator = Diagonal(torch.ones(2, 3, dtype=torch.float64))
     vectors = torch.ones(2, 3)
-    rows = direction_rows({"a": vectors, "b": 2 * vectors}, operator, vectors)
+    measured = measure({"a": vectors, "b": 2 * vectors}, operator)
+    rows = direction_rows(measured, _reference(operator, vectors), {})
     assert operator.calls == 2
     assert [(row.direction, row.member) for row in rows] == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
+
+
+def test_curvature_is_held_against_the_mean_and_the_largest() -> None:
+    (row,) = _rows([[0.0, 1.0, 0.0]], [[1.0, 10.0, 4.0]], [[1.0, 0.0, 0.0]])
+    assert row.relative_curvature == pytest.approx(10 / 5)
+    assert row.relative_curvature_stderr == pytest.approx(0.1 * 10 / 5)
+    assert row.sharpness_share == pytest.approx(1)
+
+
+def test_finite_steps_are_passed_on_and_missing_ones_are_null() -> None:
+    operator = Diagonal(torch.ones(1, 2, dtype=torch.float64))
+    measured = measure({"a": torch.ones(1, 2), "b": torch.ones(1, 2)}, operator)
+    step = FiniteStep(*(torch.tensor([value]) for value in (3.0, 0.5, 0.1)))
+    a, b = direction_rows(measured, _reference(operator, torch.ones(1, 2)), {"a": step})
+    assert (a.finite_step_curvature, a.finite_step_curvature_noise) == (3.0, 0.5)
+    assert a.step_norm == pytest.approx(0.1)
+    assert math.isnan(b.finite_step_curvature)
+
+
+def test_the_layers_share_norm_and_curvature() -> None:
+    layout = Layout(
+        ("a.weight", "a.bias", "b.weight"),
+        (torch.Size([2]), torch.Size([1]), torch.Size([1])),
+        ("other",) * 3,
+    )
+    matrix = torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    matrix = matrix + matrix.T
+
+    class Full(Diagonal):
+        def apply(self, vectors: Tensor) -> Tensor:
+            return vectors @ matrix
+
+    operator = Full(torch.ones(1, 4, dtype=torch.float64))
+    u = torch.tensor([[1.0, 2.0, 2.0, 4.0]], dtype=torch.float64)
+    measured = measure({"u": u}, operator)
+    first, second = share_rows(measured, layout)
+    assert (first.block, second.block, first.dim, second.dim) == ("a", "b", 3, 1)
+    assert (first.energy_share, second.energy_share) == (pytest.approx(9 / 25), pytest.approx(16 / 25))
+    (row,) = direction_rows(measured, _reference(operator, u), {})
+    assert first.curvature_part + second.curvature_part == pytest.approx(row.curvature)
+    assert second.curvature_part == pytest.approx(float(u[0, 3] * (matrix @ u[0])[3]) / 25)
 
 
 def test_a_zero_direction_has_a_norm_and_nothing_else() -> None:

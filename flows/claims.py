@@ -1,0 +1,51 @@
+"""The claims of a study: computed from its tables once they are gathered, and printed by `lossray claims`."""
+
+from collections.abc import Mapping
+
+import pandas as pd
+import pyarrow as pa
+
+from lossray.findings.claims import CLAIMS_VERSION, TABLES_READ, claims_of, claims_text
+from lossray.results import StudyResults, open_study
+from lossray.settings import content_hash
+from lossray.storage.publish import derived_key, publish_derived, tables_source
+from lossray.storage.rows import to_arrow
+from lossray.storage.store import Store
+from lossray.study import ClaimsSettings, Study
+
+
+def publish_claims(store: Store, study: Study) -> None:
+    """Write the table `claims` from the other tables, which have been gathered; nothing if it is current."""
+    if claims_current(store, study):
+        return
+    key = _key(store, study)
+    frame = _claims(StudyResults(store), study.claims)
+    publish_derived(
+        store, "claims", to_arrow("claims", pa.Table.from_pandas(frame, preserve_index=False)), key
+    )
+
+
+def claims_current(store: Store, study: Study) -> bool:
+    """Whether the published claims are those of the published tables under the study's [claims]."""
+    return derived_key(store, "claims") == _key(store, study)
+
+
+def describe(out: str) -> str:
+    """The verdicts with the numbers behind them, from what is committed so far.
+
+    Raises:
+        StoreError: there is no store, or it is damaged.
+    """
+    study = open_study(out)
+    return claims_text(_claims(study, study.study.claims))
+
+
+def _claims(study: StudyResults, settings: ClaimsSettings) -> pd.DataFrame:
+    tables: Mapping[str, pd.DataFrame] = {name: study.table(name) for name in TABLES_READ}
+    return claims_of(tables, settings)
+
+
+def _key(store: Store, study: Study) -> str:
+    return content_hash(
+        {"claims": study.claims.plain(), "version": CLAIMS_VERSION, "tables": tables_source(store)}
+    )

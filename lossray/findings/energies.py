@@ -1,0 +1,157 @@
+"""The statistic S of each compared run, arranged for tests: optimizers by seeds, gauge by gauge."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+BASELINE = "sgd"
+NO_SCALE = ("sgd", "momentum", "nesterov")  # P is the identity: the preconditioned gauge is the raw one
+TOP, WIDER = "v1", "top10"
+RESOLVED_SHARE = 0.5  # of each optimizer's runs: fewer, and the wider subspace stands in for v1
+
+CELL = ["architecture", "rule", "moment", "direction"]
+ALIGNMENT_COLUMNS = (
+    "run_id",
+    "step",
+    "direction",
+    "gauge",
+    "subspace",
+    "log_energy",
+    "sign_flip_null",
+    "k",
+    "dim",
+    "resolved",
+)
+
+
+@dataclass(frozen=True)
+class GaugeEnergies:
+    """S of m optimizers and n seeds in one gauge; NaN where a run is missing or unresolved."""
+
+    gauge: str
+    subspace: str
+    optimizers: tuple[str, ...]
+    seeds: tuple[int, ...]
+    energies: Array  # S, [m, n]
+    over_chance: Array  # S - ln(k/d), [m, n]
+    over_sign_flips: Array  # S - ln(sign-flip null), [m, n]
+    dim: int  # smallest number of coordinates d of its runs
+    unresolved: int  # runs left out since their subspace is not resolved
+
+    def of(self, optimizer: str) -> Array:
+        """S of one optimizer, [n]; NaN where it is not there."""
+        if optimizer not in self.optimizers:
+            return np.full(len(self.seeds), np.nan)
+        own: Array = self.energies[self.optimizers.index(optimizer)]
+        return own
+
+    def against_baseline(self, optimizers: tuple[str, ...]) -> Array:
+        """S minus SGD's S of the same seed, [len(optimizers), n]."""
+        rows = [self.of(name) for name in optimizers]
+        own = np.array(rows) if rows else np.empty((0, len(self.seeds)))
+        differences: Array = own - self.of(BASELINE)
+        return differences
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One direction at one architecture, learning-rate rule and moment."""
+
+    architecture: str
+    rule: str
+    moment: str
+    direction: str
+    adaptive: tuple[str, ...]  # adaptive methods whose runs are compared, with or without rows
+    n_params: int
+    gauges: dict[str, GaugeEnergies]
+
+
+def observations(points: pd.DataFrame, alignment: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `alignment` at the points of `matching.matched_points`, ready to be pivoted.
+
+    Columns of both, and `over_chance`, `over_sign_flips`, `usable` (resolved, and S finite).
+    """
+    rows = points.merge(alignment, on=["run_id", "step"])
+    has = set(zip(rows["run_id"], rows["step"], rows["gauge"], strict=True))
+    raw = rows[rows["optimizer"].isin(NO_SCALE) & (rows["gauge"] == "raw")]
+    lacking = [
+        (run, step, "preconditioned") not in has for run, step in zip(raw["run_id"], raw["step"], strict=True)
+    ]
+    rows = pd.concat([rows, raw[lacking].assign(gauge="preconditioned")], ignore_index=True)
+    energy = pd.to_numeric(rows["log_energy"]).to_numpy(dtype=np.float64)
+    with np.errstate(all="ignore"):
+        chance = np.log(pd.to_numeric(rows["k"]).to_numpy(float) / pd.to_numeric(rows["dim"]).to_numpy(float))
+        flips = np.log(pd.to_numeric(rows["sign_flip_null"]).to_numpy(dtype=np.float64))
+    resolved = (rows["resolved"] == True).to_numpy(dtype=bool)  # noqa: E712 - null is not resolved
+    return rows.assign(
+        log_energy=energy,
+        over_chance=energy - chance,
+        over_sign_flips=energy - flips,
+        usable=resolved & np.isfinite(energy),
+    )
+
+
+def cells_of(points: pd.DataFrame, rows: pd.DataFrame) -> list[Cell]:
+    """One cell for each architecture, rule, moment and direction, in the order of first appearance."""
+    compared = points[points["adaptive"]].groupby(["architecture", "rule"])["optimizer"].unique()
+    n_params = points.groupby("architecture")["n_params"].max()
+    cells = []
+    for labels, group in rows.groupby(CELL, sort=False):
+        architecture, rule, moment, direction = map(str, labels)
+        adaptive = compared.get((architecture, rule), np.array([], dtype=object))
+        gauges = {str(name): _gauge(str(name), own) for name, own in group.groupby("gauge", sort=False)}
+        cells.append(
+            Cell(
+                architecture=architecture,
+                rule=rule,
+                moment=moment,
+                direction=direction,
+                adaptive=tuple(sorted(adaptive)),
+                n_params=int(n_params[architecture]) if pd.notna(n_params[architecture]) else 0,
+                gauges=gauges,
+            )
+        )
+    return cells
+
+
+def _gauge(gauge: str, rows: pd.DataFrame) -> GaugeEnergies:
+    subspace = _subspace(rows)
+    own = rows[rows["subspace"] == subspace]
+    usable = own[own["usable"]]
+    energies = usable.pivot_table("log_energy", "optimizer", "seed", aggfunc="first")
+    optimizers, seeds = energies.index, energies.columns
+
+    def matrix(column: str) -> Array:
+        wide = usable.pivot_table(column, "optimizer", "seed", aggfunc="first")
+        return wide.reindex(index=optimizers, columns=seeds).to_numpy(dtype=np.float64)
+
+    dims = pd.to_numeric(usable["dim"])
+    return GaugeEnergies(
+        gauge=gauge,
+        subspace=subspace,
+        optimizers=tuple(map(str, optimizers)),
+        seeds=tuple(int(seed) for seed in seeds),
+        energies=energies.to_numpy(dtype=np.float64),
+        over_chance=matrix("over_chance"),
+        over_sign_flips=matrix("over_sign_flips"),
+        dim=int(dims.min()) if dims.notna().any() else 0,
+        unresolved=int((~own["usable"]).sum()),
+    )
+
+
+def _subspace(rows: pd.DataFrame) -> str:
+    """v1 where it is resolved in enough runs of every compared optimizer, else the top 10 if they are there.
+
+    The energy in the top 10 is at least that in v1: perpendicular to them is perpendicular to v1. One choice
+    for all runs keeps paired differences comparable.
+    """
+    judged = rows[rows["adaptive"] | (rows["optimizer"] == BASELINE)]
+    share = judged.groupby(["subspace", "optimizer"])["usable"].mean()
+    least = share.groupby("subspace").min()
+    if least.get(TOP, 0.0) >= RESOLVED_SHARE or WIDER not in set(rows["subspace"]):
+        return TOP
+    return WIDER if least.get(WIDER, 0.0) > least.get(TOP, 0.0) else TOP

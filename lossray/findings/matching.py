@@ -1,0 +1,136 @@
+"""Which runs and checkpoints are compared: architectures, learning-rate rules, matched training loss."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+NOT_OF_THE_MODEL = ("name", "optimizers")  # the second says who trains it
+SIZES = ("widths", "channels", "width", "dim")  # settings that make a model larger, nothing else
+BEST, SMALLEST, LARGEST = "best lr", "smallest lr", "largest lr"
+MATCHED, LAST = "matched loss", "last checkpoint"
+
+RUN_COLUMNS = (
+    "run_id",
+    "setting_id",
+    "model",
+    "activation",
+    "model_settings",
+    "optimizer",
+    "lr",
+    "adaptive",
+    "seed",
+    "n_params",
+    "loss",
+    "status",
+    "train_loss",
+    "validation_loss",
+)
+
+
+def frame_of(tables: Mapping[str, pd.DataFrame], name: str, columns: tuple[str, ...]) -> pd.DataFrame:
+    """The named columns of a table; columns or tables that are not there are empty."""
+    return tables.get(name, pd.DataFrame()).reindex(columns=list(columns))
+
+
+def described_runs(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """The `runs` table and two columns: `architecture`, a label, and `family`, the same but for size."""
+    runs = frame_of(tables, "runs", RUN_COLUMNS)
+    texts = {text: _settings(text) for text in runs["model_settings"].dropna().unique()}
+    settings = [
+        {"name": name} | texts.get(text, {})
+        for name, text in zip(runs["model"], runs["model_settings"], strict=True)
+    ]
+    distinct = list({json.dumps(own, sort_keys=True): own for own in settings}.values())
+    runs["architecture"] = [_label(own, distinct) for own in settings]
+    runs["family"] = [
+        json.dumps({key: value for key, value in own.items() if key not in SIZES}, sort_keys=True)
+        for own in settings
+    ]
+    runs["adaptive"] = runs["adaptive"].fillna(False).astype(bool)
+    runs["seed"] = pd.to_numeric(runs["seed"])
+    return runs
+
+
+def _settings(text: str) -> dict[str, Any]:
+    plain = json.loads(text)
+    return {key: value for key, value in plain.items() if key not in NOT_OF_THE_MODEL}
+
+
+def _label(own: Mapping[str, Any], distinct: list[dict[str, Any]]) -> str:
+    """The model's name, and those of its settings in which models of that name differ."""
+    namesakes = [other for other in distinct if other["name"] == own["name"]]
+    varying = [key for key in own if any(other.get(key) != own[key] for other in namesakes)]
+    return " ".join([str(own["name"]), *(f"{key}={_short(own[key])}" for key in varying)])
+
+
+def _short(value: Any) -> str:
+    return "x".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def chosen_settings(runs: pd.DataFrame) -> pd.DataFrame:
+    """For each learning-rate rule one setting of each optimizer.
+
+    "best lr" has the lowest median final validation loss (training loss where there is none), diverged runs
+    counting as infinite. The other rules are there where an optimizer has several learning rates. Columns
+    architecture, rule, optimizer, setting_id.
+    """
+    finished = runs["status"] == "finished"
+    score = runs["validation_loss"].fillna(runs["train_loss"]).astype(float)
+    scored = runs.assign(score=score.where(finished & np.isfinite(score), np.inf), finished=finished)
+    keys = ["architecture", "optimizer", "setting_id"]
+    settings = scored.groupby(keys, as_index=False).agg(
+        lr=("lr", "first"), score=("score", "median"), finished=("finished", "any")
+    )
+    settings = settings[settings["finished"]]
+    several = (
+        settings.groupby("architecture")["lr"].count()
+        > settings.groupby("architecture")["optimizer"].nunique()
+    )
+    with_grid = settings[settings["architecture"].map(several).astype(bool)]
+    parts = []
+    for rule, candidates, order, ascending in (
+        (BEST, settings, ["score", "lr"], [True, True]),
+        (SMALLEST, with_grid, ["lr", "score"], [True, True]),
+        (LARGEST, with_grid, ["lr", "score"], [False, True]),
+    ):
+        first = candidates.sort_values(order, ascending=ascending).drop_duplicates(keys[:2])
+        parts.append(first[keys].assign(rule=rule))
+    return pd.concat(parts, ignore_index=True)
+
+
+def matched_points(runs: pd.DataFrame, checkpoints: pd.DataFrame, choice: pd.DataFrame) -> pd.DataFrame:
+    """The two checkpoints of each chosen run at which optimizers are compared.
+
+    The reference loss of an architecture and rule is the lowest that every optimizer comes down to: the
+    largest over optimizers of the median over runs of the lowest training loss among the checkpoints after
+    step 0. "matched loss" is the run's checkpoint nearest to it in the logarithm.
+
+    Args:
+        runs: of `described_runs`.
+        checkpoints: columns run_id, step, train_loss: those that may be chosen.
+        choice: of `chosen_settings`.
+
+    Returns:
+        Columns architecture, rule, optimizer, adaptive, seed, n_params, run_id, moment, step, train_loss,
+        reference, mismatch (|ln train_loss/reference|).
+    """
+    kept = runs[(runs["status"] == "finished") & runs["seed"].notna()]
+    own = ["run_id", "setting_id", "architecture", "optimizer", "adaptive", "seed", "n_params"]
+    rows = kept[own].merge(choice, on=["architecture", "optimizer", "setting_id"])
+    rows = rows.merge(checkpoints[["run_id", "step", "train_loss"]], on="run_id")
+    rows = rows[(rows["step"] > 0) & (rows["train_loss"] > 0) & np.isfinite(rows["train_loss"].astype(float))]
+    cell = ["architecture", "rule"]
+    lowest = rows.groupby([*cell, "optimizer", "run_id"])["train_loss"].min()
+    reached = lowest.groupby([*cell, "optimizer"]).median()
+    reference = reached.groupby(cell).max().rename("reference").reset_index()
+    rows = rows.merge(reference, on=cell)
+    ratio = rows["train_loss"].astype(float) / rows["reference"].astype(float)
+    rows["mismatch"] = np.abs(np.log(ratio))
+    one = [*cell, "run_id"]
+    nearest = rows.sort_values(["mismatch", "step"], kind="stable").drop_duplicates(one)
+    last = rows.sort_values("step", kind="stable").drop_duplicates(one, keep="last")
+    points = pd.concat([nearest.assign(moment=MATCHED), last.assign(moment=LAST)], ignore_index=True)
+    return points.drop(columns="setting_id")

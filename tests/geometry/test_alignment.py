@@ -1,0 +1,127 @@
+"""The window statistic S: against its definition, under a planted truth, in every gauge."""
+
+import math
+
+import pytest
+import torch
+
+from lossray.geometry.alignment import Alignment, Frame
+from lossray.geometry.gauges import Gauge
+from lossray.networks.stack import Layout
+from tests.geometry.test_angles import _pairs
+
+DIM = 30
+LAYOUT = Layout(("a", "b"), (torch.Size([12]), torch.Size([18])), ("other", "other"))
+
+
+def frame(generator, name="raw", scale=None, members=2, k=12):
+    basis = torch.linalg.qr(torch.randn(DIM, DIM, dtype=torch.float64, generator=generator)).Q.T
+    ones = torch.ones(members, DIM, dtype=torch.float64)
+    return Frame(
+        Gauge(name, ones if scale is None else scale), _pairs(members, k=k, dim=DIM, basis=basis[:k])
+    )
+
+
+def steps_of(generator, n=11, members=2):
+    return [
+        {
+            "minibatch_gradient": torch.randn(members, DIM, generator=generator, dtype=torch.float64),
+            "update": torch.randn(members, DIM, generator=generator, dtype=torch.float64),
+        }
+        for _ in range(n)
+    ]
+
+
+def run(frames, steps):
+    window = Alignment(frames, LAYOUT)
+    for step in steps:
+        window.add(step)
+    return {(row.direction, row.gauge, row.subspace, row.member): row for row in window.rows()}
+
+
+def test_s_is_what_it_is_defined_to_be():
+    generator = torch.Generator().manual_seed(0)
+    scale = 0.2 + torch.rand(2, DIM, dtype=torch.float64, generator=generator)
+    scale[:, 4] = 0
+    frames = [frame(generator), frame(generator, "adaptive", scale)]
+    steps = steps_of(generator)
+    rows = run(frames, steps)
+    assert len(rows) == 2 * 2 * 2 * 2
+    for (direction, gauge, subspace, r), row in rows.items():
+        used = frames[gauge == "adaptive"]
+        inside = total = 0.0
+        for step in steps:
+            u = used.gauge.transform(step)[direction][r]
+            k = {"v1": 1, "top10": 10}[subspace]
+            inside += float((used.pairs.vectors[r, :k] @ u).square().sum())
+            total += float(u.square().sum())
+        assert row.log_energy == pytest.approx(math.log(inside / total), rel=1e-12)
+        assert (row.steps, row.k, row.resolved) == (11, k, True)
+        assert (row.dim, row.dropped) == ((DIM, 0) if gauge == "raw" else (DIM - 1, 1))
+
+
+def test_the_nulls_are_means_over_signs_and_over_directions_within_layers():
+    generator = torch.Generator().manual_seed(1)
+    frames, steps = [frame(generator, members=1)], steps_of(generator, n=3, members=1)
+    row = run(frames, steps)["update", "raw", "top10", 0]
+    basis = frames[0].pairs.vectors[0, :10]
+    total = sum(float(step["update"].square().sum()) for step in steps)
+    signs, layers = [], []
+    for _ in range(4000):
+        drawn = [torch.randint(0, 2, (DIM,), generator=generator) * 2.0 - 1 for _ in steps]
+        flipped = [s * step["update"][0] for s, step in zip(drawn, steps, strict=True)]
+        signs.append(sum(float((basis @ u).square().sum()) for u in flipped) / total)
+        energy = 0.0
+        for step in steps:
+            u = torch.randn(DIM, generator=generator, dtype=torch.float64)
+            for part in (slice(0, 12), slice(12, 30)):
+                u[part] *= step["update"][0, part].norm() / u[part].norm()
+            energy += float((basis @ u).square().sum())
+        layers.append(energy / total)
+    for found, draws in ((row.sign_flip_null, signs), (row.layer_null, layers)):
+        draws = torch.tensor(draws)
+        assert abs(float(draws.mean()) - found) < 4 * float(draws.std()) / len(draws) ** 0.5
+
+
+def test_a_planted_direction_is_found():
+    generator = torch.Generator().manual_seed(2)
+    frames = [frame(generator, members=1)]
+    v1 = frames[0].pairs.vectors[:, 0]
+    rest = frames[0].pairs.vectors[:, 11]
+    rows = run(frames, [{"update": v1 + 3 * rest} for _ in range(5)])
+    assert rows["update", "raw", "v1", 0].log_energy == pytest.approx(math.log(0.1))
+    assert rows["update", "raw", "top10", 0].log_energy == pytest.approx(math.log(0.1))
+
+
+def test_a_direction_that_is_there_for_some_steps_counts_these():
+    generator = torch.Generator().manual_seed(3)
+    steps = steps_of(generator)
+    late = [step if i > 6 else {"update": step["update"]} for i, step in enumerate(steps)]
+    frames = [frame(generator)]
+    rows, expected = run(frames, late), run(frames, steps[7:])
+    key = ("minibatch_gradient", "raw", "v1", 1)
+    assert rows[key] == expected[key]
+    assert rows[key].steps == 4
+
+
+def test_a_member_that_dies_in_the_window_has_no_value_and_spoils_nobody():
+    generator = torch.Generator().manual_seed(4)
+    steps, frames = steps_of(generator), [frame(generator)]
+    sound = run(frames, steps)
+    steps[-1] = {name: u.clone() for name, u in steps[-1].items()}
+    for u in steps[-1].values():
+        u[1] = torch.nan
+    rows = run(frames, steps)
+    for key, row in rows.items():
+        if key[3] == 1:
+            assert math.isnan(row.log_energy)
+            assert math.isnan(row.sign_flip_null)
+        else:
+            assert row == sound[key]
+
+
+def test_subspaces_for_which_there_are_too_few_pairs_are_left_out():
+    generator = torch.Generator().manual_seed(5)
+    rows = run([frame(generator, k=4)], steps_of(generator))
+    assert {key[2] for key in rows} == {"v1"}
+    assert run([], steps_of(generator)) == {}

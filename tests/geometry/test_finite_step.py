@@ -1,0 +1,117 @@
+"""Curvature at a finite step: exact on quadratics, and it sees kinks."""
+
+from decimal import Decimal, getcontext
+
+import pytest
+import torch
+from torch import nn
+
+from lossray.curvature.objectives import StackObjective, mean_losses
+from lossray.geometry.finite_step import finite_steps, real_steps
+from lossray.networks.losses import mse
+from lossray.networks.stack import stack_models
+
+
+class Abs(nn.Module):
+    """w -> |w - 1| as a model: relu(w - 1) + relu(1 - w), linear but for one kink."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([value]))
+
+    def forward(self, x):
+        return (torch.relu(self.w - 1) + torch.relu(1 - self.w)).expand(len(x), 1)
+
+
+def linear_objective(values, n=7, dtype=torch.float32):
+    """Members with linear models of 3 inputs: quadratic losses."""
+    models = [nn.Linear(3, 2, bias=False) for _ in values]
+    for model, value in zip(models, values, strict=True):
+        nn.init.constant_(model.weight, value)
+    stack, theta, buffers = stack_models(models, executor="vmap", dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 3, generator=generator)
+    y = torch.randn(n, 2, generator=generator)
+    batches = [(x[:5], y[:5]), (x[5:], y[5:])]
+    return StackObjective(stack, theta, buffers, mse, batches, dtype=dtype), x.double()
+
+
+def test_on_a_quadratic_it_is_the_curvature():
+    objective, x = linear_objective([0.3, -1.0])
+    generator = torch.Generator().manual_seed(1)
+    steps = torch.randn(2, 6, generator=generator)
+    found = finite_steps(objective, {"u": steps})["u"]
+    gram = torch.block_diag(*[x.T @ x / len(x)] * 2)
+    for r, u in enumerate(steps.double()):
+        assert float(found.curvature[r]) == pytest.approx(float(u @ gram @ u / (u @ u)), rel=1e-9)
+        assert float(found.norm[r]) == pytest.approx(float(u.norm()), rel=1e-12)
+
+
+def test_unequal_batches_count_by_their_examples():
+    objective, _ = linear_objective([0.3])
+    whole = StackObjective(
+        objective.stack,
+        objective.theta.detach(),
+        {},
+        mse,
+        [tuple(torch.cat([getattr(b, name) for b in objective.batches()]) for name in ("inputs", "targets"))],
+        dtype=torch.float64,
+    )
+    exact = objective.to(torch.float64)
+    torch.testing.assert_close(
+        mean_losses(exact, exact.theta.detach()), mean_losses(whole, whole.theta.detach()), rtol=1e-14, atol=0
+    )
+
+
+def test_it_sees_a_kink_where_the_hessian_is_zero():
+    stack, theta, buffers = stack_models([Abs(1.1), Abs(3.0)], executor="loop", dtype=torch.float64)
+    target = torch.full((4, 1), -2.0)
+    objective = StackObjective(stack, theta, buffers, lambda o, t: (o - t).mean(), [(target, target)])
+    found = finite_steps(objective, {"u": torch.full((2, 1), 0.5)})["u"]
+    # |1.6 - 1| - 2 |1.1 - 1| + |0.6 - 1| = 0.8; far from the kink nothing
+    assert float(found.curvature[0]) == pytest.approx(0.8 / 0.25)
+    assert float(found.curvature[1]) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e-5, 1e-7])
+def test_the_noise_covers_the_rounding_error(size):
+    """Against arithmetic of 50 digits, for steps at which rounding counts."""
+    getcontext().prec = 50
+    objective, x = linear_objective([0.7, -0.2, 2.0])
+    y = torch.cat([batch.targets for batch in objective.batches()]).double()
+    generator = torch.Generator().manual_seed(2)
+    step = size * torch.randn(3, 6, dtype=torch.float64, generator=generator)
+    found = finite_steps(objective, {"u": step})["u"]
+    theta = objective.theta.detach().double()
+
+    def loss(w):
+        total = Decimal(0)
+        for inputs, targets in zip(x.tolist(), y.tolist(), strict=True):
+            for i, target in enumerate(targets):
+                output = sum(w[3 * i + j] * Decimal(inputs[j]) for j in range(3))
+                total += (output - Decimal(target)) ** 2 / 2
+        return total / len(x)
+
+    for r in range(3):
+        w = [Decimal(value) for value in theta[r].tolist()]
+        s = [Decimal(value) for value in step[r].tolist()]
+        ahead = loss([a + b for a, b in zip(w, s, strict=True)])
+        behind = loss([a - b for a, b in zip(w, s, strict=True)])
+        exact = (ahead - 2 * loss(w) + behind) / sum(b * b for b in s)
+        error = abs(float(Decimal(float(found.curvature[r])) - exact))
+        assert error <= float(found.noise[r]) + 1e-9 * abs(float(exact))
+
+
+def test_zero_steps_and_dead_members_have_none():
+    objective, _ = linear_objective([0.3, float("nan"), 1.0])
+    steps = torch.ones(3, 6)
+    steps[2] = 0
+    steps[1] = torch.nan
+    found = finite_steps(objective, {"u": steps})["u"]
+    assert torch.isfinite(found.curvature).tolist() == [True, False, False]
+
+
+def test_a_gradient_is_taken_times_the_learning_rate():
+    vectors = {name: torch.ones(1, 2) for name in ("gradient", "momentum", "update", "displacement")}
+    steps = real_steps(vectors, 0.5)
+    assert [float(steps[name][0, 0]) for name in vectors] == [0.5, 0.5, 1.0, 1.0]

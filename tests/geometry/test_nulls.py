@@ -1,0 +1,48 @@
+"""Nulls of angles: closed forms against draws."""
+
+import pytest
+import torch
+
+from lossray.geometry.nulls import LayerNull, layer_index, layer_sums
+from lossray.networks.stack import Layout
+
+LAYOUT = Layout(
+    ("a.weight", "a.bias", "b.weight"),
+    (torch.Size([2, 2]), torch.Size([2]), torch.Size([3])),
+    ("matrix", "other", "matrix"),
+)
+DIM = 9
+
+
+def basis(k, generator):
+    return torch.linalg.qr(torch.randn(DIM, k, dtype=torch.float64, generator=generator)).Q.T
+
+
+def test_a_layer_is_the_module_that_owns_the_parameters():
+    assert layer_index(LAYOUT).tolist() == [0] * 6 + [1] * 3
+    values = torch.arange(9.0)[None]
+    assert layer_sums(values, layer_index(LAYOUT)).tolist() == [[15.0, 21.0]]
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_the_layer_null_is_the_mean_over_directions_with_the_same_norms(k):
+    generator = torch.Generator().manual_seed(k)
+    u = torch.randn(1, DIM, dtype=torch.float64, generator=generator)
+    space = basis(k, generator)
+    weights = space.square().sum(dim=0)[None]
+    expected = float(LayerNull(LAYOUT, torch.ones(1, DIM, dtype=torch.bool)).expected(u.square(), weights))
+    draws = torch.randn(200_000, DIM, dtype=torch.float64, generator=generator)
+    for part in (slice(0, 6), slice(6, 9)):
+        draws[:, part] *= u[0, part].norm() / draws[:, part].norm(dim=1, keepdim=True)
+    energies = (draws @ space.T).square().sum(dim=1)
+    error = float(energies.std() / len(draws) ** 0.5)
+    assert abs(float(energies.mean()) - expected) < 4 * error
+
+
+def test_dropped_coordinates_do_not_count_in_a_layer():
+    kept = torch.ones(1, DIM, dtype=torch.bool)
+    kept[0, :3] = False
+    u, weights = torch.ones(1, DIM), torch.ones(1, DIM)
+    u[0, :3], weights[0, :3] = 0, 0
+    # |u_l|^2 sum v^2 / d_l: 3 * 3 / 3 and 3 * 3 / 3
+    assert float(LayerNull(LAYOUT, kept).expected(u.square(), weights)) == pytest.approx(6)
