@@ -1,5 +1,6 @@
 """Where the runs of a pack went: the tables `trajectory` and `separations`."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import ClassVar
@@ -64,12 +65,8 @@ def follow_trajectory(job: TrajectoryJob, device: torch.device | None = None) ->
     """
     device = device or local_device()
     store, watch = Store(job.context.out), Stopwatch(job.attempt, device_name(device))
-    points, alive = [], []
-    for step in job.steps:
-        checkpoint = read_checkpoint(store, job.pack.pack_id, step, device)
-        points.append(_theta(checkpoint))
-        alive.append(checkpoint.alive)
-    found = trajectory_points(job.steps, gram_of(points), torch.stack(alive, dim=1))
+    points, alive = read_course(store, job.pack, job.steps, device)
+    found = trajectory_points(job.steps, gram_of(points), alive)
     dim = points[0].shape[1]
     store.publish("trajectory", job.key, [_trajectory_row(job, one, dim) for one in found])
     store.commit(watch.record(job.key, job.kind, pack_id=job.pack.pack_id, step=job.step))
@@ -89,9 +86,9 @@ def compare_runs(job: SeparationsJob, device: torch.device | None = None) -> Non
     rows: list[Row] = []
     for step in job.steps:
         runs = _runs_at(store, packs, step, device)
-        for b, run_b in enumerate(runs):
+        for run_a, run_b in itertools.combinations(runs, 2):
             if run_b in job.pack.run_ids:
-                rows += [_separation_row(run_a, run_b, step, runs, first) for run_a in list(runs)[:b]]
+                rows.append(_separation_row(run_a, run_b, step, runs, first))
     store.publish("separations", job.key, rows)
     store.commit(watch.record(job.key, job.kind, pack_id=job.pack.pack_id, step=job.step))
 
@@ -108,34 +105,38 @@ def separations(job: SeparationsJob, cpus: float) -> None:
     compare_runs(job, prepare_worker(cpus))
 
 
-def _theta(checkpoint: Checkpoint) -> Tensor:
-    """Parameters [R, d], float64; zeros for what is not finite."""
-    flat = torch.cat([tensor.double().flatten(1) for tensor in checkpoint.parameters.values()], dim=1)
-    return torch.nan_to_num(flat, nan=0.0, posinf=0.0, neginf=0.0)
-
-
-def _runs_at(
-    store: Store, packs: Sequence[Pack], step: int, device: torch.device
-) -> dict[str, Tensor | None]:
-    """Parameters [d] of every run of the packs at a step; None for one that has diverged."""
-    runs: dict[str, Tensor | None] = {}
-    for pack in packs:
+def read_course(
+    store: Store, pack: Pack, steps: Sequence[int], device: torch.device
+) -> tuple[list[Tensor], Tensor]:
+    """The parameters of a pack at every step, [R, d] each as stored, and who was alive then, [R, T] bool."""
+    points, alive = [], []
+    for step in steps:  # of a checkpoint only the parameters are kept
         checkpoint = read_checkpoint(store, pack.pack_id, step, device)
-        theta = _theta(checkpoint)
-        for r, run_id in enumerate(pack.run_ids):
-            runs[run_id] = theta[r] if checkpoint.alive[r] else None
+        points.append(_theta(checkpoint))
+        alive.append(checkpoint.alive)
+    return points, torch.stack(alive, dim=1)
+
+
+def _theta(checkpoint: Checkpoint) -> Tensor:
+    """Parameters [R, d]."""
+    return torch.cat([tensor.flatten(1) for tensor in checkpoint.parameters.values()], dim=1)
+
+
+def _runs_at(store: Store, packs: Sequence[Pack], step: int, device: torch.device) -> dict[str, Tensor]:
+    """Parameters [d] of every run of the packs at a step, in the packs' order; NaN once it has diverged."""
+    runs: dict[str, Tensor] = {}
+    for pack in packs:
+        (theta,), alive = read_course(store, pack, [step], device)
+        runs |= zip(pack.run_ids, theta.masked_fill(~alive, float("nan")), strict=True)
     return runs
 
 
 def _separation_row(
-    run_a: str, run_b: str, step: int, runs: Mapping[str, Tensor | None], first: Mapping[str, Tensor | None]
+    run_a: str, run_b: str, step: int, runs: Mapping[str, Tensor], first: Mapping[str, Tensor]
 ) -> Row:
-    a, b, a_first, b_first = runs[run_a], runs[run_b], first[run_a], first[run_b]
-    row: Row = {"run_a": run_a, "run_b": run_b, "step": step}
-    if a is None or b is None or a_first is None or b_first is None:
-        return row
-    found = separation(a, b, a_first, b_first)
-    return {**row, **{name: finite(value) for name, value in asdict(found).items()}, "dim": len(a)}
+    found = separation(runs[run_a], runs[run_b], first[run_a], first[run_b])
+    numbers = {name: finite(value) for name, value in asdict(found).items()}
+    return {"run_a": run_a, "run_b": run_b, "step": step, "dim": len(runs[run_a]), **numbers}
 
 
 def _trajectory_row(job: TrajectoryJob, point: TrajectoryPoint, dim: int) -> Row:

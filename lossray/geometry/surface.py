@@ -5,23 +5,29 @@ The points of a grid are members of one stack, evaluated in batches.
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 from torch import Tensor
 
-from lossray.curvature.memory import fitting
+from lossray.geometry.trajectory import gram_of, principal_axes
 from lossray.networks.losses import Loss
 from lossray.networks.stack import Layout, Stack
 from lossray.seeds import generator
 from lossray.settings import Settings
+from lossray.training.datasets import Split
+from lossray.training.evaluation import evaluate_split
 
 Kind = Literal["v1", "eigenvectors", "pca", "random"]
-POINTS_AT_ONCE = 64  # members of a stack; fewer where the memory does not hold them
-COPIES = 8  # of a point's parameters and outputs that a forward pass holds
+EIGENVECTOR_KINDS: tuple[Kind, ...] = ("v1", "eigenvectors")
+POINTS_AT_ONCE = 64  # members of a stack
+PARAMETERS_AT_ONCE = 2**24  # of all its members: 128 MB in float64
+SMALL_LOSS = 0.1  # eigenvector axes reach at least this far up
+MARGIN = 1.2  # of a trajectory's plane around its checkpoints
 
 
 def _odd(points: int) -> int:
@@ -95,8 +101,8 @@ def along_eigenvectors(
 ) -> Plane | None:
     """The line of the top eigenvector, or the plane of the top two.
 
-    x = 1 is where the quadratic model has added the loss itself, or a tenth if that is small: far enough to
-    see the bowl, and at most the length of theta.
+    x = 1 is where the quadratic model has added the loss itself, or 0.1 if that is less: far enough to see
+    the bowl, and no farther than theta is long.
 
     Args:
         kind: "v1" or "eigenvectors".
@@ -111,41 +117,49 @@ def along_eigenvectors(
     n = 1 if kind == "v1" else 2
     if len(vectors) < n or not bool(torch.isfinite(vectors[:n]).all()):
         return None
-    rise, longest = max(abs(loss), 0.1), float(torch.linalg.vector_norm(theta.double()))
-    axes = []
-    for vector, value in zip(vectors[:n].double(), values[:n].tolist(), strict=True):
-        length = math.sqrt(2 * rise / value) if value > 0 else longest
-        axes.append(min(length, longest or 1.0) * vector)
+    rise = max(abs(loss), SMALL_LOSS)
+    longest = float(torch.linalg.vector_norm(theta.double())) or 1.0
+    curvatures = values[:n].tolist()
+    lengths = [min(math.sqrt(2 * rise / c), longest) if c > 0 else longest for c in curvatures]
+    axes = vectors[:n].double() * vectors.new_tensor(lengths, dtype=torch.float64)[:, None]
     return Plane(kind, axes[0], axes[1] if n == 2 else None)
 
 
-def along_trajectory(axes: Tensor, reach: Tensor) -> Plane | None:
-    """The plane of a run's first two principal axes.
+def along_trajectory(theta: Tensor, points: Sequence[Tensor]) -> Plane | None:
+    """The plane of a run's first two principal axes, wide enough for all its checkpoints.
+
+    A checkpoint's place in it is the difference of its coordinates in `trajectory` and those of theta.
 
     Args:
-        axes: [2, d] orthonormal rows; NaN where there is none.
-        reach: [2] the largest distance of a checkpoint along each, from the one in the centre.
+        theta: [d] the checkpoint in the centre.
+        points: [d] each, all the run's checkpoints in order.
+
+    Returns:
+        None where they span no plane.
     """
-    if not bool(torch.isfinite(axes).all()):
+    rows = torch.stack([point.double() for point in points])
+    weights = principal_axes(gram_of([row[None] for row in rows])[0].cpu().numpy()).weights[:, :2]
+    if not np.isfinite(weights).all():
         return None
-    lengths = 1.2 * torch.where(reach > 0, reach, 1.0)  # all checkpoints inside, with a margin
-    x_axis, y_axis = axes.double() * lengths[:, None]
+    axes = torch.from_numpy(weights).to(rows).T @ (rows - rows.mean(dim=0))  # [2, d] orthonormal
+    reach = ((rows - theta.double()) @ axes.T).abs().amax(dim=0)
+    x_axis, y_axis = MARGIN * reach[:, None] * axes
     return Plane("pca", x_axis, y_axis)
 
 
 def along_random(theta: Tensor, layout: Layout, seed: int) -> Plane:
     """Two random directions, normalised filter by filter (Li et al., arXiv 1712.09913).
 
-    Each row of a matrix and each kernel of a convolution gets the norm that it has in theta; biases and the
-    parameters of norms stay as they are.
+    Each row of a matrix (a unit's incoming weights) and each kernel of a convolution (an output channel's)
+    gets the norm that it has in theta. Biases, parameters of norms and other vectors stay as they are.
 
     Args:
         theta: [d].
         layout: how d divides into parameters.
         seed: of the directions.
     """
-    rows = [_filter_normalised(theta, layout, generator(seed, "surface", i)) for i in range(2)]
-    return Plane("random", rows[0], rows[1])
+    axes = [_filter_normalised(theta, layout, generator(seed, "surface", i)) for i in range(2)]
+    return Plane("random", axes[0], axes[1])
 
 
 def surface_rows(
@@ -154,12 +168,12 @@ def surface_rows(
     theta: Tensor,
     buffers: Mapping[str, Tensor],
     loss: Loss,
-    examples: tuple[Tensor, Tensor],
+    examples: Split,
     *,
     points: int,
     span: float,
 ) -> list[SurfaceRow]:
-    """The loss on the grid of a plane, eval mode.
+    """The loss on the grid of a plane, in eval mode; the point in its middle is theta itself.
 
     Args:
         plane: axes [d].
@@ -168,24 +182,21 @@ def surface_rows(
         buffers: its buffers by name.
         loss: mean over examples.
         examples: inputs and targets.
-        points: along each axis.
-        span: of the axes.
+        points: along each axis, an odd number.
+        span: the axes reach from -span to span.
     """
-    grid = torch.linspace(-span, span, points, dtype=torch.float64)
-    if plane.y_axis is None:
-        places = [(i, 0, float(x), 0.0) for i, x in enumerate(grid)]
-    else:
-        places = [(i, j, float(x), float(y)) for i, x in enumerate(grid) for j, y in enumerate(grid)]
-    shifts = torch.tensor([place[2:] for place in places], dtype=torch.float64, device=theta.device)
-    axes = torch.stack(
-        [plane.x_axis, torch.zeros_like(plane.x_axis) if plane.y_axis is None else plane.y_axis]
-    )
-    x_norm = float(torch.linalg.vector_norm(plane.x_axis))
-    y_norm = None if plane.y_axis is None else float(torch.linalg.vector_norm(plane.y_axis))
-    losses, accuracies = _evaluate(stack, theta, shifts, axes.to(theta.device), buffers, loss, examples)
+    ticks = [span * (2 * i - (points - 1)) / (points - 1) for i in range(points)]  # 0 exactly in the middle
+    line = plane.y_axis is None
+    y_axis = torch.zeros_like(plane.x_axis) if plane.y_axis is None else plane.y_axis
+    columns = [(0, 0.0)] if line else list(enumerate(ticks))
+    places = [(i, j, x, y) for i, x in enumerate(ticks) for j, y in columns]
+    shifts = torch.tensor([[x, y] for _, _, x, y in places], dtype=torch.float64, device=theta.device)
+    axes = torch.stack([plane.x_axis, y_axis])
+    losses, accuracies = _evaluate(stack, theta, shifts, axes, buffers, loss, examples)
+    x_norm, y_norm = torch.linalg.vector_norm(axes, dim=1).tolist()
     return [
-        SurfaceRow(i, j, x, y, x_norm, y_norm, losses[n], accuracies[n])
-        for n, (i, j, x, y) in enumerate(places)
+        SurfaceRow(*place, x_norm, None if line else y_norm, height, accuracy)
+        for place, height, accuracy in zip(places, losses, accuracies, strict=True)
     ]
 
 
@@ -196,40 +207,32 @@ def _evaluate(
     axes: Tensor,
     buffers: Mapping[str, Tensor],
     loss: Loss,
-    examples: tuple[Tensor, Tensor],
+    examples: Split,
 ) -> tuple[list[float], list[float]]:
     """Losses and accuracies at theta + shifts [P, 2] times axes [2, d], a batch of points at a time."""
-    inputs, targets = examples
-    size = theta.element_size() * (stack.dim + inputs.numel() // max(1, len(inputs)) * len(inputs))
-    at_once = min(POINTS_AT_ONCE, fitting(COPIES * size, theta.device))
+    at_once = max(1, min(POINTS_AT_ONCE, PARAMETERS_AT_ONCE // stack.dim))
     losses: list[float] = []
     accuracies: list[float] = []
     for part in shifts.split(at_once):
         points = (theta.double() + part @ axes).to(theta.dtype)
         copies = {name: tensor.expand(len(part), *tensor.shape) for name, tensor in buffers.items()}
-        with torch.no_grad():
-            outputs = stack.outputs(points, copies, inputs)
-            losses += [float(loss(own, targets)) for own in outputs]
-        accuracies += _accuracies(outputs, targets)
+        heights, right = evaluate_split(stack, points, copies, loss, examples)
+        losses += heights.tolist()
+        accuracies += right.masked_fill(~torch.isfinite(heights), torch.nan).tolist()
     return losses, accuracies
 
 
-def _accuracies(outputs: Tensor, targets: Tensor) -> list[float]:
-    if targets.is_floating_point():
-        return [float("nan")] * len(outputs)
-    right: list[float] = (outputs.argmax(dim=-1) == targets).double().mean(dim=1).tolist()
-    return right
-
-
 def _filter_normalised(theta: Tensor, layout: Layout, random: torch.Generator) -> Tensor:
+    """A direction [d], float64; drawn on the CPU, so that it is the same on every device."""
     parts = []
-    for name, weights in layout.split(theta.double().cpu()).items():
-        role = layout.roles[layout.names.index(name)]
+    pieces = layout.split(theta.double().cpu()).values()
+    for weights, role in zip(pieces, layout.roles, strict=True):
         drawn = torch.randn(weights.shape, generator=random, dtype=torch.float64)
         if role == "other":
             parts.append(torch.zeros(weights.numel(), dtype=torch.float64))
             continue
-        rows, own = drawn.flatten(1), weights.flatten(1)
-        norms = torch.linalg.vector_norm(own, dim=1, keepdim=True)
-        parts.append((rows * norms / torch.linalg.vector_norm(rows, dim=1, keepdim=True)).flatten())
+        filters = drawn.flatten(1)
+        lengths = torch.linalg.vector_norm(filters, dim=1, keepdim=True)
+        norms = torch.linalg.vector_norm(weights.flatten(1), dim=1, keepdim=True)
+        parts.append((filters * norms / lengths).flatten())
     return torch.cat(parts).to(theta.device)

@@ -4,6 +4,7 @@ The first axes of any random walk in high dimension explain most of its variance
 arXiv 1806.08805; SCIENCE 2.12): a picture of a trajectory in their plane is evidence only against that.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from lossray.settings import Settings
 
 AXES = 3
 NEGLIGIBLE = 1e-12  # share of the variance below which an axis is rounding
+NEGLIGIBLE_SIZE = 1e-6  # of a coordinate, where those of all checkpoints together have length 1
 
 
 class TrajectorySettings(Settings):
@@ -51,7 +53,8 @@ class Axes:
 def principal_axes(gram: NDArray[np.float64]) -> Axes:
     """The axes from inner products, which is all that they depend on.
 
-    The sign of an axis is that of the step from the first checkpoint to the last along it.
+    The first checkpoint has no positive coordinate (where it lies at zero, the first that does not): a run
+    starts on the left. Rounding cannot turn this sign on a random walk, whose ends may tie.
 
     Args:
         gram: inner products of the checkpoints (from any origin), [T, T].
@@ -66,7 +69,7 @@ def principal_axes(gram: NDArray[np.float64]) -> Axes:
     for a, (value, vector) in enumerate(zip(values, vectors.T, strict=True)):
         if total <= 0 or value <= NEGLIGIBLE * total:
             break
-        sign = -1.0 if vector[-1] < vector[0] else 1.0
+        sign = -float(np.sign(vector[np.abs(vector) > NEGLIGIBLE_SIZE][0]))
         explained[a] = value / total
         coordinates[:, a] = sign * vector * np.sqrt(value)
         weights[:, a] = sign * vector / np.sqrt(value)
@@ -95,28 +98,33 @@ def trajectory_points(steps: Sequence[int], gram: Tensor, alive: Tensor) -> list
         alive: [R, T] bool.
     """
     points = []
+    missing = (math.nan,) * AXES
     for r in range(len(gram)):
         living = alive[r].nonzero().flatten().tolist()
-        axes = principal_axes(gram[r][living][:, living].cpu().numpy())
-        walk = random_walk_shares([steps[t] for t in living]) if living else np.full(AXES, np.nan)
-        places = {t: place for place, t in enumerate(living)}
+        if living:
+            axes = principal_axes(gram[r][living][:, living].cpu().numpy())
+            explained = tuple(axes.explained.tolist())
+            walk = tuple(random_walk_shares([steps[t] for t in living]).tolist())
         for t, step in enumerate(steps):
-            known = t in places
-            point = axes.coordinates[places[t]] if known else np.full(AXES, np.nan)
-            shares = (axes.explained, walk) if known else (np.full(AXES, np.nan),) * 2
-            numbers = (tuple(map(float, values)) for values in (point, *shares))
-            points.append(TrajectoryPoint(r, step, *numbers))
+            if t in living:
+                place = tuple(axes.coordinates[living.index(t)].tolist())
+                points.append(TrajectoryPoint(r, step, place, explained, walk))
+            else:
+                points.append(TrajectoryPoint(r, step, missing, missing, missing))
     return points
 
 
 def gram_of(points: Sequence[Tensor]) -> Tensor:
     """Inner products [R, T, T], float64, of points [R, d] given one after the other, from the first one on.
 
-    Rows of members that have diverged may hold anything finite.
+    Only one member's points are in float64 at a time.
     """
-    origin = points[0].double()
-    moved = torch.stack([point.double() - origin for point in points], dim=1)  # [R, T, d]
-    return moved @ moved.mT
+    return torch.stack([_gram(torch.stack(own).double()) for own in zip(*points, strict=True)])
+
+
+def _gram(points: Tensor) -> Tensor:
+    moved = points - points[0]  # a short way in a large space: its own digits, not theirs
+    return moved @ moved.T
 
 
 @dataclass(frozen=True)
@@ -138,7 +146,7 @@ def separation(a: Tensor, b: Tensor, a_first: Tensor, b_first: Tensor) -> Separa
 
 def _cosine(a: Tensor, b: Tensor) -> float:
     size = float(torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b))
-    return float((a @ b).clamp(-size, size)) / size if size > 0 else float("nan")
+    return float((a @ b).clamp(-size, size)) / size if size > 0 else math.nan
 
 
 def _centred(gram: NDArray[np.float64]) -> NDArray[np.float64]:

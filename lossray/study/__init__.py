@@ -13,6 +13,7 @@ from lossray.study.keys import (
     separations_key,
     study_inputs,
     surface_key,
+    surface_members,
     training_key,
     trajectory_key,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "study_from_table",
     "study_inputs",
     "surface_key",
+    "surface_members",
     "training_key",
     "trajectory_key",
 ]

@@ -136,16 +136,28 @@ def separations_key(pack: Pack, earlier: Sequence[Pack], study: Study, inputs: S
 
 
 def surface_key(pack: Pack, step: int, study: Study, inputs: StudyInputs) -> str:
-    """Key of the slices through a pack's checkpoint at `step`."""
-    assert study.surfaces is not None
+    """Key of the slices through a pack's checkpoint at `step`; for the plane of its trajectory, of all."""
+    settings = study.surfaces
+    assert settings is not None
     return content_hash(
         {
             "kind": "surfaces",
             "curvature": curvature_key(pack, step, study, inputs),
-            "surfaces": study.surfaces.plain(),
-            **_places(pack, study, inputs, "surfaces"),
+            "members": list(surface_members(pack, study)),
+            "grid": [list(settings.kinds), settings.points, settings.span],
+            "course": list(checkpoint_keys(pack, study, inputs).items()) if "pca" in settings.kinds else None,
+            "table": TABLES["surfaces"].version,
         }
     )
+
+
+def surface_members(pack: Pack, study: Study) -> tuple[int, ...]:
+    """Indices of a pack's runs that have surfaces: those of the study's first seeds; every recorded run."""
+    assert study.surfaces is not None
+    if study.surfaces.seeds == "all" or pack.recorded is not None:
+        return tuple(range(len(pack.seeds)))
+    first = study.seeds[: study.surfaces.seeds]
+    return tuple(r for r, seed in enumerate(pack.seeds) if seed in first)
 
 
 def _places(pack: Pack, study: Study, inputs: StudyInputs, table: str) -> dict[str, Any]:

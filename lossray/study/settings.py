@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, JsonValue, SerializeAsAny, field_va
 from lossray.curvature.analysis import CurvatureSettings
 from lossray.curvature.degeneracy import DegeneracySettings
 from lossray.geometry.angles import AnglesSettings
-from lossray.geometry.surface import SurfacesSettings
+from lossray.geometry.surface import EIGENVECTOR_KINDS, SurfacesSettings
 from lossray.geometry.trajectory import TrajectorySettings
 from lossray.networks.layers import ModelSettings
 from lossray.plugins import is_spec
@@ -151,4 +151,9 @@ class Study(Settings):
             displacement = "displacement" in self.angles.directions
             angles = ", and no angles of the displacement" if displacement else ""
             lines.append(f"curvature.vectors = false: no overlaps{angles}; both need the eigenvectors")
+            kinds = [
+                repr(kind) for kind in EIGENVECTOR_KINDS if self.surfaces and kind in self.surfaces.kinds
+            ]
+            reason = "not computed, since curvature.vectors = false keeps no eigenvectors"
+            lines += [f"surfaces.kinds: {', '.join(kinds)} {reason}"] if kinds else []
         return lines

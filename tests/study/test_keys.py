@@ -12,9 +12,13 @@ from lossray.study import (
     pair_key,
     pair_tables,
     partition,
+    separations_key,
     study_from_table,
     study_inputs,
+    surface_key,
+    surface_members,
     training_key,
+    trajectory_key,
 )
 
 MODEL, LOSS, DATA, OTHER = "own_model:f", "own_loss:f", "own_data:f", "own_other:f"
@@ -112,6 +116,7 @@ def test_analysis_settings_change_the_curvature_key_only(changes):
         {"resources": {"pack": 16, "train": {"cpus": 2}, "curvature": {"gpus": 1}}},
         {"claims": {"alpha": 0.1}},
         {"degeneracy": {"dense_up_to": 3}},
+        {"trajectory": {}, "surfaces": {}},
         {"ensembles": {"members": 3}},
         {"data": {"source": DATA, "place": "elsewhere"}},
         {"models": [{"name": MODEL, "width": 3}, {"name": "mlp"}]},
@@ -182,3 +187,86 @@ def test_study_inputs_hash_the_users_modules(tmp_path, monkeypatch):
     after = study_inputs(one, "d")
     assert after.sources != before.sources
     assert keys(one, before)[0] != keys(one, after)[0]
+
+
+# ---- trajectories and surfaces
+
+
+def packs_of(study):
+    return partition(study, (), lambda setting: ("loop", "double"))  # one seed each
+
+
+def places(study, given=None):
+    """(trajectory key, separations key, surface key at step 10) of the second seed of three."""
+    earlier, pack = packs_of(study)[:2]
+    given = given or inputs()
+    return (
+        trajectory_key(pack, study, given),
+        separations_key(pack, [earlier], study, given),
+        surface_key(pack, 10, study, given),
+    )
+
+
+def drawn(**changes):
+    return study(**{"trajectory": {}, "surfaces": {"seeds": "all"}} | changes)
+
+
+def test_keys_of_places_are_three_and_reproducible():
+    assert places(drawn()) == places(drawn())
+    assert len(set(places(drawn()))) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "changed"),
+    [
+        ({"name": "other", "claims": {"alpha": 0.1}}, (False, False, False)),
+        ({"seeds": [0, 1, 2, 5]}, (False, False, False)),
+        ({"trajectory": {"between_seeds": False}}, (False, False, False)),
+        ({"surfaces": {"seeds": 2}}, (False, False, False)),  # the second seed has surfaces either way
+        ({"surfaces": {"seeds": "all", "checkpoints": "all"}}, (False, False, False)),
+        ({"surfaces": {"seeds": 1}}, (False, False, True)),
+        ({"surfaces": {"seeds": "all", "points": 5}}, (False, False, True)),
+        ({"surfaces": {"seeds": "all", "span": 2.0}}, (False, False, True)),
+        ({"surfaces": {"seeds": "all", "kinds": ["pca"]}}, (False, False, True)),
+        ({"curvature": {"examples": 50}}, (False, False, True)),
+        ({"curvature": {"vectors": False}}, (False, False, True)),
+        ({"training": {"loss": LOSS, "steps": 10, "checkpoints": {"steps": [0, 5, 10]}}}, (True, True, True)),
+        ({"optimizers": [{"name": "adam", "lr": 0.01}]}, (True, True, True)),
+    ],
+)
+def test_keys_of_places_change_with_what_their_rows_depend_on(changes, changed):
+    before, after = places(drawn()), places(drawn(**changes))
+    assert tuple(old != new for old, new in zip(before, after, strict=True)) == changed
+
+
+def test_keys_of_places_change_with_the_data_the_sources_and_their_tables(monkeypatch):
+    before = places(drawn())
+    for given in (inputs(data="e"), inputs(model="x"), inputs(loss="x")):
+        assert not set(before) & set(places(drawn(), given))
+    for i, name in enumerate(("trajectory", "separations", "surfaces")):
+        with monkeypatch.context() as patch:
+            patch.setitem(TABLES, name, replace(TABLES[name], version=TABLES[name].version + 1))
+            after = places(drawn())
+        assert [old != new for old, new in zip(before, after, strict=True)] == [i == j for j in range(3)]
+
+
+def test_the_key_of_separations_holds_every_pack_they_are_taken_from():
+    one = drawn()
+    first, second, third = packs_of(one)
+    found = [
+        separations_key(third, earlier, one, inputs())
+        for earlier in ([first, second], [second, first], [first], [])
+    ]
+    assert len(set(found)) == 4
+    assert separations_key(second, [first], one, inputs()) not in found
+
+
+def test_surfaces_are_those_of_the_first_seeds_of_the_study():
+    def members(order, **surfaces):
+        one = drawn(seeds=order, surfaces=surfaces, resources={"pack": 2})
+        packs = partition(one, (), lambda setting: ("vmap", "double"))
+        return [surface_members(pack, one) for pack in packs]
+
+    assert members([7, 3, 5]) == [(0,), ()]
+    assert members([7, 3, 5], seeds=2) == [(0, 1), ()]
+    assert members([7, 3, 5], seeds=9) == members([7, 3, 5], seeds="all") == [(0, 1), (0,)]

@@ -338,6 +338,17 @@ def test_a_study_that_keeps_no_eigenvectors_is_told_what_goes_missing(directions
     assert line == f"curvature.vectors = false: {missing} both need the eigenvectors"
 
 
+@pytest.mark.parametrize(
+    ("kinds", "missing"),
+    [("", "'v1', 'eigenvectors'"), ('kinds = ["v1", "pca"]\n', "'v1'"), ('kinds = ["random"]\n', None)],
+)
+def test_surfaces_along_eigenvectors_need_them_to_be_kept(kinds, missing):
+    asked = f"[curvature]\nvectors = false\n[surfaces]\n{kinds}"
+    _, *lines = study_from_table(tomllib.loads(SMALL + asked)).not_computed()
+    reason = "not computed, since curvature.vectors = false keeps no eigenvectors"
+    assert lines == ([f"surfaces.kinds: {missing} {reason}"] if missing else [])
+
+
 # Checks against the data
 
 
