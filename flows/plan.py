@@ -18,6 +18,7 @@ from lossray.study import (
     pair_tables,
     separations_key,
     surface_key,
+    surface_members,
     training_key,
     trajectory_key,
 )
@@ -161,21 +162,12 @@ def _surfaces(
     settings, steps = study.surfaces, tuple(curvature)
     if settings is None or not steps:
         return
-    members = _members(pack, study)
+    members = surface_members(pack, study)
     for step in _chosen(steps, settings.checkpoints) if members else ():
         key = surface_key(pack, step, study, inputs)
         job = SurfaceJob(context, pack, step, members, steps, curvature[step], key, Attempt())
         needs = _events("trained", pack, steps) | _events("analysed", pack, [step])
         yield Follower(job.kind, pack.pack_id, step, key, needs), job
-
-
-def _members(pack: Pack, study: Study) -> tuple[int, ...]:
-    """Indices of the runs that have surfaces: those of the first seeds."""
-    assert study.surfaces is not None
-    if study.surfaces.seeds == "all" or pack.recorded is not None:
-        return tuple(range(len(pack.seeds)))
-    first = study.seeds[: study.surfaces.seeds]
-    return tuple(r for r, seed in enumerate(pack.seeds) if seed in first)
 
 
 def _chosen(steps: Sequence[int], which: str) -> list[int]:
