@@ -36,7 +36,7 @@ def dispersion_rows(
         & (alignment["resolved"] == True)  # noqa: E712 - null is not resolved
         & (alignment["step"] > 0)
     ]
-    rows = own.assign(log_energy=pd.to_numeric(own["log_energy"])).merge(chosen, on="run_id")
+    rows = own.merge(chosen, on="run_id")
     spread = rows.groupby(["architecture", "optimizer", "seed"])["log_energy"].agg(["std", "count"])
     spread = spread[(spread["count"] >= LEAST_CHECKPOINTS) & (spread["std"] > 0)]
     spread = spread.assign(log_sd=np.log(spread["std"].to_numpy(dtype=np.float64))).reset_index()
@@ -90,7 +90,7 @@ def slope_rows(runs: pd.DataFrame, rows: pd.DataFrame, settings: ClaimsSettings)
     labels = _family_labels(chosen, names)
     keys = ["family", "direction", "optimizer"]
     for (family, direction, optimizer), group in chosen.groupby(keys, sort=False):
-        log_dim = np.log(pd.to_numeric(group["dim"]).to_numpy(dtype=np.float64))
+        log_dim = np.log(group["dim"].to_numpy(dtype=np.float64))
         own = group.assign(log_dim=log_dim)
         slopes = [
             np.polyfit(one["log_dim"], one["log_energy"], 1)[0]

@@ -63,8 +63,6 @@ def claim_b_rows(tables: Mapping[str, pd.DataFrame], settings: ClaimsSettings) -
     runs = described_runs(tables)
     finished = runs.loc[runs["status"] == "finished", ["run_id", "architecture", "optimizer", "loss"]]
     degeneracy = frame_of(tables, "degeneracy", COLUMNS).merge(finished, on="run_id")
-    for column in ("nullity", "excess", "rank", "dim", "tau", "quadrature_bias", "step"):
-        degeneracy[column] = pd.to_numeric(degeneracy[column]).astype(float)
     degeneracy = degeneracy[np.isfinite(degeneracy["nullity"])]
     floor = degeneracy[
         (degeneracy["at_noise_floor"] == True)  # noqa: E712 - null is false

@@ -82,10 +82,10 @@ def observations(points: pd.DataFrame, alignment: pd.DataFrame) -> pd.DataFrame:
         (run, step, "preconditioned") not in has for run, step in zip(raw["run_id"], raw["step"], strict=True)
     ]
     rows = pd.concat([rows, raw[lacking].assign(gauge="preconditioned")], ignore_index=True)
-    energy = pd.to_numeric(rows["log_energy"]).to_numpy(dtype=np.float64)
+    energy = rows["log_energy"].to_numpy(dtype=np.float64)
     with np.errstate(all="ignore"):
-        chance = np.log(pd.to_numeric(rows["k"]).to_numpy(float) / pd.to_numeric(rows["dim"]).to_numpy(float))
-        flips = np.log(pd.to_numeric(rows["sign_flip_null"]).to_numpy(dtype=np.float64))
+        chance = np.log(rows["k"].to_numpy(float) / rows["dim"].to_numpy(float))
+        flips = np.log(rows["sign_flip_null"].to_numpy(dtype=np.float64))
     resolved = (rows["resolved"] == True).to_numpy(dtype=bool)  # noqa: E712 - null is not resolved
     return rows.assign(
         log_energy=energy,
@@ -96,11 +96,11 @@ def observations(points: pd.DataFrame, alignment: pd.DataFrame) -> pd.DataFrame:
 
 
 def cells_of(points: pd.DataFrame, rows: pd.DataFrame) -> list[Cell]:
-    """One cell for each architecture, rule, moment and direction, in the order of first appearance."""
+    """One cell for each architecture, rule, moment and direction, in alphabetical order."""
     compared = points[points["adaptive"]].groupby(["architecture", "rule"])["optimizer"].unique()
     n_params = points.groupby("architecture")["n_params"].max()
     cells = []
-    for labels, group in rows.groupby(CELL, sort=False):
+    for labels, group in rows.groupby(CELL):
         architecture, rule, moment, direction = map(str, labels)
         adaptive = compared.get((architecture, rule), np.array([], dtype=object))
         gauges = {str(name): _gauge(str(name), own) for name, own in group.groupby("gauge", sort=False)}
@@ -122,23 +122,23 @@ def _gauge(gauge: str, rows: pd.DataFrame) -> GaugeEnergies:
     subspace = _subspace(rows)
     own = rows[rows["subspace"] == subspace]
     usable = own[own["usable"]]
-    energies = usable.pivot_table("log_energy", "optimizer", "seed", aggfunc="first")
-    optimizers, seeds = energies.index, energies.columns
+    row, optimizers = pd.factorize(usable["optimizer"], sort=True)
+    column, seeds = pd.factorize(usable["seed"], sort=True)
 
-    def matrix(column: str) -> Array:
-        wide = usable.pivot_table(column, "optimizer", "seed", aggfunc="first")
-        return wide.reindex(index=optimizers, columns=seeds).to_numpy(dtype=np.float64)
+    def matrix(name: str) -> Array:
+        values = np.full((len(optimizers), len(seeds)), np.nan)
+        values[row, column] = usable[name].to_numpy(dtype=np.float64)
+        return values
 
-    dims = pd.to_numeric(usable["dim"])
     return GaugeEnergies(
         gauge=gauge,
         subspace=subspace,
         optimizers=tuple(map(str, optimizers)),
         seeds=tuple(int(seed) for seed in seeds),
-        energies=energies.to_numpy(dtype=np.float64),
+        energies=matrix("log_energy"),
         over_chance=matrix("over_chance"),
         over_sign_flips=matrix("over_sign_flips"),
-        dim=int(dims.min()) if dims.notna().any() else 0,
+        dim=int(usable["dim"].min()) if usable["dim"].notna().any() else 0,
         unresolved=int((~own["usable"]).sum()),
     )
 

@@ -7,6 +7,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lossray.storage.schema import INTEGER, NUMBER
+from lossray.storage.tables import schema_of
+
 NOT_OF_THE_MODEL = ("name", "optimizers")  # the second says who trains it
 SIZES = ("widths", "channels", "width", "dim")  # settings that make a model larger, nothing else
 BEST, SMALLEST, LARGEST = "best lr", "smallest lr", "largest lr"
@@ -31,8 +34,17 @@ RUN_COLUMNS = (
 
 
 def frame_of(tables: Mapping[str, pd.DataFrame], name: str, columns: tuple[str, ...]) -> pd.DataFrame:
-    """The named columns of a table; columns or tables that are not there are empty."""
-    return tables.get(name, pd.DataFrame()).reindex(columns=list(columns))
+    """The named columns of a table, numbers as float64, the others as objects.
+
+    Columns or tables that are not there are empty: null, or without rows.
+    """
+    frame = tables.get(name, pd.DataFrame()).reindex(columns=list(columns))
+    numeric = {
+        column.name: pd.to_numeric(frame[column.name]).astype("float64")
+        for column in schema_of(name).columns
+        if column.name in columns and column.type in (NUMBER, INTEGER)
+    }
+    return frame.astype("object").assign(**numeric)
 
 
 def described_runs(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
@@ -49,8 +61,7 @@ def described_runs(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         json.dumps({key: value for key, value in own.items() if key not in SIZES}, sort_keys=True)
         for own in settings
     ]
-    runs["adaptive"] = runs["adaptive"].fillna(False).astype(bool)
-    runs["seed"] = pd.to_numeric(runs["seed"])
+    runs["adaptive"] = (runs["adaptive"] == True).astype(bool)  # noqa: E712 - null is not adaptive
     return runs
 
 
@@ -78,7 +89,7 @@ def chosen_settings(runs: pd.DataFrame) -> pd.DataFrame:
     architecture, rule, optimizer, setting_id.
     """
     finished = runs["status"] == "finished"
-    score = runs["validation_loss"].fillna(runs["train_loss"]).astype(float)
+    score = runs["validation_loss"].fillna(runs["train_loss"])
     scored = runs.assign(score=score.where(finished & np.isfinite(score), np.inf), finished=finished)
     keys = ["architecture", "optimizer", "setting_id"]
     settings = scored.groupby(keys, as_index=False).agg(
@@ -121,16 +132,16 @@ def matched_points(runs: pd.DataFrame, checkpoints: pd.DataFrame, choice: pd.Dat
     own = ["run_id", "setting_id", "architecture", "optimizer", "adaptive", "seed", "n_params"]
     rows = kept[own].merge(choice, on=["architecture", "optimizer", "setting_id"])
     rows = rows.merge(checkpoints[["run_id", "step", "train_loss"]], on="run_id")
-    rows = rows[(rows["step"] > 0) & (rows["train_loss"] > 0) & np.isfinite(rows["train_loss"].astype(float))]
+    rows = rows[(rows["step"] > 0) & (rows["train_loss"] > 0) & np.isfinite(rows["train_loss"])]
     cell = ["architecture", "rule"]
     lowest = rows.groupby([*cell, "optimizer", "run_id"])["train_loss"].min()
     reached = lowest.groupby([*cell, "optimizer"]).median()
     reference = reached.groupby(cell).max().rename("reference").reset_index()
     rows = rows.merge(reference, on=cell)
-    ratio = rows["train_loss"].astype(float) / rows["reference"].astype(float)
-    rows["mismatch"] = np.abs(np.log(ratio))
+    rows["mismatch"] = np.abs(np.log(rows["train_loss"] / rows["reference"]))
     one = [*cell, "run_id"]
     nearest = rows.sort_values(["mismatch", "step"], kind="stable").drop_duplicates(one)
     last = rows.sort_values("step", kind="stable").drop_duplicates(one, keep="last")
     points = pd.concat([nearest.assign(moment=MATCHED), last.assign(moment=LAST)], ignore_index=True)
-    return points.drop(columns="setting_id")
+    chosen: pd.DataFrame = points.drop(columns="setting_id")
+    return chosen

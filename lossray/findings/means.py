@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import special, stats
 
 Array = NDArray[np.float64]
 
@@ -44,18 +44,17 @@ def mean_test(values: ArrayLike, bound: float, *, alpha: float) -> MeanTest:
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore", RuntimeWarning)  # of samples without any spread
         less = stats.ttest_1samp(safe, bound, axis=-1, alternative="less", nan_policy="omit")
-        greater = stats.ttest_1samp(safe, bound, axis=-1, alternative="greater", nan_policy="omit")
-        low = np.asarray(greater.confidence_interval(1 - alpha).low)
         high = np.asarray(less.confidence_interval(1 - alpha).high)
+        p_greater = special.stdtr(less.df, -less.statistic)
         total = np.where(present, sample, 0.0).sum(axis=-1)
         mean = np.where(n > 0, total / np.maximum(n, 1), np.nan)
     known = n >= 2
     return MeanTest(
         mean=mean,
-        low=np.where(known, low, np.nan),
+        low=np.where(known, 2 * mean - high, np.nan),
         high=np.where(known, high, np.nan),
         p_less=np.where(known & np.isfinite(less.pvalue), less.pvalue, 1.0),
-        p_greater=np.where(known & np.isfinite(greater.pvalue), greater.pvalue, 1.0),
+        p_greater=np.where(known & np.isfinite(p_greater), p_greater, 1.0),
         n=n,
     )
 

@@ -78,8 +78,8 @@ def decide(evidence: Evidence, *, alpha: float) -> Decision:
     if evidence.chance <= alpha:
         return Decision(
             DIMENSION_ARTEFACT,
-            "every optimizer, SGD included, is as perpendicular as a random direction, within a factor 3 "
-            f"(p = {evidence.chance:.2g})",
+            "every optimizer, SGD included, is as perpendicular as a random direction, or as itself with "
+            f"random signs, within a factor 3 (p = {evidence.chance:.2g})",
         )
     raw = evidence.gauges["raw"]
     refuted = _refutations(raw, alpha)
