@@ -273,17 +273,22 @@ def _nullity(layers: Sequence[_Layer], i: int, inputs: Tensor, pattern: _Pattern
     layer = layers[i]
     units, columns = len(layer.module.weight), layer.columns
     gated = any(node.name in pattern.gates for node in layer.channelwise)
-    ranks = [_unit_rank(layers, i, unit, inputs, pattern) for unit in range(units if gated else 1)]
+    first = _seen(layers, i, inputs, pattern, 0)  # the same for all units
+    ranks = [_unit_rank(layers, i, unit, inputs, pattern, first) for unit in range(units if gated else 1)]
     total = sum(columns - rank for rank in ranks)
     return (total if gated else units * total), ranks[-1]  # without gates all units see the same
 
 
-def _unit_rank(layers: Sequence[_Layer], i: int, unit: int, inputs: Tensor, pattern: _Pattern) -> int:
+def _unit_rank(
+    layers: Sequence[_Layer], i: int, unit: int, inputs: Tensor, pattern: _Pattern, first: Tensor
+) -> int:
     """Independent conditions on the incoming weights of one unit: draws, until one adds nothing."""
     index = torch.arange(len(inputs), device=inputs.device)
     known, rank = torch.zeros(0, layers[i].columns, dtype=torch.float64, device=inputs.device), 0
     for draw in range(layers[i].columns + 1):
-        rows, live = _rows(layers, i, unit, inputs[index], pattern.pick(index), draw)
+        own = pattern if draw == 0 else pattern.pick(index)
+        seen = first if draw == 0 else _seen(layers, i, inputs[index], own, draw)
+        rows, live = _rows(layers[i], unit, seen, own, last=i == len(layers) - 1)
         index = index[live]
         known = _triangular(torch.cat([known, rows]))
         before, rank = rank, _rank(known)
@@ -336,14 +341,11 @@ def _gated_inputs(layers: Sequence[_Layer], i: int, inputs: Tensor, pattern: _Pa
     return x
 
 
-def _rows(
-    layers: Sequence[_Layer], i: int, unit: int, inputs: Tensor, pattern: _Pattern, draw: int
-) -> tuple[Tensor, Tensor]:
+def _rows(layer: _Layer, unit: int, seen: Tensor, pattern: _Pattern, *, last: bool) -> tuple[Tensor, Tensor]:
     """Linear conditions on the incoming weights of one unit [n, columns], and the examples [N] that make any.
 
     A pool adds up what the unit sees at several positions; a smooth activation tells all positions apart.
     """
-    layer, seen = layers[i], _seen(layers, i, inputs, pattern, draw)
     n, columns = seen.shape[:2]
     z = seen.reshape(n * columns, 1, *seen.shape[2:])
     smooth = False
@@ -356,7 +358,7 @@ def _rows(
         else:
             z = z * pattern.gates[node.name][:, unit : unit + 1].repeat_interleave(columns, dim=0)
     z = z.view(n, columns, -1)
-    if not smooth and i < len(layers) - 1:
+    if not smooth and not last:
         z = z * pattern.needed[layer.node.name][:, unit].reshape(n, 1, -1)
     rows = z.transpose(1, 2).reshape(-1, columns)
     return rows[(rows != 0).any(dim=1)], (z != 0).flatten(1).any(dim=1)
