@@ -120,4 +120,4 @@ def _batches(job: CheckpointJob, point: Point) -> Iterator[StackObjective]:
 def _threshold(job: CheckpointJob) -> float | None:
     optimizer = job.pack.optimizer
     threshold = OPTIMIZERS[optimizer.name].threshold if optimizer else None
-    return threshold(optimizer) if threshold else None
+    return threshold(optimizer, job.step) if threshold else None

@@ -1,7 +1,8 @@
 """The steps after a checkpoint once more, bit for bit those that training took, with all that they used.
 
 A checkpoint holds all state, and data order and noise come from counters (lossray.seeds), so this is the
-training itself. It may go on past the last step of the run, as training would have.
+training itself. It may go on past the last step of the run, as training would have. Only the evaluations at
+later checkpoints are left out: a member that training buries there lives on.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

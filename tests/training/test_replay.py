@@ -1,17 +1,18 @@
-"""Replays and shadows: a replay is the training, bit for bit, and a shadow changes no bit of it."""
+"""Replays: bit for bit the training, whatever happens in it."""
 
 import dataclasses
-from itertools import pairwise
 
 import pytest
 import torch
 
+from lossray.networks.losses import get_loss
 from lossray.storage.checkpoints import dumps, loads
 from lossray.training.loop import TrainingSettings, train
 from lossray.training.optimizers import StackOptimizer, optimizer_settings
 from lossray.training.replay import replay
-from lossray.training.shadow import Shadow
-from tests.training.test_loop import DATA, MLP, NOISY_MLP, RESNET, SEEDS, make_stack, tensors
+from lossray.training.shadow import shadow_states
+from lossray.training.steps import TrainingTask, resumed, take_step
+from tests.training.test_loop import DATA, MLP, NOISY_MLP, RESNET, SEEDS, assert_identical, make_stack
 
 STEPS = {"steps": 9, "batch_size": 8, "dtype": "float64", "checkpoints": {"steps": [0, 3, 9]}}
 
@@ -45,35 +46,63 @@ class Run:
         return list(replay(*args, steps=steps, shadow=self.shadow))
 
 
-def moved(run, checkpoint, steps):
-    """Parameters after a replay from a checkpoint, [R, d]."""
-    last = run.replay(checkpoint, steps)[-1]
-    return last.theta + last.update
+def after(run, checkpoint, steps):
+    """The state of a pack some steps after a checkpoint, by the function that replays and training share."""
+    loss = get_loss(run.training.loss)
+    task = TrainingTask(run.stack, loss, DATA, run.training, run.optimizer, "p", SEEDS, run.shadow)
+    pack = resumed(task, run.theta, checkpoint)
+    for step in range(checkpoint.step, checkpoint.step + steps):
+        take_step(task, pack, step)
+    return pack
 
 
 @pytest.mark.parametrize("executor", ["vmap", "loop"])
-@pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam", "adamw", "muon", "lion"])
-def test_a_replay_takes_the_steps_of_the_training_to_the_bit(optimizer, executor):
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "nesterov", "adam", "adamw", "muon", "lion"])
+def test_a_replay_reaches_the_next_checkpoint_to_the_bit(optimizer, executor):
     settings = {"name": optimizer, "weight_decay": 0.01, "schedule": "cosine"}
-    run = Run(NOISY_MLP, settings, executor=executor)
+    table = {"steps": 15, "batch_size": 4, "diverged_above": 1.4, "checkpoints": {"steps": [0, 3, 9, 15]}}
+    run = Run(NOISY_MLP, settings, executor=executor, shadow=("adam", "muon"), **table)
     checkpoints = run.train()
-    steps = run.replay(checkpoints[3], 6)
+    start, end = checkpoints[3], checkpoints[9]
+    assert int(end.diverged_at[1]) == 4  # a member diverges in between, not all of them
+    assert end.alive.any()
+    pack = after(run, start, 6)
+    assert torch.equal(pack.theta, run.stack.layout.join(end.parameters))
+    assert torch.equal(pack.diverged_at, end.diverged_at)
+    assert_identical(pack.buffers, end.buffers)
+    assert_identical(pack.optimizer.state(), end.optimizer)
+    assert_identical(shadow_states(pack.shadows), end.shadow)
+
+
+@pytest.mark.parametrize("executor", ["vmap", "loop"])
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam", "muon", "lion"])
+def test_a_replay_yields_the_steps_of_the_training(optimizer, executor):
+    run = Run(NOISY_MLP, {"name": optimizer, "weight_decay": 0.01}, executor=executor, shadow=("adam",))
+    every = {"log_every": 1, "checkpoints": {"steps": list(range(10))}}
+    checkpoints = Run(
+        NOISY_MLP, {"name": optimizer, "weight_decay": 0.01}, executor=executor, **every
+    ).train()
+    steps = run.replay(run.train()[3], 6)
     assert [step.step for step in steps] == [3, 4, 5, 6, 7, 8]
-    for one, following in pairwise(steps):
-        # In float64 theta + (theta' - theta) is theta' but for its last bit, so theta itself is compared.
-        torch.testing.assert_close(one.theta + one.update, following.theta, rtol=1e-14, atol=1e-15)
-    every = Run(NOISY_MLP, settings, executor=executor, checkpoints={"steps": list(range(10))}).train()
     for step in steps:
-        assert torch.equal(step.theta, run.stack.layout.join(every[step.step].parameters))
+        before, following = checkpoints[step.step], checkpoints[step.step + 1]
+        after_it = run.stack.layout.join(following.parameters)
+        assert torch.equal(step.theta, run.stack.layout.join(before.parameters))
+        assert torch.equal(step.update, after_it - step.theta)
+        assert torch.equal(step.losses.double(), following.log["train_loss"][0])
+        own = StackOptimizer(run.optimizer, after_it, run.stack.layout)
+        own.load_state(following.optimizer)
+        for found, expected in ((step.momentum, own.momentum()), (step.scale, own.scale())):
+            assert (found is None) == (expected is None)
+            assert found is None or torch.equal(found, expected)
 
 
-def test_a_replay_starts_from_batch_norm_and_dropout_as_they_were():
+def test_a_replay_of_batch_norm_and_shortcuts_is_the_training():
     run = Run(RESNET, {"name": "momentum", "lr": 0.05})
     checkpoints = run.train()
-    first = run.replay(checkpoints[3], 1)[0]
-    again = run.replay(checkpoints[3], 1)[0]
-    assert torch.equal(first.losses, again.losses)
-    assert torch.equal(first.update, again.update)
+    pack = after(run, checkpoints[3], 6)
+    assert torch.equal(pack.theta, run.stack.layout.join(checkpoints[9].parameters))
+    assert_identical(pack.buffers, checkpoints[9].buffers)
 
 
 def test_a_replayed_step_holds_what_it_used():
@@ -89,12 +118,21 @@ def test_a_replayed_step_holds_what_it_used():
     assert sgd.momentum is None
 
 
-def test_a_replay_goes_on_where_the_run_ended():
-    short = Run(MLP, {"name": "adam"})
-    longer = Run(MLP, {"name": "adam"}, steps=15, checkpoints={"steps": [9, 15]})
-    found = moved(short, short.train()[9], 6)
-    expected = short.stack.layout.join(longer.train()[15].parameters)
-    torch.testing.assert_close(found, expected, rtol=1e-14, atol=1e-15)
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_a_replay_goes_on_where_the_run_ended(optimizer):
+    short = Run(MLP, {"name": optimizer})
+    longer = Run(MLP, {"name": optimizer}, steps=15, checkpoints={"steps": [9, 14, 15]}).train()
+    last = short.replay(short.train()[9], 6)[-1]
+    before, afterwards = (short.stack.layout.join(longer[step].parameters) for step in (14, 15))
+    assert torch.equal(last.theta, before)
+    assert torch.equal(last.update, afterwards - before)
+
+
+def test_past_the_end_of_a_cosine_nothing_moves():
+    run = Run(MLP, {"name": "sgd", "schedule": "cosine"})
+    (step,) = run.replay(run.train()[9], 1)
+    assert step.gradient.abs().max() > 0
+    assert not step.update.any()
 
 
 def test_a_member_that_diverges_in_a_replay_leaves_the_others():
@@ -109,76 +147,3 @@ def test_a_member_that_diverges_in_a_replay_leaves_the_others():
         assert torch.equal(ill.theta[[0, 2]], well.theta[[0, 2]])
     gone = dataclasses.replace(checkpoint, alive=torch.zeros(3, dtype=torch.bool))
     assert run.replay(gone, 4) == []
-
-
-# ---- shadows
-
-
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "muon"])
-def test_shadows_change_no_bit_of_a_run(optimizer):
-    alone = Run(NOISY_MLP, {"name": optimizer}).train()
-    watched = Run(NOISY_MLP, {"name": optimizer}, shadow=("adam", "muon", "sgd")).train()
-    for step, checkpoint in alone.items():
-        for name, value in tensors(checkpoint).items():
-            assert torch.equal(value, tensors(watched[step])[name]) or value.isnan().any(), name
-        assert checkpoint.shadow == {}
-
-
-def test_a_shadow_of_the_same_optimizer_makes_the_same_updates():
-    run = Run(MLP, {"name": "adamw"}, shadow=("adamw",))  # with decay, which needs the true parameters
-    for step in run.replay(run.train()[3], 5):
-        torch.testing.assert_close(step.shadows["adamw"], step.update, rtol=1e-12, atol=1e-16)
-
-
-def test_a_shadow_is_fed_the_gradients_of_the_run():
-    run = Run(MLP, {"name": "sgd", "lr": 0.2}, shadow=("adam",))
-    checkpoints = run.train()
-    steps = run.replay(checkpoints[0], 9)
-    theta = steps[0].theta.clone()
-    alone = StackOptimizer(optimizer_settings({"name": "adam"}), theta, run.stack.layout)
-    for step in steps:
-        theta.copy_(step.theta)
-        alone.step(step.gradient, 1e-3)
-        torch.testing.assert_close(step.shadows["adam"], theta - step.theta, rtol=0, atol=0)
-    for name, value in alone.state().items():
-        assert torch.equal(value, checkpoints[9].shadow[f"adam/{name}"]), name
-
-
-def test_shadows_are_resumed_to_the_bit():
-    run = Run(MLP, {"name": "momentum"}, shadow=("adam", "lion"))
-    whole = run.train()
-    resumed = run.train(resume=whole[3])[9]
-    assert whole[9].shadow.keys() == resumed.shadow.keys() != set()
-    for name, value in whole[9].shadow.items():
-        assert torch.equal(value, resumed.shadow[name]), name
-
-
-def test_a_virtual_update_of_a_shadow_leaves_it_as_it_is():
-    run = Run(MLP, {"name": "sgd"})
-    shadow = Shadow("adam", run.theta, run.stack.layout)
-    gradient = torch.randn(run.theta.shape, dtype=torch.float64)
-    shadow.step(run.theta, gradient)
-    before = shadow.state()
-    expected = shadow.virtual_update(run.theta, 2 * gradient)
-    assert all(torch.equal(value, before[name]) for name, value in shadow.state().items())
-    assert torch.equal(shadow.step(run.theta, 2 * gradient), expected)
-
-
-def test_a_dead_member_leaves_the_shadows_of_the_others():
-    run = Run(MLP, {"name": "sgd", "lr": 0.1}, shadow=("adam",))
-    checkpoint = run.train()[3]
-    poisoned = {name: tensor.clone() for name, tensor in checkpoint.parameters.items()}
-    poisoned["hidden1.weight"][1] = torch.nan
-    sick = run.replay(dataclasses.replace(checkpoint, parameters=poisoned), 3)
-    for ill, well in zip(sick, run.replay(checkpoint, 3), strict=True):
-        assert torch.equal(ill.shadows["adam"][[0, 2]], well.shadows["adam"][[0, 2]])
-
-
-def test_files_of_checkpoints_without_shadows_are_still_read():
-    data = dumps(Run(MLP, {"name": "sgd"}).train()[3])
-    length = int.from_bytes(data[:8], "little")
-    header = data[8 : 8 + length]
-    old = header.replace(b', \\"shadow\\": []', b"").replace(b',\\"shadow\\":[]', b"")
-    assert old != header
-    changed = len(old).to_bytes(8, "little") + old + data[8 + length :]
-    assert loads(changed).shadow == {}
