@@ -53,7 +53,7 @@ def test_near_a_teacher_the_symmetry_adds_null_directions_at_the_critical_point(
         symmetry = rescaling_symmetry(model, hessian.packed.layout)
         (vectors,) = symmetry.kernel_vectors(theta[None])
         assert float((hessian @ vectors.T).norm()) < 1e-6
-        # A gradient of 1e-8 leaves these eigenvalues at its own size: far above the noise floor, and far below
+        # A gradient of 1e-8 leaves these eigenvalues at its size: far above the noise floor, far below
         # the others.
         sizes = lossray.degeneracy(hessian).eigenvalues.abs()
         assert int((sizes < 1e-8).sum()) == 3
