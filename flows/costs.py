@@ -11,7 +11,8 @@ from flows.plan import PackPlan, Plan
 from lossray.curvature.analysis import TRACES_PER_PROBE, CurvatureSettings
 from lossray.curvature.layers import layers
 from lossray.curvature.operators import StackHessian
-from lossray.study import Pack, Study
+from lossray.geometry.surface import LINES
+from lossray.study import Pack, Study, surface_members
 from lossray.training.datasets import Dataset, analysis_set
 from lossray.training.loop import train
 from lossray.training.optimizers import OPTIMIZERS
@@ -22,6 +23,7 @@ from tasks.spectra import operators_asked
 TIMED_STEPS = 5
 TIMED_PRODUCTS = 2
 TABLE_BYTES = 100_000  # of a pack's checkpoint in parts/ and tables/: a few hundred rows in small files
+SURFACE_POINT_BYTES = 50  # likewise, of a point of a slice
 FORWARD = 1 / 6  # of the time of a product
 DENSE_SECONDS = 1.0  # all eigenvalues of one matrix of order 3,000 (SCIENCE 5B); grows with its cube
 
@@ -55,15 +57,19 @@ def estimate(pack_plan: PackPlan, plan: Plan, dataset: Dataset) -> Cost:
     dense = sum(follower.kind == "degeneracy" for follower in pack_plan.followers)
     dense_products, dense_seconds = _dense_cost(study, pack, n_params)
     products = len(steps) * products + dense * dense_products
-    window = len(steps) * study.angles.window * step_seconds
+    product_seconds = _time_product(pack, plan, dataset)
+    further = len(steps) * study.angles.window * step_seconds + dense * dense_seconds
+    surfaces = sum(follower.kind == "surfaces" for follower in pack_plan.followers)
+    points = surfaces * _surface_points(study, pack)
+    further += points * FORWARD * product_seconds / len(pack.seeds)
     stored = sum(min(top, dim) * dim for dim in spectra) + gauges * pairs * n_params
     vectors = 4 * len(pack.seeds) * stored * study.curvature.vectors
     return Cost(
         n_params=n_params,
         products=products,
         training_seconds=step_seconds * study.training.steps,
-        curvature_seconds=products * _time_product(pack, plan, dataset) + window + dense * dense_seconds,
-        disk_bytes=len(steps) * (state_bytes + vectors + TABLE_BYTES),
+        curvature_seconds=products * product_seconds + further,
+        disk_bytes=len(steps) * (state_bytes + vectors + TABLE_BYTES) + points * SURFACE_POINT_BYTES,
     )
 
 
@@ -107,6 +113,15 @@ def _dense_cost(study: Study, pack: Pack, dim: int) -> tuple[int, float]:
         return study.curvature.probes * study.curvature.steps, 0.0
     solves = 2 * len(pack.seeds)  # raw and in the adaptive gauge
     return 2 * dim, solves * DENSE_SECONDS * (dim / 3000) ** 3  # float64 takes twice as long
+
+
+def _surface_points(study: Study, pack: Pack) -> int:
+    """Points of all slices through one checkpoint, each for one member."""
+    settings = study.surfaces
+    if settings is None:
+        return 0
+    each = sum(settings.points if kind in LINES else settings.points**2 for kind in settings.kinds)
+    return len(surface_members(pack, study)) * each
 
 
 def _spectra(pack: Pack, study: Study, dataset: Dataset) -> Iterator[int]:

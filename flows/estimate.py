@@ -16,7 +16,7 @@ from flows.plan import PackPlan, Plan, make_plan
 from flows.progress import duration
 from flows.study import Request, check_request
 from lossray.errors import StudyError
-from lossray.study import load_study, partition
+from lossray.study import Study, load_study, partition, surface_members
 from lossray.training.datasets import Dataset
 
 NO_STORE = "memory://dry-run"  # empty, and gone with the process
@@ -49,19 +49,20 @@ def dry_run(study: str, out: str | None, overrides: Sequence[str] = ()) -> str:
 
 
 def _costs(plan: Plan, dataset: Dataset) -> list[Cost]:
-    """The cost of each pack; packs of one setting, size and number of checkpoints cost the same."""
+    """The cost of each pack; packs of one setting cost the same where all their numbers are the same."""
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, int(plan.study.resources.train.cpus)))  # as a worker has
     try:
-        alike = {_size(pack): pack for pack in plan.packs}
+        alike = {_size(pack, plan.study): pack for pack in plan.packs}
         costs = {size: estimate(pack, plan, dataset) for size, pack in alike.items()}
     finally:
         torch.set_num_threads(threads)
-    return [costs[_size(pack)] for pack in plan.packs]
+    return [costs[_size(pack, plan.study)] for pack in plan.packs]
 
 
-def _size(plan: PackPlan) -> tuple[str, int, int]:
-    return plan.pack.setting_id, len(plan.pack.seeds), len(plan.checkpoint_keys)
+def _size(pack: PackPlan, study: Study) -> tuple[str, int, int, int]:
+    surfaces = len(surface_members(pack.pack, study)) if study.surfaces is not None else 0
+    return pack.pack.setting_id, len(pack.pack.seeds), len(pack.checkpoint_keys), surfaces
 
 
 def wall_seconds(costs: Sequence[Cost], slots: int) -> float:

@@ -8,6 +8,7 @@ there vanishes for all weights, and for generic weights nothing else does.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,9 +19,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lossray.curvature.data import example_batch, read_data
-from lossray.errors import DataError
+from lossray.errors import DataError, ModelError
 from lossray.networks.architecture import Node, graph_of
 from lossray.networks.losses import Loss
+from lossray.plugins import failure
 from lossray.seeds import generator
 
 RANK_TOLERANCE = 1e-9  # of the largest singular value; what is forced to vanish is at rounding, 1e-16
@@ -84,14 +86,12 @@ def structural_floor(model: nn.Module, data: Any, loss: Loss) -> StructuralFloor
         loss: ``loss(outputs, targets)``, the mean over examples.
 
     Raises:
-        DataError: the data cannot be read, or their inputs are no tensors.
-        ModelError: torch.fx cannot trace the model.
+        DataError: the data cannot be read, are empty, or their inputs are no tensors.
+        ModelError: torch.fx cannot trace the model, or the model or the loss fails on the data.
     """
-    inputs, targets = _examples(data)
     nodes = graph_of(model)
-    with torch.no_grad():
-        outputs = _outputs(model, inputs[:TESTED_EXAMPLES])
-        shift = _ignores_shifts(loss, outputs, targets[:TESTED_EXAMPLES])
+    inputs, targets = _examples(data)
+    shift = _ignores_shifts(model, loss, inputs[:TESTED_EXAMPLES], targets[:TESTED_EXAMPLES])
     layers = _chain(nodes)
     if layers is None:
         return _of_unknown(nodes, shift)
@@ -136,13 +136,14 @@ def shift_vectors(model: nn.Module) -> Tensor:
 def _chain(nodes: Sequence[Node]) -> list[_Layer] | None:
     """The layers in order; None where the model is no chain of what is understood."""
     layers: list[list[Any]] = []
+    places = _places(nodes)
     previous = None
     for node in nodes:
         if previous is not None and node.inputs != (previous,):
             return None
         previous = node.name
         if node.kind in ("linear", "conv"):
-            if not _is_plain(node):
+            if not _is_plain(node, places):
                 return None
             layers.append([node, [], []])
         elif node.kind in ("input", "output", "dropout") or isinstance(node.module, nn.Identity):
@@ -162,14 +163,25 @@ def _chain(nodes: Sequence[Node]) -> list[_Layer] | None:
     return found if ordered and plain and ends else None
 
 
-def _is_plain(node: Node) -> bool:
+def _is_plain(node: Node, places: Counter[int]) -> bool:
     """A layer whose weights act once, on zero-padded inputs, and are all trained."""
     module = node.module
-    if not all(p.requires_grad for p in module.parameters()):  # type: ignore[union-attr]
+    if not all(p.requires_grad and places[id(p)] == 1 for p in module.parameters()):  # type: ignore[union-attr]
         return False
     if node.kind == "linear":
         return True
     return isinstance(module, nn.Conv2d) and module.groups == 1 and module.padding_mode == "zeros"
+
+
+def _places(nodes: Sequence[Node]) -> Counter[int]:
+    """In how many places each parameter acts, by its id: tied weights, and layers that are called twice."""
+    places: Counter[int] = Counter()
+    for node in nodes:
+        if node.module is not None:
+            places.update(id(p) for p in node.module.parameters())
+        elif node.kind == "other" and not node.inputs:
+            places[id(node.function())] += 1  # a parameter that a function is given
+    return places
 
 
 def _nonlinear(layer: _Layer) -> bool:
@@ -177,14 +189,17 @@ def _nonlinear(layer: _Layer) -> bool:
 
 
 def _last_linear(nodes: Sequence[Node]) -> nn.Linear | None:
-    """The linear layer whose outputs are the model's."""
+    """The linear layer whose outputs are the model's, and whose weights act nowhere else."""
     by_name = {node.name: node for node in nodes}
     node = nodes[-1]
     while node.kind in ("output", "dropout") or isinstance(node.module, nn.Identity):
         if len(node.inputs) != 1:
             return None
         node = by_name[node.inputs[0]]
-    return node.module if node.kind == "linear" else None  # type: ignore[return-value]
+    if not isinstance(node.module, nn.Linear):
+        return None
+    places = _places(nodes)
+    return node.module if all(places[id(p)] == 1 for p in node.module.parameters()) else None
 
 
 # ---- special cases
@@ -396,6 +411,8 @@ def _examples(data: Any) -> tuple[Tensor, Any]:
     batches = [example_batch(raw) for raw in read_data(data, closure=False)]
     if not all(isinstance(b.inputs, Tensor) and isinstance(b.targets, Tensor) for b in batches):
         raise DataError("the structural floor needs inputs and targets that are tensors")
+    if not sum(len(batch.inputs) for batch in batches):
+        raise DataError("data: found no example; at least one is needed")
     inputs = torch.cat([batch.inputs for batch in batches])
     targets = torch.cat([batch.targets for batch in batches])
     return inputs.double(), targets.double() if targets.is_floating_point() else targets
@@ -403,13 +420,16 @@ def _examples(data: Any) -> tuple[Tensor, Any]:
 
 def _outputs(model: nn.Module, inputs: Tensor) -> Tensor:
     """Outputs in eval mode and float64; the model stays as it was."""
-    was_training = model.training
+    flags = [(module, module.training) for module in model.modules()]
     tensors = {n: t.double() if t.is_floating_point() else t for n, t in _tensors(model).items()}
     try:
         model.eval()
         outputs: Tensor = functional_call(model, tensors, (inputs,))
+    except Exception as error:  # the user's code may raise anything
+        raise ModelError(f"{type(model).__name__} raised {failure(error)}") from error
     finally:
-        model.train(was_training)
+        for module, flag in flags:
+            module.training = flag
     return outputs
 
 
@@ -417,8 +437,17 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def _ignores_shifts(loss: Callable[[Tensor, Any], Tensor], outputs: Tensor, targets: Any) -> bool:
+@torch.no_grad()
+def _ignores_shifts(
+    model: nn.Module, loss: Callable[[Tensor, Any], Tensor], inputs: Tensor, targets: Any
+) -> bool:
     """Whether adding one number to all outputs of an example leaves its loss as it is."""
+    if not callable(loss):
+        raise ModelError(f"loss: found {type(loss).__name__}; allowed: a function")
+    outputs = _outputs(model, inputs)
     each = torch.linspace(-1.5, 2.0, len(outputs), dtype=outputs.dtype, device=outputs.device)
-    before, after = loss(outputs, targets), loss(outputs + each[:, None], targets)
-    return bool((after - before).abs() <= SAME_LOSS * (1 + before.abs()))
+    try:
+        before, after = loss(outputs, targets), loss(outputs + each[:, None], targets)
+        return bool((after - before).abs() <= SAME_LOSS * (1 + before.abs()))
+    except Exception as error:  # as above
+        raise ModelError(f"the loss raised {failure(error)}") from error

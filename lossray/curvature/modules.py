@@ -22,7 +22,7 @@ from lossray.curvature.objectives import (
 )
 from lossray.errors import DataError, LossrayError, ModelError
 from lossray.networks.losses import Loss
-from lossray.networks.stack import layout_of, seeded, uncompiled
+from lossray.networks.stack import layout_of, require_module, seeded, uncompiled
 from lossray.plugins import failure
 from lossray.seeds import stream
 
@@ -339,8 +339,7 @@ def _mode(model: nn.Module, train: bool) -> Iterator[None]:
 
 
 def _check_arguments(model: Any, loss: Any, data: Any, closure: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"model: found {type(model).__name__}; allowed: a torch.nn.Module")
+    require_module(model)
     if any(isinstance(parameter, UninitializedParameter) for parameter in model.parameters()):
         raise ModelError(
             f"{type(model).__name__} has lazy layers, whose parameters have no shape: run it once"

@@ -11,7 +11,7 @@ from lossray.curvature.modules import ModuleObjective
 from lossray.curvature.operators import PackedHessian
 from lossray.curvature.single import SingleOperator
 from lossray.curvature.transforms import PointOperator
-from lossray.errors import ModelError, StudyError
+from lossray.errors import LossrayError, ModelError, StudyError
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,17 @@ def degeneracy(operator: SingleOperator, floor: StructuralFloor | int | None = N
             that it understands; None for anything else.
 
     Raises:
-        StudyError: no operator of lossray's.
+        StudyError: no operator of lossray's, or a floor that cannot be.
         ResourceError: the matrix does not fit the memory.
         ModelError: the products are not finite.
     """
-    packed = getattr(operator, "packed", None)
+    packed: PointOperator | None = getattr(operator, "packed", None)
     if packed is None:
         raise StudyError(
             f"operator: found {type(operator).__name__}; allowed: lossray.Hessian(model, loss, data), "
             "GaussNewton, EmpiricalFisher, or one of these Restricted, Scaled or Preconditioned"
         )
+    _check_floor(floor, packed.shape[1])
     known, null_vectors = _forced(packed)
     forced = floor if floor is not None else known
     structural = forced.dimension if isinstance(forced, StructuralFloor) else forced
@@ -74,6 +75,15 @@ def degeneracy(operator: SingleOperator, floor: StructuralFloor | int | None = N
     )
 
 
+def _check_floor(floor: object, dim: int) -> None:
+    if floor is None or isinstance(floor, StructuralFloor) or (type(floor) is int and 0 <= floor <= dim):
+        return
+    found = floor if isinstance(floor, int | float | str) else type(floor).__name__
+    raise StudyError(
+        f"floor: found {found!r}; allowed: what lossray.structural_floor gives, or an integer from 0 to {dim}"
+    )
+
+
 def _forced(packed: PointOperator) -> tuple[StructuralFloor | None, Tensor | None]:
     """What is forced on a plain Hessian, and vectors that are null for certain."""
     objective = getattr(packed, "objective", None)
@@ -85,7 +95,7 @@ def _forced(packed: PointOperator) -> tuple[StructuralFloor | None, Tensor | Non
     model, loss, data = source
     try:
         floor = structural_floor(model, data, loss)
-    except (ModelError, TypeError, ValueError, RuntimeError):  # a model that takes no single tensor
+    except (LossrayError, TypeError, ValueError, RuntimeError):  # a model that takes no single tensor
         return None, None
     shifts = floor.by_cause.get("softmax shift", 0) > 0
     vectors = shift_vectors(model).to(packed.device, torch.float64) if shifts else None

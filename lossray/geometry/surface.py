@@ -24,6 +24,7 @@ from lossray.training.evaluation import evaluate_split
 
 Kind = Literal["v1", "eigenvectors", "pca", "random"]
 EIGENVECTOR_KINDS: tuple[Kind, ...] = ("v1", "eigenvectors")
+LINES: tuple[Kind, ...] = ("v1",)  # the others are planes
 POINTS_AT_ONCE = 64  # members of a stack
 PARAMETERS_AT_ONCE = 2**24  # of all its members: 128 MB in float64
 SMALL_LOSS = 0.1  # eigenvector axes reach at least this far up

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from lossray.errors import ModelError
 from lossray.networks.dropout import TapeDropout
-from lossray.networks.stack import uncompiled
+from lossray.networks.stack import require_module, uncompiled
 from lossray.plugins import failure
 
 KINDS = (
@@ -162,8 +162,9 @@ def graph_of(model: nn.Module) -> tuple[Node, ...]:
     Nodes whose value nobody uses stay in the graph: they may work in place. The model is left as found.
 
     Raises:
-        ModelError: torch.fx cannot trace the model's own ``forward``.
+        ModelError: torch.fx cannot trace the model's own ``forward``, or it is no module.
     """
+    require_module(model)
     root = uncompiled(model)
     if not list(root.children()):
         root = nn.Sequential(root)  # fx would look inside a layer that is the whole model

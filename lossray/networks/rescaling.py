@@ -33,10 +33,14 @@ def rescale(model: nn.Module, factors: Mapping[str, Factors]) -> nn.Module:
         ModelError: the architecture has no such symmetry, or a name or a factor that cannot be used.
     """
     symmetry = rescaling_symmetry(model, layout_of(model))
+    if not isinstance(factors, Mapping):
+        raise ModelError(
+            f"rescale, factors: found {type(factors).__name__}; allowed: a dict, hidden layer to factors"
+        )
     alpha = torch.ones(symmetry.units, dtype=torch.float64)
     for name, given in factors.items():
         if name not in symmetry.groups:
-            raise ModelError(f"rescale, hidden layer: {unknown_name(name, symmetry.groups)}")
+            raise ModelError(f"rescale, hidden layer: {unknown_name(str(name), symmetry.groups)}")
         units = symmetry.groups[name]
         alpha[units] = _checked(name, given, units.stop - units.start)
     return _transformed(model, symmetry, alpha)

@@ -378,12 +378,23 @@ def _initialised(build: Callable[[], nn.Module], seed: int) -> nn.Module:
     return model
 
 
+def require_module(model: object) -> None:
+    """Refuse what is no module.
+
+    Raises:
+        ModelError: it is something else.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model: found {type(model).__name__}; allowed: a torch.nn.Module")
+
+
 def layout_of(model: nn.Module) -> Layout:
     """How theta divides into the trainable parameters of ``model``.
 
     Raises:
-        ModelError: there are none.
+        ModelError: there are none, or it is no module.
     """
+    require_module(model)
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trainable:
         raise ModelError(f"{type(model).__name__} has no trainable parameter: nothing to train or to analyse")

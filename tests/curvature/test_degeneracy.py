@@ -194,6 +194,22 @@ def test_a_floor_of_ones_own_and_operators_of_other_kinds():
     assert lossray.degeneracy(closure).rank == 33
     with pytest.raises(StudyError, match="found Linear"):
         lossray.degeneracy(nn.Linear(2, 2))
+    for floor in (-1, 37, 1.5, True, "one"):
+        with pytest.raises(StudyError, match=r"floor: found .*; allowed: .* an integer from 0 to 36"):
+            lossray.degeneracy(hessian, floor=floor)
+
+
+class Keyword(nn.Linear):
+    """Takes its inputs by name."""
+
+    def forward(self, *, x):
+        return super().forward(x)
+
+
+def test_inputs_by_name_have_no_known_floor():
+    model, x = Keyword(3, 2).double(), torch.randn(9, 3, dtype=torch.float64)
+    found = lossray.degeneracy(lossray.Hessian(model, mse, ({"x": x}, torch.zeros(9, 2).double())))
+    assert (found.rank, found.structural_nullity) == (8, None)
 
 
 def test_what_does_not_fit_the_memory_is_refused(monkeypatch):

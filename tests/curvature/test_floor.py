@@ -6,7 +6,7 @@ from torch import nn
 
 import lossray
 from lossray.curvature.floor import shift_vectors, structural_floor
-from lossray.errors import DataError
+from lossray.errors import DataError, ModelError
 from lossray.networks.losses import cross_entropy, mse
 from lossray.networks.models import build_model, model_settings
 from lossray.training.datasets import data_settings, load_dataset
@@ -145,6 +145,51 @@ def test_the_model_stays_as_it_was():
     assert model.training
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_layers_stay_in_their_own_mode():
+    model = nn.Sequential(nn.Linear(16, 6), nn.BatchNorm1d(6).eval(), nn.ReLU(), nn.Linear(6, 10))
+    structural_floor(model, (SMALL.flatten(1), LABELS), cross_entropy)
+    assert [layer.training for layer in model] == [True, False, True, True]
+
+
+class Tied(nn.Module):
+    """A layer that is called twice, and with `last` once more as the last one."""
+
+    def __init__(self, *, last):
+        super().__init__()
+        self.hidden, self.last = nn.Linear(10, 10), last
+        self.out = self.hidden if last else nn.Linear(10, 10)
+
+    def forward(self, x):
+        return self.out(torch.relu(self.hidden(torch.relu(self.hidden(x)))))
+
+
+@pytest.mark.parametrize(("last", "shift"), [(False, 11), (True, 0)])
+def test_weights_that_act_in_several_places_have_no_floor_of_their_own(last, shift):
+    torch.manual_seed(0)
+    model, inputs = Tied(last=last).double(), SMALL.flatten(1)[:, :10]
+    floor = structural_floor(model, (inputs, LABELS), cross_entropy)
+    assert (floor.complete, floor.dimension) == (False, shift)
+    found = lossray.degeneracy(lossray.Hessian(model, cross_entropy, (inputs, LABELS)))
+    assert found.structural_nullity is None
+    assert found.nullity >= shift
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "loss", "error", "message"),
+    [
+        (3, (SMALL, LABELS), cross_entropy, ModelError, "found int; allowed: a torch.nn.Module"),
+        (nn.Linear(3, 10), (SMALL, LABELS), cross_entropy, ModelError, "raised RuntimeError"),
+        (nn.Linear(4, 10), (SMALL, LABELS), "mse", ModelError, "loss: found str; allowed: a function"),
+        (nn.Linear(4, 10), (SMALL, LABELS), lambda o, t: o @ t, ModelError, "the loss raised RuntimeError"),
+        (nn.Linear(4, 10), (SMALL[:0], LABELS[:0]), cross_entropy, DataError, "found no example"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_in_a_line(model, data, loss, error, message):
+    with pytest.raises(error, match=message) as caught:
+        structural_floor(model, data, loss)
+    assert "\n" not in str(caught.value)
 
 
 def test_inputs_that_are_no_tensor_are_refused():

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from flows.costs import Cost
+from flows.costs import SURFACE_POINT_BYTES, Cost
 from flows.estimate import STARTUP_SECONDS, WORKER_SECONDS, _bytes, dry_run, wall_seconds
 from lossray.errors import StudyError
 
@@ -49,6 +49,16 @@ def test_it_counts_packs_runs_and_products(study):
     assert "about 528 products" in text
     rows = re.findall(r"^mlp-sgd-\w+ +43 +3 +2  vmap +retained", text, flags=re.MULTILINE)
     assert len(rows) == 2  # (6 + 1) * 4 + (4 + 1) * 3 parameters
+
+
+def test_it_counts_the_points_of_surfaces(study):
+    def bytes_of(*overrides):
+        text = dry_run(study, None, overrides=["resources.pack=1", *overrides])
+        return float(re.search(r"disk: about ([\d.]+) MB", text)[1]) * 1e6
+
+    slices = bytes_of("surfaces={points=101}") - bytes_of()
+    expected = 2 * (101 + 3 * 101**2) * SURFACE_POINT_BYTES  # of the first seed of each setting
+    assert slices == pytest.approx(expected, abs=2e4)  # the sizes are rounded
 
 
 def test_it_writes_nothing(study, tmp_path):

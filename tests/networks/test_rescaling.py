@@ -215,11 +215,19 @@ def test_layers_with_frozen_shared_or_misaligned_weights_are_no_hidden_units():
         ({"hidden1": float("inf")}, "found inf; allowed"),
         ({"hidden1": float("nan")}, "found nan; allowed"),
         ({"hidden1": "two"}, "found 'two'; allowed: positive numbers"),
+        ({0: 2.0}, "found '0'; allowed: hidden1, hidden2"),
+        ([2.0], "factors: found list; allowed: a dict"),
     ],
 )
 def test_factors_that_cannot_be_used_are_refused(factors, message):
     with pytest.raises(ModelError, match=message):
         lossray.rescale(built(name="mlp", widths=[3, 2]), factors)
+
+
+def test_what_is_no_module_is_refused():
+    for change in (lossray.balance, lambda model: lossray.rescale(model, {})):
+        with pytest.raises(ModelError, match=r"model: found int; allowed: a torch\.nn\.Module"):
+            change(3)
 
 
 def test_weights_that_are_not_finite_have_no_balanced_gauge():
