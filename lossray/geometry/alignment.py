@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lossray.curvature.pairs import EigenPairs
 from lossray.geometry.angles import subspace_resolved
-from lossray.geometry.gauges import Gauge
+from lossray.geometry.gauges import COVECTORS, Gauge
 from lossray.geometry.nulls import LayerNull
 from lossray.networks.stack import Layout
 
@@ -37,7 +37,7 @@ class AlignmentRow:
     gauge: str
     subspace: str  # "v1" or "top10"
     log_energy: float  # S
-    steps: int  # that had this direction
+    steps: int  # that had this direction, and not as zero
     sign_flip_null: float  # mean of exp(S) over random signs of the directions' components
     layer_null: float  # mean of exp(S) over random directions with the same norms in every layer
     k: int
@@ -58,12 +58,13 @@ class Alignment:
         self.frames = frames
         self.layout = layout
         self._sums: dict[str, _Sums] = {}
+        self._bases: dict[bool, list[Tensor]] = {}  # by whether they are for gradients; see `_dual_bases`
 
     def add(self, directions: Mapping[str, Tensor]) -> None:
         """One step's directions [R, d] by name, in the parameters' own coordinates; NaN once dead."""
         for name, vectors in directions.items():
             if name not in self._sums:
-                self._sums[name] = _Sums([self._dual_basis(frame, name) for frame in self.frames])
+                self._sums[name] = _Sums(self._dual_bases(name))
             self._sums[name].add(vectors)
 
     def rows(self) -> list[AlignmentRow]:
@@ -75,16 +76,12 @@ class Alignment:
                 rows += self._frame_rows(name, sums, sums.projected[i], frame)
         return rows
 
-    def _dual_basis(self, frame: Frame, direction: str) -> Tensor:
-        """W [R, k, d] with W u = V u~, u~ the direction in the gauge."""
-        vectors = frame.pairs.vectors[:, : max(SIZES.values())]
-        n_members, k, dim = vectors.shape
-        scale = frame.gauge.scale
-        return (
-            Gauge(frame.gauge.name, scale[:, None].expand(-1, k, -1).reshape(-1, dim))
-            .transform({direction: vectors.reshape(-1, dim)})[direction]
-            .view(n_members, k, dim)
-        )
+    def _dual_bases(self, direction: str) -> list[Tensor]:
+        """Per frame W [R, k, d] with W u = V u~, u~ the direction in the gauge: one copy for each kind."""
+        kind = direction in COVECTORS
+        if kind not in self._bases:
+            self._bases[kind] = [_dual_basis(frame, direction) for frame in self.frames]
+        return self._bases[kind]
 
     def _frame_rows(self, name: str, sums: "_Sums", projected: Tensor, frame: Frame) -> list[AlignmentRow]:
         """The rows of one direction in one gauge; ``projected`` [R, k] sums of (v'u)^2."""
@@ -92,7 +89,7 @@ class Alignment:
         # Squares in the gauge: the transform of the root of the sum of squares is that of each step.
         energies = gauge.transform({name: sums.squares.sqrt()})[name].square()
         total, nulls = energies.sum(dim=1), LayerNull(self.layout, kept)
-        dims = kept.sum(dim=1).tolist()
+        dims, steps = kept.sum(dim=1).tolist(), sums.steps.tolist()
         rows = []
         for subspace, k in SIZES.items():
             if k > min(len(frame.pairs), kept.shape[1] - 1):
@@ -101,7 +98,7 @@ class Alignment:
             found = torch.log(projected[:, :k].sum(dim=1) / total).tolist()
             flips = ((energies * weights).sum(dim=1) / total).tolist()
             layered = (nulls.expected(energies, weights) / total).tolist()
-            resolved = subspace_resolved(frame.pairs, k)
+            resolved = subspace_resolved(frame.pairs, k, kept)
             rows += [
                 AlignmentRow(
                     member=r,
@@ -109,7 +106,7 @@ class Alignment:
                     gauge=gauge.name,
                     subspace=subspace,
                     log_energy=found[r],
-                    steps=sums.steps,
+                    steps=steps[r],
                     sign_flip_null=flips[r],
                     layer_null=layered[r],
                     k=k,
@@ -122,20 +119,26 @@ class Alignment:
         return rows
 
 
+def _dual_basis(frame: Frame, direction: str) -> Tensor:
+    vectors, gauge = frame.pairs.vectors[:, : max(SIZES.values())], frame.gauge
+    if gauge.identity:
+        return vectors.double()
+    return torch.stack([gauge.transform({direction: v})[direction] for v in vectors.unbind(dim=1)], dim=1)
+
+
 class _Sums:
     """What a window keeps of one direction: sums over its steps."""
 
     def __init__(self, bases: Sequence[Tensor]) -> None:
-        self.steps = 0
+        self.steps = torch.zeros((), dtype=torch.int64)  # [R] once there is a step, as are the squares
         self.bases = bases  # per frame [R, k, d]
         self.projected = [
             torch.zeros(basis.shape[:2], dtype=torch.float64, device=basis.device) for basis in bases
         ]
-        self.squares = torch.zeros(())  # [R, d] once there is a step
+        self.squares = torch.zeros(())  # [R, d]
         self._waiting: list[Tensor] = []
 
     def add(self, vectors: Tensor) -> None:
-        self.steps += 1
         self._waiting.append(vectors.double())
         if len(self._waiting) == STEPS_AT_ONCE:
             self.flush()
@@ -145,6 +148,7 @@ class _Sums:
             return
         block = torch.stack(self._waiting, dim=1)  # [R, w, d]
         self._waiting = []
+        self.steps = self.steps.to(block.device) + (block != 0).any(dim=2).sum(dim=1)
         self.squares = self.squares.to(block) + block.square().sum(dim=1)
         for total, basis in zip(self.projected, self.bases, strict=True):
             total += torch.einsum("rwd,rkd->rwk", block, basis).square().sum(dim=1)

@@ -108,15 +108,24 @@ def subspaces(n_outputs: int, dim: int) -> dict[str, int]:
     return {name: k for name, k in sizes.items() if k < dim}
 
 
-def eigenspaces(pairs: EigenPairs, smallest: EigenPairs | None, *, n_outputs: int) -> list[Eigenspace]:
-    """The leading eigenspaces for which there are pairs enough, and that of the smallest eigenvalue."""
+def eigenspaces(
+    pairs: EigenPairs, smallest: EigenPairs | None, *, n_outputs: int, kept: Tensor
+) -> list[Eigenspace]:
+    """The leading eigenspaces for which there are pairs enough, and that of the smallest eigenvalue.
+
+    Args:
+        pairs: at the large end.
+        smallest: at the other.
+        n_outputs: C.
+        kept: coordinates that count, [R, d] bool.
+    """
     spaces = [
-        Eigenspace(name, pairs.vectors[:, :k], subspace_resolved(pairs, k))
+        Eigenspace(name, pairs.vectors[:, :k], subspace_resolved(pairs, k, kept))
         for name, k in subspaces(n_outputs, pairs.vectors.shape[2]).items()
         if k <= len(pairs)
     ]
     if smallest is not None and smallest.vectors.shape[2] > 1:
-        spaces.append(Eigenspace("vmin", smallest.vectors[:, :1], _smallest_resolved(smallest)))
+        spaces.append(Eigenspace("vmin", smallest.vectors[:, :1], _smallest_resolved(smallest, kept)))
     return spaces
 
 
@@ -145,7 +154,7 @@ def angle_rows(
         kept = gauge.scale != 0
     nulls = LayerNull(layout, kept)
     rows = []
-    for space in eigenspaces(pairs, smallest, n_outputs=n_outputs):
+    for space in eigenspaces(pairs, smallest, n_outputs=n_outputs, kept=kept):
         for name, vectors in directions.items():
             rows += _rows(name, vectors, space, nulls, gauge.name if gauge else "raw")
     return rows
@@ -183,24 +192,39 @@ def _rows(direction: str, vectors: Tensor, space: Eigenspace, nulls: LayerNull, 
     ]
 
 
-def subspace_resolved(pairs: EigenPairs, k: int) -> list[bool | None]:
+def subspace_resolved(pairs: EigenPairs, k: int, kept: Tensor | None = None) -> list[bool | None]:
     """For each member: are the leading k pairs converged, confirmed, and far enough from the next value?
 
     An eigenspace is off by an angle of sine <= residual / gap (Davis & Kahan); gaps inside it do not matter.
     None for a dead member.
+
+    Args:
+        pairs: in the gauge.
+        k: dimension of the eigenspace.
+        kept: coordinates that the gauge keeps, [R, d] bool; None for all of them.
     """
     outside = pairs.values[:, k] if k < len(pairs) else pairs.complement
     gap = pairs.values[:, k - 1] - outside
     residual = torch.linalg.vector_norm(pairs.residuals[:, :k], dim=1)
     known = pairs.converged[:, :k].all(dim=1) & pairs.confirmed & (gap > 0) & (residual <= RESOLVED * gap)
-    dead = torch.isnan(pairs.values[:, 0])
-    return [None if gone else flag for gone, flag in zip(dead.tolist(), known.tolist(), strict=True)]
+    return _flags(pairs, known, k, kept)
 
 
-def _smallest_resolved(pairs: EigenPairs) -> list[bool | None]:
+def _smallest_resolved(pairs: EigenPairs, kept: Tensor) -> list[bool | None]:
     """Likewise of the smallest eigenvalue's vector; no further search confirms that nothing lies below."""
     gap = pairs.complement - pairs.values[:, 0]
     known = pairs.converged[:, 0] & (gap > 0) & (pairs.residuals[:, 0] <= RESOLVED * gap)
+    return _flags(pairs, known, 1, kept)
+
+
+def _flags(pairs: EigenPairs, known: Tensor, k: int, kept: Tensor | None) -> list[bool | None]:
+    """``known`` [R] for living members whose eigenspace lies in the coordinates that count.
+
+    S H S has an eigenvalue 0 for each dropped coordinate, whose vector says nothing about directions.
+    """
+    if kept is not None:
+        dropped = pairs.vectors[:, :k].square().sum(dim=1).masked_fill(kept, 0).sum(dim=1)
+        known = known & (dropped <= RESOLVED**2)
     dead = torch.isnan(pairs.values[:, 0])
     return [None if gone else flag for gone, flag in zip(dead.tolist(), known.tolist(), strict=True)]
 

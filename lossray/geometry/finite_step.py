@@ -8,10 +8,7 @@ from torch import Tensor
 
 from lossray.curvature.objectives import StackObjective, mean_losses
 from lossray.geometry.gauges import COVECTORS
-
-# Roundings of a loss in units of eps: a forward pass in float64 and a mean over examples. On networks of the
-# tables the error stays below a tenth of what this gives.
-ROUNDINGS = 16
+from lossray.geometry.rounding import rounding_error, shaken_spread
 
 
 @dataclass(frozen=True)
@@ -19,7 +16,7 @@ class FiniteStep:
     """[L(theta + s) - 2 L(theta) + L(theta - s)] / |s|^2 of R members."""
 
     curvature: Tensor  # [R] float64; NaN for a dead member, and where s = 0
-    noise: Tensor  # [R] an estimate of its rounding error, on the safe side
+    noise: Tensor  # [R] an estimate of its rounding error, on the safe side: see `rounding_error`
     norm: Tensor  # [R] |s|
 
 
@@ -29,22 +26,24 @@ def real_steps(directions: Mapping[str, Tensor], lr: float) -> dict[str, Tensor]
 
 
 def finite_steps(objective: StackObjective, steps: Mapping[str, Tensor]) -> dict[str, FiniteStep]:
-    """The curvature along steps [R, d] by name, from two forward passes each and one at the point.
+    """The curvature along steps [R, d] by name, from two forward passes each and a few at the point.
 
     Args:
         objective: the members' losses; evaluated in float64 whatever its dtype.
         steps: rows of dead members may hold anything.
     """
+    if not steps:
+        return {}
     exact = objective.to(torch.float64)
     theta = exact.theta.detach()
-    here = mean_losses(exact, theta)
-    eps = torch.finfo(torch.float64).eps
+    here, spread = mean_losses(exact, theta), shaken_spread(exact, theta)
     found = {}
     for name, step in steps.items():
         step = torch.nan_to_num(step.to(theta), nan=0.0, posinf=0.0, neginf=0.0)
         ahead, behind = mean_losses(exact, theta + step), mean_losses(exact, theta - step)
+        error, twice, other = (rounding_error(exact, loss, here, spread) for loss in (ahead, here, behind))
         square = step.square().sum(dim=1)
-        noise = ROUNDINGS * eps * (ahead.abs() + 2 * here.abs() + behind.abs())
         square = torch.where(square > 0, square, torch.nan).masked_fill(exact.dead, torch.nan)
-        found[name] = FiniteStep((ahead - 2 * here + behind) / square, noise / square, square.sqrt())
+        noise = (error + 2 * twice + other) / square
+        found[name] = FiniteStep((ahead - 2 * here + behind) / square, noise, square.sqrt())
     return found

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+SMALLEST = 1e-100  # below it S counts as zero: the square of what S^-1 gives could overflow
 COVECTORS = ("gradient", "minibatch_gradient", "momentum")  # all other directions are displacements
 
 
@@ -59,7 +60,8 @@ def balanced(diagonal: Tensor) -> Gauge:
 
 def adaptive(theta: Tensor) -> Gauge:
     """S = |theta|: spectrum and angles are the same in every rescaling of units."""
-    return Gauge("adaptive", _sound(theta).abs())
+    scale = _sound(theta).abs()
+    return Gauge("adaptive", torch.where(scale < SMALLEST, 0, scale))
 
 
 def preconditioned(scale: Tensor) -> Gauge:

@@ -8,6 +8,7 @@ from torch import Tensor
 from lossray.curvature.estimates import Estimate, jackknife
 from lossray.curvature.objectives import StackObjective, mean_losses
 from lossray.curvature.operators import PackedHessian
+from lossray.geometry.rounding import rounding_error, shaken_spread
 
 LARGEST_FACTOR, SMALLEST_FACTOR = 1e6, 1e-6  # of the learning rate, between which the critical one is sought
 HALVINGS = 12  # of the bracket, a factor 2 wide: a relative precision of 2e-4
@@ -43,7 +44,8 @@ def critical_sharpness(objective: StackObjective, update: Tensor, lr: float) -> 
 
     Returns:
         [R] float64. 0 where no rate up to a million times ``lr`` raises the loss; NaN where even a millionth
-        does (the update is no descent direction), where the update is zero, and for a dead member.
+        does (the update is no descent direction), where half of lr_c lowers the loss by no more than its
+        rounding error (at a minimum), where the update is zero, and for a dead member.
     """
     exact = objective.to(torch.float64)
     theta, direction = exact.theta.detach(), torch.nan_to_num(update.double(), nan=0.0)
@@ -53,9 +55,10 @@ def critical_sharpness(objective: StackObjective, update: Tensor, lr: float) -> 
         losses = mean_losses(exact, theta + factors[:, None] * direction)
         return ~(losses <= here)  # an overflow raises it too
 
+    idle = (direction == 0).all(dim=1) | exact.dead
     factor = torch.ones_like(here)
     high = raises(factor)
-    searching = torch.ones_like(high)
+    searching = ~idle
     while bool(searching.any()):
         following = torch.where(high, factor / 2, factor * 2)
         factor = torch.where(searching, following, factor)
@@ -67,7 +70,10 @@ def critical_sharpness(objective: StackObjective, update: Tensor, lr: float) -> 
     for _ in range(HALVINGS):
         width = width / 2
         low = torch.where(raises(low + width), low, low + width)
-    found = 2 / (lr * (low + width / 2))
-    found = torch.where(~high & (factor > LARGEST_FACTOR), 0, found)
-    never = (high & (factor < SMALLEST_FACTOR)) | (direction == 0).all(dim=1)
-    return found.masked_fill(never | exact.dead, torch.nan)
+    critical = low + width / 2
+    halfway = mean_losses(exact, theta + critical[:, None] / 2 * direction)
+    error = rounding_error(exact, here, here, shaken_spread(exact, theta))
+    always, never = high & (factor < SMALLEST_FACTOR), ~high & (factor > LARGEST_FACTOR)
+    ties = ~never & (here - halfway <= 2 * error)
+    found = torch.where(never, 0, 2 / (lr * critical))
+    return found.masked_fill(always | ties | idle, torch.nan)

@@ -15,11 +15,12 @@ LAYOUT = Layout(("a", "b"), (torch.Size([12]), torch.Size([18])), ("other", "oth
 
 
 def frame(generator, name="raw", scale=None, members=2, k=12):
-    basis = torch.linalg.qr(torch.randn(DIM, DIM, dtype=torch.float64, generator=generator)).Q.T
+    draws = torch.randn(DIM, DIM, dtype=torch.float64, generator=generator)
+    if scale is not None:  # eigenvectors of S H S vanish where S does
+        draws = draws * (scale[0] != 0)[:, None]
+    basis = torch.linalg.qr(draws[:, :k]).Q.T
     ones = torch.ones(members, DIM, dtype=torch.float64)
-    return Frame(
-        Gauge(name, ones if scale is None else scale), _pairs(members, k=k, dim=DIM, basis=basis[:k])
-    )
+    return Frame(Gauge(name, ones if scale is None else scale), _pairs(members, k=k, dim=DIM, basis=basis))
 
 
 def steps_of(generator, n=11, members=2):
@@ -125,3 +126,40 @@ def test_subspaces_for_which_there_are_too_few_pairs_are_left_out():
     rows = run([frame(generator, k=4)], steps_of(generator))
     assert {key[2] for key in rows} == {"v1"}
     assert run([], steps_of(generator)) == {}
+
+
+def test_a_step_without_a_move_counts_for_nothing():
+    generator = torch.Generator().manual_seed(6)
+    steps, frames = steps_of(generator), [frame(generator)]
+    zero = {name: torch.zeros_like(u) for name, u in steps[0].items()}
+    zero["update"][1] = 1.0  # of one member alone
+    rows, expected = run(frames, [*steps, zero]), run(frames, steps)
+    assert rows["minibatch_gradient", "raw", "top10", 0] == expected["minibatch_gradient", "raw", "top10", 0]
+    assert [rows["update", "raw", "v1", r].steps for r in (0, 1)] == [11, 12]
+    nothing = run(frames, [zero])["update", "raw", "v1", 0]
+    assert nothing.steps == 0
+    assert math.isnan(nothing.log_energy)
+
+
+def test_an_eigenvector_of_a_dropped_coordinate_is_not_resolved():
+    scale = torch.ones(1, DIM, dtype=torch.float64)
+    scale[0, 0] = 0
+    pairs = _pairs(1, k=12, dim=DIM)  # at the unit vectors, the first of which is dropped
+    rows = run([Frame(Gauge("adaptive", scale), pairs)], [{"update": torch.ones(1, DIM)}])
+    assert [row.resolved for row in rows.values()] == [False, False]
+    scale[0, 0], scale[0, 20] = 1, 0
+    rows = run([Frame(Gauge("adaptive", scale), pairs)], [{"update": torch.ones(1, DIM)}])
+    assert [row.resolved for row in rows.values()] == [True, True]
+
+
+def test_directions_of_one_kind_share_their_eigenvectors():
+    generator = torch.Generator().manual_seed(7)
+    scale = 0.5 + torch.rand(2, DIM, dtype=torch.float64, generator=generator)
+    window = Alignment([frame(generator, "adaptive", scale)], LAYOUT)
+    u = torch.ones(2, DIM)
+    names = ("minibatch_gradient", "momentum", "update", "shadow:adam", "shadow:sgd")
+    window.add(dict.fromkeys(names, u))
+    bases = {name: window._sums[name].bases[0] for name in names}
+    assert bases["minibatch_gradient"] is bases["momentum"]
+    assert bases["update"] is bases["shadow:adam"] is bases["shadow:sgd"]
+    assert bases["update"] is not bases["momentum"]

@@ -1,6 +1,7 @@
 """Angles to eigenspaces: closed forms, the null of random directions, and when a subspace is known."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -271,3 +272,25 @@ def test_settings_defaults_are_those_of_the_design() -> None:
 def test_settings_refuse(table: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         AnglesSettings.model_validate(table)
+
+
+def test_the_smallest_eigenvalue_of_a_dropped_coordinate_is_no_subspace_that_is_known() -> None:
+    """S H S with H positive: its smallest eigenvalue is the zero of the coordinate that S drops."""
+    scale = torch.ones(1, 8, dtype=torch.float64)
+    scale[0, 7] = 0
+    smallest = _pairs(k=1, dim=8, basis=torch.eye(8, dtype=torch.float64)[7:])
+    smallest = replace(smallest, values=torch.zeros(1, 1, dtype=torch.float64))
+
+    def vmin(gauge: Gauge) -> AngleRow:
+        rows = angle_rows(
+            {"update": torch.ones(1, 8)},
+            _pairs(),
+            n_outputs=3,
+            layout=_layout(8),
+            gauge=gauge,
+            smallest=smallest,
+        )
+        return next(row for row in rows if row.subspace == "vmin")
+
+    assert vmin(Gauge("raw", torch.ones_like(scale))).resolved is True
+    assert vmin(Gauge("adaptive", scale)).resolved is False

@@ -8,7 +8,7 @@ from torch import nn
 
 from lossray.curvature.objectives import StackObjective, mean_losses
 from lossray.geometry.finite_step import finite_steps, real_steps
-from lossray.networks.losses import mse
+from lossray.networks.losses import cross_entropy, mse
 from lossray.networks.stack import stack_models
 
 
@@ -115,3 +115,57 @@ def test_a_gradient_is_taken_times_the_learning_rate():
     vectors = {name: torch.ones(1, 2) for name in ("gradient", "momentum", "update", "displacement")}
     steps = real_steps(vectors, 0.5)
     assert [float(steps[name][0, 0]) for name in vectors] == [0.5, 0.5, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e-6])
+@pytest.mark.parametrize("residual", [1e-2, 1e-5, 1e-8])
+def test_the_noise_covers_the_rounding_of_a_fit_that_nearly_interpolates(residual, size):
+    """The outputs' rounding does not shrink with the loss."""
+    getcontext().prec = 60
+    generator = torch.Generator().manual_seed(3)
+    best = torch.randn(2, 3, dtype=torch.float64, generator=generator)
+    x = torch.randn(40, 3, dtype=torch.float64, generator=generator)
+    y = x @ best.T
+    models = [nn.Linear(3, 2, bias=False, dtype=torch.float64) for _ in range(3)]
+    for model in models:
+        draws = torch.randn(2, 3, dtype=torch.float64, generator=generator)
+        model.weight.data = best + residual * draws
+    stack, theta, buffers = stack_models(models, executor="vmap", dtype=torch.float64)
+    objective = StackObjective(stack, theta, buffers, mse, [(x, y)], dtype=torch.float64)
+    step = size * torch.randn(3, 6, dtype=torch.float64, generator=generator)
+    found = finite_steps(objective, {"u": step})["u"]
+    gram = torch.block_diag(*[x.T @ x / len(x)] * 2)
+    for r in range(3):
+        u = [Decimal(value) for value in step[r].tolist()]
+        rows = [[Decimal(value) for value in row] for row in x.tolist()]
+        along = sum(
+            sum(u[3 * i + j] * row[j] for j in range(3)) ** 2 for row in rows for i in range(2)
+        )  # on a quadratic the second difference is u'Hu whatever the point
+        exact = along / len(x) / sum(b * b for b in u)
+        assert float(exact) == pytest.approx(float(step[r] @ gram @ step[r] / (step[r] @ step[r])))
+        error = abs(float(Decimal(float(found.curvature[r])) - exact))
+        assert error <= float(found.noise[r]) + 1e-14 * float(exact)
+
+
+@pytest.mark.parametrize("margin", [1.0, 10.0, 20.0, 30.0])
+def test_the_noise_covers_the_rounding_of_a_saturated_softmax(margin):
+    """The sum of 1 and small terms is rounded at eps, however small the loss."""
+    getcontext().prec = 60
+    generator = torch.Generator().manual_seed(4)
+    x = 1 + 0.1 * torch.randn(9, 1, dtype=torch.float64, generator=generator)
+    targets = torch.zeros(9, dtype=torch.int64)
+    model = nn.Linear(1, 2, bias=False, dtype=torch.float64)
+    model.weight.data = torch.tensor([[margin], [0.0]], dtype=torch.float64)
+    stack, theta, buffers = stack_models([model], executor="vmap", dtype=torch.float64)
+    objective = StackObjective(stack, theta, buffers, cross_entropy, [(x, targets)], dtype=torch.float64)
+    for size in (1e-1, 1e-3, 1e-5):
+        step = size * torch.randn(1, 2, dtype=torch.float64, generator=generator)
+        found = finite_steps(objective, {"u": step})["u"]
+
+        def loss(sign, step=step):
+            w = [Decimal(a) + sign * Decimal(b) for a, b in zip([margin, 0.0], step[0].tolist(), strict=True)]
+            return sum((1 + ((w[1] - w[0]) * Decimal(value)).exp()).ln() for [value] in x.tolist()) / 9
+
+        square = sum(Decimal(b) ** 2 for b in step[0].tolist())
+        exact = (loss(1) - 2 * loss(0) + loss(-1)) / square
+        assert abs(float(Decimal(float(found.curvature[0])) - exact)) <= float(found.noise[0])

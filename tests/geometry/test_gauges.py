@@ -129,3 +129,35 @@ def test_tiny_parameters_do_not_overflow_and_a_dead_member_spoils_nobody():
     assert gauge.scale[1].tolist() == [1.0, 1.0]
     scale = torch.tensor([[4.0, 9.0], [float("inf"), 1.0]])
     assert gauges.preconditioned(scale).scale.tolist() == [[0.5, 1 / 3], [1.0, 1.0]]
+
+
+def test_slope_and_curvature_are_the_same_with_coordinates_dropped():
+    """Where parameters are exactly zero, for displacements that leave them so."""
+    case = Case("mlp")
+    theta = case.theta.detach().clone()
+    theta[0, ::7], theta[1, 3] = 0, 0
+    hessian, gauge = case.hessian_at(theta), gauges.adaptive(theta)
+    assert gauge.dropped.tolist() == [len(theta[0, ::7]), 1]
+    update = case.update * (theta != 0)
+    moved = gauge.transform({"gradient": hessian.gradient, "update": update})
+    torch.testing.assert_close(
+        (moved["gradient"] * moved["update"]).sum(dim=1),
+        (hessian.gradient * update).sum(dim=1),
+        rtol=1e-10,
+        atol=0,
+    )
+    operator = PackedScaled(hessian, gauge.scale)
+    torch.testing.assert_close(
+        (moved["update"] * operator.apply(moved["update"])).sum(dim=1),
+        (update * hessian.apply(update)).sum(dim=1),
+        rtol=1e-9,
+        atol=0,
+    )
+
+
+def test_parameters_whose_inverse_would_overflow_are_dropped():
+    gauge = gauges.adaptive(torch.tensor([[1e-300, 1e-45, -1.0]], dtype=torch.float64))
+    assert gauge.dropped.tolist() == [1]
+    moved = gauge.vector(torch.ones(1, 3))
+    assert moved[0, 0] == 0
+    assert torch.isfinite(moved.square()).all()

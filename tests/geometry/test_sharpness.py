@@ -116,3 +116,23 @@ def test_where_nothing_raises_the_loss_it_is_zero_and_where_everything_does_it_i
     gradient = exact(x, y, torch.full((D,), 0.5, dtype=torch.float64))[1]
     found = critical_sharpness(dead, -0.1 * torch.stack([gradient, gradient]), 0.1)
     assert torch.isfinite(found).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-2, 1e-4, 1e-6, 1e-8])
+def test_at_a_minimum_rounding_is_not_taken_for_descent(size):
+    """Every step raises the loss there, but a tiny one by less than a rounding."""
+    x, y = data()
+    best = torch.linalg.lstsq(x, y).solution.T
+    models = [nn.Linear(D, 1, bias=False, dtype=torch.float64) for _ in range(2)]
+    with torch.no_grad():
+        models[0].weight.copy_(best)
+        models[1].weight.copy_(best + 0.3)
+    stack, theta, buffers = stack_models(models, executor="vmap", dtype=torch.float64)
+    losses = StackObjective(stack, theta, buffers, mse, [(x, y)], dtype=torch.float64)
+    hessian, gradient = exact(x, y, theta[1].detach())
+    update = torch.stack([torch.full((D,), size, dtype=torch.float64), -gradient])
+    found = critical_sharpness(losses, update, 1.0)
+    assert found[0].isnan()
+    assert float(found[1]) == pytest.approx(
+        float(gradient @ hessian @ gradient / (gradient @ gradient)), rel=3e-4
+    )
