@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import ray
@@ -25,6 +25,7 @@ from lossray.curvature.floor import StructuralFloor, shift_vectors, structural_f
 from lossray.curvature.memory import fitting
 from lossray.curvature.objectives import StackObjective
 from lossray.curvature.operators import PackedGaussNewton, PackedHessian
+from lossray.curvature.polish import polish
 from lossray.errors import ModelError
 from lossray.networks.symmetry import rescaling_symmetry
 from lossray.seeds import stream
@@ -80,7 +81,9 @@ def measure_degeneracy(job: DegeneracyJob, device: torch.device | None = None) -
     at_once = fitting(MATRICES * 8 * dim**2, device) if dim <= limit else len(point.theta)
     for members in _chunks(job, point, examples, at_once):
         if dim <= limit:
-            rows += _dense_rows(job, point, examples, members)
+            rows += _dense_rows(job, point, examples, members, "checkpoint")
+            if study.degeneracy.polish:
+                rows += _polished_rows(job, point, examples, members)
         else:
             rows += _quadrature_rows(job, point, examples, members)
             if len(examples.targets) * point.dataset.n_outputs <= limit:
@@ -114,7 +117,7 @@ def _member(job: DegeneracyJob, point: Point, examples: Split, r: int) -> Member
 
 def model_of(point: Point, r: int) -> nn.Module:
     """The module of member r, in eval mode."""
-    model = copy.deepcopy(point.stack.template).eval()
+    model = copy.deepcopy(point.stack.template).eval().to(point.theta.dtype)
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     values = {name: views[r] for name, views in point.stack.layout.split(point.theta).items()}
     values |= {name: stacked[r] for name, stacked in point.buffers.items()}
@@ -138,7 +141,20 @@ def _objective(
     )
 
 
-def _dense_rows(job: DegeneracyJob, point: Point, examples: Split, members: Sequence[Member]) -> list[Row]:
+def _polished_rows(job: DegeneracyJob, point: Point, examples: Split, members: Sequence[Member]) -> list[Row]:
+    """The same at the critical points that are reached from the checkpoint."""
+    reached = polish(_objective(job, point, examples, members, torch.float64))
+    theta = point.theta.double()
+    theta[[member.index for member in members]] = reached
+    there = replace(point, theta=theta)
+    kept = [member.index for member, own in zip(members, reached, strict=True) if torch.isfinite(own).all()]
+    moved = [_member(job, there, examples, r) for r in kept]
+    return _dense_rows(job, there, examples, moved, "polished") if moved else []
+
+
+def _dense_rows(
+    job: DegeneracyJob, point: Point, examples: Split, members: Sequence[Member], where: str
+) -> list[Row]:
     """All eigenvalues of the Hessian, raw and in the adaptive gauge, and of the Gauss-Newton matrix."""
     objective = _objective(job, point, examples, members, torch.float64)
     hessian = PackedHessian(objective, mode=job.pack.product_mode)
@@ -165,7 +181,8 @@ def _dense_rows(job: DegeneracyJob, point: Point, examples: Split, members: Sequ
     for i, member in enumerate(members):
         extra = {"gradient_norm": float(gradients[i].norm()), "symmetry_residual": None}
         rows += _rows(job, member, "ggn", "dense", _counts(ggn[i], member.null_vectors), extra)
-    return [row | {"n_examples": len(examples.targets), "dtype": "float64"} for row in rows]
+    shared: Row = {"n_examples": len(examples.targets), "dtype": "float64", "point": where}
+    return [row | shared for row in rows]
 
 
 def _counts(matrix: Tensor, null_vectors: Tensor | None) -> list[Count]:

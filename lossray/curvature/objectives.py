@@ -160,6 +160,14 @@ class StackObjective:
         other._convert(self.dtype)
         return other
 
+    def moved(self, theta: Tensor) -> "StackObjective":
+        """The same members at other parameters [R, d]."""
+        other = copy.copy(self)
+        other._point = theta.detach().clone()
+        other.dead = self.dead | ~torch.isfinite(theta).all(dim=1)
+        other._convert(self.dtype)
+        return other
+
     @property
     def sizes(self) -> list[int | None]:
         """Examples in each batch."""

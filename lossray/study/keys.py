@@ -116,6 +116,7 @@ def degeneracy_key(pack: Pack, step: int, study: Study, inputs: StudyInputs) -> 
             "checkpoint": _origin(pack, step, study, inputs),
             "product_mode": pack.product_mode,
             "dense_up_to": study.degeneracy.dense_up_to,
+            "polish": study.degeneracy.polish,
             "examples": settings.examples,
             "quadrature": [settings.probes, settings.steps, settings.dtype],
             "tables": {"degeneracy": TABLES["degeneracy"].version},

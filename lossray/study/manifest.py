@@ -134,11 +134,14 @@ def extended(
 ) -> Manifest:
     """The manifest after an extension; equal to `old` where the study is the same.
 
-    When, on which host and with what the store was made stays. The folder goes with the study, since its
-    data paths may be relative; None leaves that too.
+    When, on which host and with what the store was made stays, and so does a section of analysis that the
+    study leaves out: the store has its rows. The folder goes with the study, since its data paths may be
+    relative; None leaves that too.
     """
     place = old.folder if folder is None else str(Path(folder).resolve())
-    return replace(old, study=study.plain(), inputs=inputs, packs=tuple(packs), folder=place)
+    plain = study.plain()
+    kept = {section: old.study.get(section) for section in ANALYSES if plain[section] is None}
+    return replace(old, study=plain | kept, inputs=inputs, packs=tuple(packs), folder=place)
 
 
 def check_extension(old: Manifest, study: Study, inputs: StudyInputs) -> None:

@@ -137,7 +137,7 @@ def test_run_status_and_tables_of_one_study(command, study_file, out):
     assert (code, len(output.splitlines())) == (0, 1 + len(TABLES))
     code, output, _ = command("tables", out, "eigenvalues", "--rows", "3")
     assert code == 0
-    assert output.startswith("eigenvalues: 36 rows")
+    assert output.startswith("eigenvalues: 66 rows")
     assert len(output.splitlines()) == 2 + 3
     assert "did you mean 'eigenvalues'" in refused(command, "tables", out, "eigenvalue")
 

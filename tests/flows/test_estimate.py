@@ -45,8 +45,9 @@ def study(tmp_path):
 def test_it_counts_packs_runs_and_products(study):
     text = dry_run(study, None)
     assert "4 packs, 6 runs, 3 checkpoints each" in text
-    # 4 packs x 3 checkpoints x (as many products as there are parameters, 43, + 1 direction)
-    assert "about 528 products" in text
+    # 4 packs x 3 checkpoints x (as many products as there are parameters, 43, in each of 3 gauges, and 6 for
+    # one direction and the forward passes of the sharpness)
+    assert "about 1,620 products" in text
     rows = re.findall(r"^mlp-sgd-\w+ +43 +3 +2  vmap +retained", text, flags=re.MULTILINE)
     assert len(rows) == 2  # (6 + 1) * 4 + (4 + 1) * 3 parameters
 
@@ -62,10 +63,11 @@ def test_it_counts_what_a_store_has_and_says_what_is_not_computed(study, tmp_pat
 
     out = str(tmp_path / "out")
     assert run(study, out, overrides=["seeds=2"], in_process=True) == 0
-    text = dry_run(study, out, overrides=["degeneracy={}"])
-    # Done: 2 packs x (3 checkpoints + training + 3 curvatures + 2 pairs); to do: those of the third seed.
-    assert "done already: 18 of 36 tasks" in text
-    assert "[degeneracy]" in text
+    text = dry_run(study, out, overrides=["degeneracy={}", "ensembles={}"])
+    # Done: 2 packs x (3 checkpoints + training + 3 curvatures + 2 pairs); to do: those of the third seed, and
+    # the degeneracy at both ends of all four packs.
+    assert "done already: 18 of 44 tasks" in text
+    assert "[ensembles]" in text
 
 
 def test_bad_input_is_refused_as_in_a_run(study):

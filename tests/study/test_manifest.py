@@ -110,6 +110,10 @@ def test_a_section_that_was_added_stays_as_it_is(manifest):
     check_extension(made, study(), INPUTS)  # left out again: its rows stay
     with pytest.raises(StoreError, match=r"degeneracy.dense_up_to: the store has 10, the study says 20"):
         check_extension(made, study(degeneracy={"dense_up_to": 20}), INPUTS)
+    without = extended(made, study(), INPUTS, made.packs)
+    assert without == made  # else the section could come back with other settings
+    added = extended(made, study(trajectory={}), INPUTS, made.packs)
+    assert study_from_table(added.study) == study(trajectory={}, degeneracy={"dense_up_to": 10})
 
 
 def test_data_may_move_as_long_as_the_content_is_the_same():

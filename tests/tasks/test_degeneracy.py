@@ -125,6 +125,24 @@ def test_members_are_taken_as_the_memory_allows(planned, monkeypatch):
         assert whole[column].fillna(-1).tolist() == one_by_one[column].fillna(-1).tolist()
 
 
+def test_polished_points_have_rows_of_their_own_where_they_are_reached(planned):
+    section = {"dense_up_to": 300, "checkpoints": "all", "polish": True}
+    plan = degenerate(
+        planned,
+        models=[{"name": "linear", "widths": [], "bias": True}],
+        training={"loss": "mse"},
+        degeneracy=section,
+    )
+    measure(plan, 12)
+    rows = frame(plan, "degeneracy")
+    assert set(rows["point"]) == {"checkpoint", "polished"}
+    there = rows_of(rows, point="polished", operator="hessian")
+    assert (there["gradient_norm"] < 1e-8).all()
+    here = rows_of(rows, point="checkpoint", operator="hessian")
+    assert (here["gradient_norm"] > 1e-8).all()
+    assert there["nullity"].tolist() == here["nullity"].tolist()  # the loss is a quadratic
+
+
 def test_keys_hold_what_the_counts_depend_on(planned):
     def key(**changes):
         plan = planned("-".join(["out", *changes]), models=RELU, degeneracy={"dense_up_to": 9}, **changes)
@@ -135,5 +153,6 @@ def test_keys_hold_what_the_counts_depend_on(planned):
     assert set(base) == {0, 12}  # the first and the last
     assert len(set(base.values())) == 2
     assert key(curvature={"probes": 3}) != base
+    assert key(curvature={"steps": 9}) != base
     assert key(curvature={"tolerance": 0.01}) == base
     assert key(angles={"window": 3}) == base

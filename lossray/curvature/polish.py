@@ -1,0 +1,67 @@
+"""From a checkpoint on to a critical point, where one can be reached: some null directions exist only there.
+
+At a critical point the rescaling symmetry and units with equal activation patterns add null directions that
+nothing forces elsewhere (SCIENCE 2.3, 5B vi). Under cross entropy on separable data there is none to reach.
+"""
+
+import torch
+from torch import Tensor
+
+from lossray.curvature.degeneracy import dense_matrices
+from lossray.curvature.objectives import StackObjective, mean_losses
+from lossray.curvature.operators import PackedHessian
+
+TARGET = 1e-8  # |g| of a critical point
+CLOSE = 1e-4  # largest Newton step near one, against |theta|: where the loss vanishes at infinity none is
+CURVED = 1e-9  # share of |lambda|max below which a direction counts as flat in that step
+MOST_STEPS = 60
+MOST_TRIALS = 15  # dampings tried in one step
+FACTOR = 10.0  # by which the damping grows or shrinks
+FIRST, LEAST = 1e-3, 1e-12  # dampings as shares of |lambda|max
+
+
+def polish(objective: StackObjective) -> Tensor:
+    """Damped Newton steps V (|Lambda| + mu)^-1 V' g, each of which must not raise the loss.
+
+    Args:
+        objective: R members, small enough that their Hessians are formed; evaluated in float64.
+
+    Returns:
+        Parameters [R, d] float64 with |g| < 1e-8; NaN for a member that gets to no such point, or is dead.
+    """
+    exact = objective.to(torch.float64)
+    found = [_polished(exact.member(r)) for r in range(len(exact.theta))]
+    return torch.stack(found)
+
+
+def _polished(objective: StackObjective) -> Tensor:
+    """One member [d]."""
+    theta = objective.theta.detach().clone()
+    nowhere = torch.full_like(theta[0], torch.nan)
+    damping: float | None = None
+    for _ in range(MOST_STEPS):
+        here = objective.moved(theta)
+        hessian = PackedHessian(here)
+        gradient, loss = hessian.gradient[0], float(hessian.losses[0])
+        (matrix,) = dense_matrices(hessian)
+        if not bool(torch.isfinite(matrix).all()):
+            return nowhere
+        values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+        scale = float(values.abs().max())
+        damping = FIRST * scale if damping is None else damping
+        slopes = vectors.T @ gradient
+        curved = values.abs() > CURVED * scale
+        newton = torch.linalg.vector_norm(slopes[curved] / values[curved])
+        near = float(newton) <= CLOSE * max(1.0, float(torch.linalg.vector_norm(theta)))
+        if near and float(torch.linalg.vector_norm(gradient)) < TARGET:
+            return theta[0]
+        for _ in range(MOST_TRIALS):
+            step = -vectors @ (slopes / (values.abs() + damping))
+            if float(mean_losses(here, theta + step)[0]) <= loss * (1 + 4e-16):
+                break
+            damping *= FACTOR
+        else:
+            return nowhere
+        theta = theta + step
+        damping = max(damping / FACTOR, LEAST * scale)
+    return nowhere
