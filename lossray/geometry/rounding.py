@@ -9,8 +9,8 @@ from lossray.seeds import generator
 
 EPS = torch.finfo(torch.float64).eps
 ROUNDINGS = 16  # of a loss, in units of eps: of its mean over examples and of its parts
-SHAKES = 8  # of the parameters' last bits
-DEVIATIONS = 3  # standard deviations that an error may have
+SHAKES = 4  # of the parameters' last bits
+DEVIATIONS = 5  # standard deviations that an error may have: four losses give theirs roughly
 
 
 def shaken_spread(exact: StackObjective, theta: Tensor) -> Tensor:

@@ -128,7 +128,8 @@ SHARPNESS = TableSchema(
             "critical_sharpness",
             "1/lr",
             "2 / lr_c, lr_c the smallest learning rate at which the next update, so scaled, raises the loss "
-            "of the analysis set; 0 where none up to a million times lr does",
+            "of the analysis set; 0 where none up to a million times lr does, null where every rate does or "
+            "the loss falls by less than its rounding",
         ),
         number(
             "threshold",

@@ -37,7 +37,7 @@ DIRECTIONS = TableSchema(
             "itself for an update or a displacement, lr u for a gradient or a momentum): it sees the kinks "
             "of ReLU, which the Hessian misses",
         ),
-        number("finite_step_curvature_noise", CURVATURE, "its rounding error"),
+        number("finite_step_curvature_noise", CURVATURE, "its rounding error, estimated on the safe side"),
         number("step_norm", PARAMETER, "|s|"),
         number("relative_curvature", "1", "curvature over trace/d, the mean over all directions"),
         number("relative_curvature_stderr", "1", "its standard error, from that of the trace"),
