@@ -111,8 +111,8 @@ def _dense_cost(study: Study, pack: Pack, dim: int) -> tuple[int, float]:
         return 0, 0.0
     if dim > settings.dense_up_to:
         return study.curvature.probes * study.curvature.steps, 0.0
-    solves = 2 * len(pack.seeds)  # raw and in the adaptive gauge
-    return 2 * dim, solves * DENSE_SECONDS * (dim / 3000) ** 3  # float64 takes twice as long
+    solves = 4 * len(pack.seeds)  # raw, in the adaptive gauge, Gauss-Newton, and of a generic point
+    return 3 * dim, solves * DENSE_SECONDS * (dim / 3000) ** 3  # float64 takes twice as long
 
 
 def _surface_points(study: Study, pack: Pack) -> int:

@@ -15,6 +15,7 @@ from lossray.curvature.degeneracy import (
     MATRICES,
     Count,
     MatrixOperator,
+    Spectrum,
     counts_of,
     dense_matrices,
     gram_counts,
@@ -27,7 +28,7 @@ from lossray.curvature.objectives import StackObjective
 from lossray.curvature.operators import PackedGaussNewton, PackedHessian
 from lossray.curvature.polish import polish
 from lossray.errors import ModelError
-from lossray.networks.symmetry import rescaling_symmetry
+from lossray.networks.symmetry import RescalingSymmetry, rescaling_symmetry
 from lossray.seeds import stream
 from lossray.storage.checkpoints import read_checkpoint
 from lossray.storage.store import Store
@@ -106,13 +107,15 @@ def _chunks(job: DegeneracyJob, point: Point, examples: Split, at_once: int) -> 
 
 
 def _member(job: DegeneracyJob, point: Point, examples: Split, r: int) -> Member:
-    model = model_of(point, r)
+    assert job.context.study.degeneracy is not None
+    limit = job.context.study.degeneracy.dense_up_to
+    model, data = model_of(point, r), (examples.inputs, examples.targets)
     floor, vectors = None, None
     with suppress(ModelError, TypeError, ValueError, RuntimeError):  # a user's model that cannot be traced
-        floor = structural_floor(model, (examples.inputs, examples.targets), loss_of(job.context))
+        floor = structural_floor(model, data, loss_of(job.context), dense_up_to=limit)
     if floor is not None and floor.by_cause.get("softmax shift"):
         vectors = shift_vectors(model).to(point.theta.device)
-    return Member(r, point.theta[r].double(), floor if floor and floor.complete else None, vectors)
+    return Member(r, point.theta[r].double(), floor, vectors)
 
 
 def model_of(point: Point, r: int) -> nn.Module:
@@ -148,8 +151,27 @@ def _polished_rows(job: DegeneracyJob, point: Point, examples: Split, members: S
     theta[[member.index for member in members]] = reached
     there = replace(point, theta=theta)
     kept = [member.index for member, own in zip(members, reached, strict=True) if torch.isfinite(own).all()]
-    moved = [_member(job, there, examples, r) for r in kept]
+    moved = [_with_symmetry(there, _member(job, there, examples, r)) for r in kept]
     return _dense_rows(job, there, examples, moved, "polished") if moved else []
+
+
+def _with_symmetry(point: Point, member: Member) -> Member:
+    """At a critical point K theta of every unit is null for certain too (SCIENCE 2.1)."""
+    symmetry = _symmetry(point)
+    if symmetry is None:
+        return member
+    (vectors,) = symmetry.kernel_vectors(member.theta[None])
+    vectors = vectors[vectors.norm(dim=1) > 0]
+    known = vectors if member.null_vectors is None else torch.cat([member.null_vectors, vectors])
+    return replace(member, null_vectors=known)
+
+
+def _symmetry(point: Point) -> RescalingSymmetry | None:
+    """How units can be rescaled; None where they cannot."""
+    try:
+        return rescaling_symmetry(point.stack.template, point.stack.layout)
+    except ModelError:
+        return None
 
 
 def _dense_rows(
@@ -158,39 +180,45 @@ def _dense_rows(
     """All eigenvalues of the Hessian, raw and in the adaptive gauge, and of the Gauss-Newton matrix."""
     objective = _objective(job, point, examples, members, torch.float64)
     hessian = PackedHessian(objective, mode=job.pack.product_mode)
-    matrices, gradients = dense_matrices(hessian), hessian.gradient
+    matrices, norms = dense_matrices(hessian), hessian.gradient.norm(dim=1).tolist()
     del hessian
     rows: list[Row] = []
     residuals = _symmetry_residuals(point, members, matrices)
-    quadratures = _quadratures(job, MatrixOperator(matrices), members, exact=matrices)
+    spectra = [
+        spectrum_of(matrix, torch.float64, member.null_vectors)
+        for matrix, member in zip(matrices, members, strict=True)
+    ]
+    quadratures = _quadratures(job, MatrixOperator(matrices), members, spectra)
     for i, member in enumerate(members):
-        extra: Row = {"gradient_norm": float(gradients[i].norm()), "symmetry_residual": residuals[i]}
-        found = _rows(job, member, "hessian", "dense", _counts(matrices[i], member.null_vectors), extra)
+        extra: Row = {"gradient_norm": norms[i], "symmetry_residual": residuals[i]}
+        found = _rows(job, member, "hessian", "dense", _counts(spectra[i]), extra)
         rows += _with_bias(found, quadratures[i])
-        kept = member.theta != 0
-        scale = member.theta[kept].abs()
-        scaled = scale[:, None] * matrices[i][kept][:, kept] * scale
-        vectors = None
-        if member.null_vectors is not None and bool(kept.all()):
-            vectors = member.null_vectors / scale
-        adaptive = _rows(job, member, "adaptive", "dense", _counts(scaled, vectors), extra)
-        # Coordinates that are zero drop out, and with them the meaning of the floor.
-        rows += adaptive if bool(kept.all()) else [row | _NO_FLOOR for row in adaptive]
+        rows += _adaptive_rows(job, member, matrices[i], extra)
     del matrices
     ggn = dense_matrices(PackedGaussNewton(objective, mode=job.pack.product_mode))
     for i, member in enumerate(members):
-        extra = {"gradient_norm": float(gradients[i].norm()), "symmetry_residual": None}
-        rows += _rows(job, member, "ggn", "dense", _counts(ggn[i], member.null_vectors), extra)
+        extra = {"gradient_norm": norms[i], "symmetry_residual": None}
+        spectrum = spectrum_of(ggn[i], torch.float64, member.null_vectors)
+        rows += _rows(job, member, "ggn", "dense", _counts(spectrum), extra)
     shared: Row = {"n_examples": len(examples.targets), "dtype": "float64", "point": where}
     return [row | shared for row in rows]
 
 
-def _counts(matrix: Tensor, null_vectors: Tensor | None) -> list[Count]:
-    spectrum = spectrum_of(matrix, torch.float64, null_vectors)
+def _adaptive_rows(job: DegeneracyJob, member: Member, matrix: Tensor, extra: Row) -> list[Row]:
+    """Counts of |theta| o H o |theta|, without the coordinates that are zero."""
+    kept = member.theta != 0
+    whole = bool(kept.all())
+    scale = member.theta[kept].abs()
+    scaled = scale[:, None] * matrix[kept][:, kept] * scale
+    vectors = member.null_vectors / scale if member.null_vectors is not None and whole else None
+    counts = _counts(spectrum_of(scaled, torch.float64, vectors))
+    rows = _rows(job, member, "adaptive", "dense", counts, extra)
+    # With coordinates that drop out goes the meaning of the floor.
+    return rows if whole else [row | {"structural_nullity": None, "excess": None} for row in rows]
+
+
+def _counts(spectrum: Spectrum | None) -> list[Count]:
     return counts_of(spectrum) if spectrum is not None else []
-
-
-_NO_FLOOR: Row = {"structural_nullity": None, "excess": None}
 
 
 def _quadrature_rows(
@@ -220,13 +248,14 @@ def _quadratures(
     job: DegeneracyJob,
     operator: MatrixOperator | PackedHessian,
     members: Sequence[Member],
-    exact: Tensor | None = None,
+    spectra: Sequence[Spectrum | None] | None = None,
 ) -> list[list[Count]]:
     """What the quadrature of [curvature] finds, at shares of the exact |lambda|max where it is known."""
     settings = job.context.study.curvature
-    scales = None
-    if exact is not None:
-        scales = [float(torch.linalg.matrix_norm((m + m.T) / 2, ord=2)) for m in exact]
+    scales, alive = None, None
+    if spectra is not None:
+        scales = [spectrum.scale if spectrum is not None else math.nan for spectrum in spectra]
+        alive = torch.tensor([spectrum is not None for spectrum in spectra])
     seeds = [job.pack.seeds[member.index] for member in members]
     return quadrature_counts(
         operator,
@@ -234,6 +263,7 @@ def _quadratures(
         steps=settings.steps,
         seeds=[stream(seed, "degeneracy", job.step) for seed in seeds],
         scales=scales,
+        alive=alive,
     )
 
 
@@ -256,7 +286,7 @@ def _rows(
     dim: int | None = None,
 ) -> list[Row]:
     """Rows of one operator of one member."""
-    structural = member.floor.dimension if member.floor else None
+    floor = member.floor
     return [
         {
             "run_id": job.pack.run_ids[member.index],
@@ -269,8 +299,8 @@ def _rows(
             "at_noise_floor": count.at_noise_floor,
             "nullity": count.nullity,
             "nullity_stderr": finite(count.stderr),
-            "structural_nullity": structural,
-            "excess": None if structural is None else count.nullity - structural,
+            "structural_nullity": floor.dimension if floor else None,
+            "excess": floor.excess(count.nullity) if floor else None,
             "gap": finite(count.gap),
             "noise_floor": next((c.threshold for c in counts if c.at_noise_floor), None),
             "rank": count.rank,
@@ -285,9 +315,8 @@ def _rows(
 
 def _symmetry_residuals(point: Point, members: Sequence[Member], matrices: Tensor) -> list[float | None]:
     """Largest |H K_j theta| over the units that can be rescaled; None where there is no such unit."""
-    try:
-        symmetry = rescaling_symmetry(point.stack.template, point.stack.layout)
-    except ModelError:
+    symmetry = _symmetry(point)
+    if symmetry is None:
         return [None] * len(members)
     found: list[float | None] = []
     for member, matrix in zip(members, matrices, strict=True):

@@ -1,26 +1,31 @@
 """The structural floor: null directions of the Hessian that architecture and data force (SCIENCE 2.2, 2.3).
 
-A direction that leaves the function unchanged for all weights with the same activation pattern is null, off
-the kinks, at every such point. In a chain of linear or convolutional layers such a direction belongs to one
-unit: a change of its incoming weights that no example can see. Which ones these are follows from a network
-whose gates are fixed at the present activation pattern and whose earlier layers are random: what vanishes
-there vanishes for all weights, and for generic weights nothing else does.
+Two kinds. A direction that leaves the function unchanged for *all* weights with the same activation pattern
+is null, off the kinks, at every such point. In a chain of layers such a direction belongs to one unit: a
+change of its incoming weights that no example can see. Which ones these are follows from a network whose
+gates are fixed at the present activation pattern and whose earlier layers are random: what vanishes there
+vanishes for all weights, and for generic weights nothing else does.
+
+The other kind, "mixing", combines the weights of several units and turns with them: more units of one
+activation pattern than the next layer tells apart, features that depend on each other, fewer examples than
+weights. Its dimension is what a generic point with the same activation pattern has in addition: mixing.py.
 """
 
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from lossray.curvature.chains import Layer, Pattern, chain_of, pattern_of, places_of, shaped, through
 from lossray.curvature.data import example_batch, read_data
+from lossray.curvature.mixing import generic_nullity
 from lossray.errors import DataError, ModelError
 from lossray.networks.architecture import Node, graph_of
+from lossray.networks.functional import call_with
 from lossray.networks.losses import Loss
 from lossray.plugins import failure
 from lossray.seeds import generator
@@ -35,75 +40,54 @@ class StructuralFloor:
     """How many null directions are forced."""
 
     dimension: int
-    by_cause: Mapping[str, int]  # "first layer", "later layers", "softmax shift" or "linear network"
-    complete: bool  # False: the architecture is not a chain that we understand; a lower bound then
+    by_cause: Mapping[str, int]  # "first layer", "later layers", "softmax shift", "mixing", "linear network"
+    complete: bool  # False: a lower bound, "mixing" or an architecture that we do not understand left out
+
+    def excess(self, nullity: float) -> float | None:
+        """What a nullity has beyond the floor; None where more might be forced."""
+        found = nullity - self.dimension
+        return found if self.complete or found == 0 else None
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """A layer with weights, and what follows it up to the next one."""
-
-    node: Node
-    module: nn.Linear | nn.Conv2d
-    channelwise: tuple[Node, ...]  # activations and pools, on [N, C, ...]
-    reshaping: tuple[Node, ...]  # from the first flatten on
-
-    @property
-    def is_convolution(self) -> bool:
-        return self.node.kind == "conv"
-
-    @property
-    def columns(self) -> int:
-        """Incoming weights of a unit, and its bias."""
-        return self.module.weight[0].numel() + (self.module.bias is not None)
-
-
-@dataclass
-class _Pattern:
-    """The activation pattern of one network on the data."""
-
-    gates: dict[str, Tensor] = field(default_factory=dict)  # node -> slope of each activation, [N, C, ...]
-    needed: dict[str, Tensor] = field(default_factory=dict)  # layer -> what of its output counts, [N, C, ...]
-
-    def pick(self, index: Tensor) -> "_Pattern":
-        """That of some examples."""
-        return _Pattern(
-            {name: gate[index] for name, gate in self.gates.items()},
-            {name: needed[index] for name, needed in self.needed.items()},
-        )
-
-
-def structural_floor(model: nn.Module, data: Any, loss: Loss) -> StructuralFloor:
+def structural_floor(model: nn.Module, data: Any, loss: Loss, *, dense_up_to: int = 2500) -> StructuralFloor:
     """Count the null directions that architecture and data force on the Hessian of a model's mean loss.
 
-    Known are chains of linear layers, two-dimensional convolutions, activations, average pools and flattens,
-    such as lossray's linear, mlp and cnn without norm. Of other models the softmax shift alone is counted.
-    Losses are told by trying: one that a shift of all outputs leaves alone is a softmax loss.
+    Known are chains of layers; see chains.py. Of other models the softmax shift alone is counted. Losses are
+    told by trying: one that a shift of all outputs leaves alone is a softmax loss.
 
     Args:
         model: evaluated in eval mode, in float64, and left as it was.
         data: as for `lossray.Hessian`.
         loss: ``loss(outputs, targets)``, the mean over examples.
+        dense_up_to: largest number of parameters at which "mixing" is counted, which takes all eigenvalues of
+            a matrix of that size.
 
     Raises:
         DataError: the data cannot be read, are empty, or their inputs are no tensors.
         ModelError: torch.fx cannot trace the model, or the model or the loss fails on the data.
+        ResourceError: that matrix does not fit.
     """
     nodes = graph_of(model)
     inputs, targets = _examples(data)
-    shift = _ignores_shifts(model, loss, inputs[:TESTED_EXAMPLES], targets[:TESTED_EXAMPLES])
-    layers = _chain(nodes)
+    outputs = _outputs(model, inputs[:TESTED_EXAMPLES])
+    shift = _ignores_shifts(loss, outputs, targets[:TESTED_EXAMPLES])
+    layers = chain_of(model, inputs[:TESTED_EXAMPLES], outputs)
     if layers is None:
         return _of_unknown(nodes, shift)
     if _is_linear_network(layers):
         return _of_linear_network(layers, inputs, shift)
-    pattern = _pattern_of(layers, inputs)
+    pattern = pattern_of(layers, inputs)
     nullities = [_nullity(layers, i, inputs, pattern) for i in range(len(layers))]
     causes = {"first layer": nullities[0][0], "later layers": sum(total for total, _ in nullities[1:])}
     if shift:
         causes["softmax shift"] = nullities[-1][1]
-    known = any(_nonlinear(layer) for layer in layers) or len(layers) == 1
-    return StructuralFloor(sum(causes.values()), causes, known)
+    known = sum(causes.values())
+    generic = None
+    if sum(layer.columns * len(layer.module.weight) for layer in layers) <= dense_up_to:
+        generic = generic_nullity(layers, pattern, inputs, targets, loss, at_least=known)
+    if generic is None:
+        return StructuralFloor(known, causes, False)
+    return StructuralFloor(generic, causes | {"mixing": generic - known}, True)
 
 
 def shift_vectors(model: nn.Module) -> Tensor:
@@ -130,64 +114,6 @@ def shift_vectors(model: nn.Module) -> Tensor:
     return torch.stack(rows) if rows else torch.zeros(0, dim, dtype=torch.float64)
 
 
-# ---- the model as a chain
-
-
-def _chain(nodes: Sequence[Node]) -> list[_Layer] | None:
-    """The layers in order; None where the model is no chain of what is understood."""
-    layers: list[list[Any]] = []
-    places = _places(nodes)
-    previous = None
-    for node in nodes:
-        if previous is not None and node.inputs != (previous,):
-            return None
-        previous = node.name
-        if node.kind in ("linear", "conv"):
-            if not _is_plain(node, places):
-                return None
-            layers.append([node, [], []])
-        elif node.kind in ("input", "output", "dropout") or isinstance(node.module, nn.Identity):
-            continue
-        elif node.kind in ("flatten", "homogeneous", "smooth", "pool"):
-            if layers:
-                reshaped = node.kind == "flatten" or bool(layers[-1][2])
-                layers[-1][2 if reshaped else 1].append(node)
-            elif node.kind != "flatten":
-                return None  # something on the inputs
-        else:
-            return None
-    found = [_Layer(node, node.module, tuple(after), tuple(rest)) for node, after, rest in layers]
-    ordered = all(len([n for n in layer.channelwise if n.kind != "pool"]) <= 1 for layer in found)
-    plain = all(node.kind == "flatten" for layer in found for node in layer.reshaping)
-    ends = bool(found) and found[-1].node.kind == "linear" and not found[-1].channelwise
-    return found if ordered and plain and ends else None
-
-
-def _is_plain(node: Node, places: Counter[int]) -> bool:
-    """A layer whose weights act once, on zero-padded inputs, and are all trained."""
-    module = node.module
-    if not all(p.requires_grad and places[id(p)] == 1 for p in module.parameters()):  # type: ignore[union-attr]
-        return False
-    if node.kind == "linear":
-        return True
-    return isinstance(module, nn.Conv2d) and module.groups == 1 and module.padding_mode == "zeros"
-
-
-def _places(nodes: Sequence[Node]) -> Counter[int]:
-    """In how many places each parameter acts, by its id: tied weights, and layers that are called twice."""
-    places: Counter[int] = Counter()
-    for node in nodes:
-        if node.module is not None:
-            places.update(id(p) for p in node.module.parameters())
-        elif node.kind == "other" and not node.inputs:
-            places[id(node.function())] += 1  # a parameter that a function is given
-    return places
-
-
-def _nonlinear(layer: _Layer) -> bool:
-    return any(node.kind in ("homogeneous", "smooth") for node in layer.channelwise)
-
-
 def _last_linear(nodes: Sequence[Node]) -> nn.Linear | None:
     """The linear layer whose outputs are the model's, and whose weights act nowhere else."""
     by_name = {node.name: node for node in nodes}
@@ -198,7 +124,7 @@ def _last_linear(nodes: Sequence[Node]) -> nn.Linear | None:
         node = by_name[node.inputs[0]]
     if not isinstance(node.module, nn.Linear):
         return None
-    places = _places(nodes)
+    places = places_of(nodes)
     return node.module if all(places[id(p)] == 1 for p in node.module.parameters()) else None
 
 
@@ -214,12 +140,12 @@ def _of_unknown(nodes: Sequence[Node], shift: bool) -> StructuralFloor:
     return StructuralFloor(sum(causes.values()), causes, False)
 
 
-def _is_linear_network(layers: Sequence[_Layer]) -> bool:
+def _is_linear_network(layers: Sequence[Layer]) -> bool:
     matrices = all(isinstance(layer.module, nn.Linear) and layer.module.bias is None for layer in layers)
     return matrices and len(layers) > 1 and not any(layer.channelwise for layer in layers)
 
 
-def _of_linear_network(layers: Sequence[_Layer], inputs: Tensor, shift: bool) -> StructuralFloor:
+def _of_linear_network(layers: Sequence[Layer], inputs: Tensor, shift: bool) -> StructuralFloor:
     """At generic parameters, d minus the rank 2 q M - L q^2 + q (r + k) of Singh et al., arXiv 2106.16225."""
     widths = [len(layer.module.weight) for layer in layers[:-1]]
     k = len(layers[-1].module.weight) - shift
@@ -230,60 +156,10 @@ def _of_linear_network(layers: Sequence[_Layer], inputs: Tensor, shift: bool) ->
     return StructuralFloor(dim - rank, {"linear network": dim - rank}, True)
 
 
-# ---- activation patterns
-
-
-def _pattern_of(layers: Sequence[_Layer], inputs: Tensor) -> _Pattern:
-    """Gates at the model's own weights, and which outputs of every layer have a way to the model's."""
-    pattern = _Pattern()
-    with torch.no_grad():
-        x = inputs
-        for layer in layers:
-            weights = {name: p.detach().double() for name, p in layer.module.named_parameters()}
-            z = functional_call(layer.module, weights, (_shaped(layer, x),))
-            for node in layer.channelwise:
-                if node.kind == "homogeneous":
-                    pattern.gates[node.name] = _slope(node, z)
-                z = node.function(z)
-            x = _through(layer.reshaping, z)
-    _find_needed(layers, inputs, pattern)
-    return pattern
-
-
-def _slope(node: Node, z: Tensor) -> Tensor:
-    """Slope of a piecewise linear activation, [N, C, ...]; 0 at the kink of ReLU, as autograd has it."""
-    with torch.enable_grad():
-        leaf = z.detach().requires_grad_()
-        (slope,) = torch.autograd.grad(node.function(leaf).sum(), leaf)
-    return slope.detach()
-
-
-def _find_needed(layers: Sequence[_Layer], inputs: Tensor, pattern: _Pattern) -> None:
-    """With all weights positive and the gates fixed, an output counts if the model's outputs depend on it."""
-    with torch.enable_grad():
-        x = torch.ones_like(inputs)
-        ends: dict[str, Tensor] = {}
-        for layer in layers:
-            weights = {name: torch.ones_like(p).double() for name, p in layer.module.named_parameters()}
-            weights["weight"] /= weights["weight"][0].numel()
-            z = functional_call(layer.module, weights, (_shaped(layer, x),))
-            for node in layer.channelwise:
-                if node.kind == "homogeneous":
-                    z = z * (pattern.gates[node.name] != 0)
-                elif node.kind == "pool":
-                    z = node.function(z)
-            z = z.requires_grad_() if not z.requires_grad else z
-            ends[layer.node.name] = z
-            x = _through(layer.reshaping, z)
-        slopes = torch.autograd.grad(x.sum(), list(ends.values()), allow_unused=True)
-    for name, slope, end in zip(ends, slopes, ends.values(), strict=True):
-        pattern.needed[name] = torch.zeros_like(end) if slope is None else (slope.detach() > 0).double()
-
-
 # ---- null directions of one layer
 
 
-def _nullity(layers: Sequence[_Layer], i: int, inputs: Tensor, pattern: _Pattern) -> tuple[int, int]:
+def _nullity(layers: Sequence[Layer], i: int, inputs: Tensor, pattern: Pattern) -> tuple[int, int]:
     """Null directions among what comes into layer i's units; the rank of what comes into the last one."""
     layer = layers[i]
     units, columns = len(layer.module.weight), layer.columns
@@ -295,7 +171,7 @@ def _nullity(layers: Sequence[_Layer], i: int, inputs: Tensor, pattern: _Pattern
 
 
 def _unit_rank(
-    layers: Sequence[_Layer], i: int, unit: int, inputs: Tensor, pattern: _Pattern, first: Tensor
+    layers: Sequence[Layer], i: int, unit: int, inputs: Tensor, pattern: Pattern, first: Tensor
 ) -> int:
     """Independent conditions on the incoming weights of one unit: draws, until one adds nothing."""
     index = torch.arange(len(inputs), device=inputs.device)
@@ -312,10 +188,10 @@ def _unit_rank(
     return rank
 
 
-def _seen(layers: Sequence[_Layer], i: int, inputs: Tensor, pattern: _Pattern, draw: int) -> Tensor:
+def _seen(layers: Sequence[Layer], i: int, inputs: Tensor, pattern: Pattern, draw: int) -> Tensor:
     """What multiplies the weights and biases of layer i: [N, columns] or [N, columns, H, W]."""
     layer = layers[i]
-    x = _shaped(layer, _gated_inputs(layers, i, inputs, pattern, draw))
+    x = shaped(layer, _gated_inputs(layers, i, inputs, pattern, draw))
     if isinstance(layer.module, nn.Linear):
         return torch.cat([x, torch.ones_like(x[:, :1])], dim=1) if layer.module.bias is not None else x
     conv = layer.module
@@ -338,7 +214,7 @@ def _padded(conv: nn.Conv2d, x: Tensor) -> Tensor:
     return F.pad(x, (*sides[1], *sides[0]))
 
 
-def _gated_inputs(layers: Sequence[_Layer], i: int, inputs: Tensor, pattern: _Pattern, draw: int) -> Tensor:
+def _gated_inputs(layers: Sequence[Layer], i: int, inputs: Tensor, pattern: Pattern, draw: int) -> Tensor:
     """The inputs of layer i with the gates as they are and the weights before it random."""
     x, random = inputs, generator(draw, "structural floor", i)
     for layer in layers[:i]:
@@ -348,15 +224,15 @@ def _gated_inputs(layers: Sequence[_Layer], i: int, inputs: Tensor, pattern: _Pa
         }
         weights["weight"] /= math.sqrt(weights["weight"][0].numel())
         with torch.no_grad():
-            z = functional_call(layer.module, weights, (_shaped(layer, x),))
+            z = call_with(layer.module, weights, shaped(layer, x))
             for node in layer.channelwise:
                 gate = pattern.gates.get(node.name)
                 z = node.function(z) if gate is None else gate * z
-            x = _through(layer.reshaping, z)
+            x = through(layer.reshaping, z)
     return x
 
 
-def _rows(layer: _Layer, unit: int, seen: Tensor, pattern: _Pattern, *, last: bool) -> tuple[Tensor, Tensor]:
+def _rows(layer: Layer, unit: int, seen: Tensor, pattern: Pattern, *, last: bool) -> tuple[Tensor, Tensor]:
     """Linear conditions on the incoming weights of one unit [n, columns], and the examples [N] that make any.
 
     A pool adds up what the unit sees at several positions; a smooth activation tells all positions apart.
@@ -392,17 +268,6 @@ def _rank(rows: Tensor) -> int:
     return int((values > RANK_TOLERANCE * values[0]).sum()) if values[0] > 0 else 0
 
 
-def _shaped(layer: _Layer, x: Tensor) -> Tensor:
-    """Inputs as the layer takes them: a linear one flattens what came before it."""
-    return x if layer.is_convolution else x.flatten(1)
-
-
-def _through(nodes: Sequence[Node], x: Tensor) -> Tensor:
-    for node in nodes:
-        x = node.function(x)
-    return x
-
-
 # ---- data and loss
 
 
@@ -413,18 +278,20 @@ def _examples(data: Any) -> tuple[Tensor, Any]:
         raise DataError("the structural floor needs inputs and targets that are tensors")
     if not sum(len(batch.inputs) for batch in batches):
         raise DataError("data: found no example; at least one is needed")
-    inputs = torch.cat([batch.inputs for batch in batches])
-    targets = torch.cat([batch.targets for batch in batches])
+    counted = [slice(None) if batch.weights is None else batch.weights > 0 for batch in batches]
+    inputs = torch.cat([batch.inputs[own] for batch, own in zip(batches, counted, strict=True)])
+    targets = torch.cat([batch.targets[own] for batch, own in zip(batches, counted, strict=True)])
     return inputs.double(), targets.double() if targets.is_floating_point() else targets
 
 
+@torch.no_grad()
 def _outputs(model: nn.Module, inputs: Tensor) -> Tensor:
     """Outputs in eval mode and float64; the model stays as it was."""
     flags = [(module, module.training) for module in model.modules()]
     tensors = {n: t.double() if t.is_floating_point() else t for n, t in _tensors(model).items()}
     try:
         model.eval()
-        outputs: Tensor = functional_call(model, tensors, (inputs,))
+        outputs: Tensor = call_with(model, tensors, inputs)
     except Exception as error:  # the user's code may raise anything
         raise ModelError(f"{type(model).__name__} raised {failure(error)}") from error
     finally:
@@ -438,16 +305,14 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _ignores_shifts(
-    model: nn.Module, loss: Callable[[Tensor, Any], Tensor], inputs: Tensor, targets: Any
-) -> bool:
+def _ignores_shifts(loss: Callable[[Tensor, Any], Tensor], outputs: Tensor, targets: Any) -> bool:
     """Whether adding one number to all outputs of an example leaves its loss as it is."""
     if not callable(loss):
         raise ModelError(f"loss: found {type(loss).__name__}; allowed: a function")
-    outputs = _outputs(model, inputs)
     each = torch.linspace(-1.5, 2.0, len(outputs), dtype=outputs.dtype, device=outputs.device)
+    shifted = outputs + each.view(-1, *[1] * (outputs.ndim - 1))
     try:
-        before, after = loss(outputs, targets), loss(outputs + each[:, None], targets)
+        before, after = loss(outputs, targets), loss(shifted, targets)
         return bool((after - before).abs() <= SAME_LOSS * (1 + before.abs()))
     except Exception as error:  # as above
         raise ModelError(f"the loss raised {failure(error)}") from error

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter
 
@@ -21,6 +20,7 @@ from lossray.curvature.objectives import (
     require_example_mean,
 )
 from lossray.errors import DataError, LossrayError, ModelError
+from lossray.networks.functional import call_with
 from lossray.networks.losses import Loss
 from lossray.networks.stack import layout_of, require_module, seeded, uncompiled
 from lossray.plugins import failure
@@ -189,7 +189,7 @@ class ModuleObjective:
         tensors = {f"model.{name}": tensor for name, tensor in weights.items()}
         try:
             with _mode(self._model, self.train):
-                return functional_call(self._called, tensors, (batch.inputs,))
+                return call_with(self._called, tensors, batch.inputs)
         except (LossrayError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # a user's forward may raise anything
@@ -310,7 +310,7 @@ class ModuleObjective:
 
 
 class _Called(nn.Module):
-    """A function of the model and a batch as a module, so that `functional_call` can exchange the weights."""
+    """A function of the model and a batch as a module, so that `call_with` can exchange the weights."""
 
     def __init__(self, model: nn.Module, function: Callable[[nn.Module, Any], Any]) -> None:
         super().__init__()

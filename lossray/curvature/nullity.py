@@ -23,8 +23,8 @@ class Degeneracy:
     nullity: int  # how many there are
     rank: int | None  # the others; None where no gap supports it, and for products in float32
     gap: float  # smallest |eigenvalue| above the noise floor over the largest below; inf where these are 0
-    structural_nullity: int | None  # None where it is not known
-    excess: int | None  # nullity beyond it
+    structural_nullity: int | None  # a lower bound where `excess` is None; None where nothing is known
+    excess: int | None  # nullity beyond it; None where more might be forced
     counts: dict[float, int]  # threshold -> eigenvalues with |lambda| <= threshold, descending
     dim: int
     method: str  # "dense"
@@ -36,8 +36,8 @@ def degeneracy(operator: SingleOperator, floor: StructuralFloor | int | None = N
     Args:
         operator: such as ``lossray.Hessian(model, loss, data, dtype=torch.float64)``, of size d: d products,
             and an eigensolve of about a second for d = 3,000. Products in float32 support no rank.
-        floor: the forced nullity. By default that of `structural_floor` for a Hessian whose model is a chain
-            that it understands; None for anything else.
+        floor: the forced nullity. By default that of `structural_floor` for the Hessian of a model that takes
+            one tensor; none for anything else.
 
     Raises:
         StudyError: no operator of lossray's, or a floor that cannot be.
@@ -52,8 +52,7 @@ def degeneracy(operator: SingleOperator, floor: StructuralFloor | int | None = N
         )
     _check_floor(floor, packed.shape[1])
     known, null_vectors = _forced(packed)
-    forced = floor if floor is not None else known
-    structural = forced.dimension if isinstance(forced, StructuralFloor) else forced
+    forced = StructuralFloor(floor, {}, True) if isinstance(floor, int) else floor or known
     (matrix,) = dense_matrices(packed)
     spectrum = spectrum_of(matrix, packed.dtype, null_vectors)
     if spectrum is None:
@@ -61,14 +60,15 @@ def degeneracy(operator: SingleOperator, floor: StructuralFloor | int | None = N
     counts = counts_of(spectrum)
     at_floor = counts[-1]
     nullity = int(at_floor.nullity)
+    excess = forced.excess(nullity) if forced else None
     return Degeneracy(
         eigenvalues=spectrum.values.sort().values,
         noise_floor=spectrum.noise_floor,
         nullity=nullity,
         rank=at_floor.rank,
         gap=at_floor.gap,
-        structural_nullity=structural,
-        excess=None if structural is None else nullity - structural,
+        structural_nullity=forced.dimension if forced else None,
+        excess=None if excess is None else int(excess),
         counts={count.threshold: int(count.nullity) for count in counts},
         dim=len(spectrum.values),
         method="dense",
@@ -94,9 +94,9 @@ def _forced(packed: PointOperator) -> tuple[StructuralFloor | None, Tensor | Non
         return None, None
     model, loss, data = source
     try:
-        floor = structural_floor(model, data, loss)
+        floor = structural_floor(model, data, loss, dense_up_to=packed.shape[1])
     except (LossrayError, TypeError, ValueError, RuntimeError):  # a model that takes no single tensor
         return None, None
     shifts = floor.by_cause.get("softmax shift", 0) > 0
     vectors = shift_vectors(model).to(packed.device, torch.float64) if shifts else None
-    return (floor if floor.complete else None), vectors
+    return floor, vectors

@@ -4,6 +4,8 @@ At a critical point the rescaling symmetry and units with equal activation patte
 nothing forces elsewhere (SCIENCE 2.3, 5B vi). Under cross entropy on separable data there is none to reach.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -39,6 +41,7 @@ def _polished(objective: StackObjective) -> Tensor:
     theta = objective.theta.detach().clone()
     nowhere = torch.full_like(theta[0], torch.nan)
     damping: float | None = None
+    before = math.inf
     for _ in range(MOST_STEPS):
         here = objective.moved(theta)
         hessian = PackedHessian(here)
@@ -53,15 +56,18 @@ def _polished(objective: StackObjective) -> Tensor:
         curved = values.abs() > CURVED * scale
         newton = torch.linalg.vector_norm(slopes[curved] / values[curved])
         near = float(newton) <= CLOSE * max(1.0, float(torch.linalg.vector_norm(theta)))
-        if near and float(torch.linalg.vector_norm(gradient)) < TARGET:
-            return theta[0]
+        norm = float(torch.linalg.vector_norm(gradient))
+        critical = near and norm < TARGET
+        if critical and norm > before / 2:
+            return theta[0]  # down to rounding: what is null only here is null as far as can be seen
+        before = norm
         for _ in range(MOST_TRIALS):
             step = -vectors @ (slopes / (values.abs() + damping))
             if float(mean_losses(here, theta + step)[0]) <= loss * (1 + 4e-16):
                 break
             damping *= FACTOR
         else:
-            return nowhere
+            return theta[0] if critical else nowhere
         theta = theta + step
         damping = max(damping / FACTOR, LEAST * scale)
     return nowhere

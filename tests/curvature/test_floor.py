@@ -108,7 +108,7 @@ def test_a_unit_whose_way_to_the_output_is_closed_counts_as_dead():
     with torch.no_grad():
         model.hidden2.bias.fill_(-1e3)  # the second layer is silent
     floor = structural_floor(model, (SMALL, LABELS), mse)
-    assert floor.by_cause == {"first layer": 4 * 17, "later layers": 3 * 5 + 10 * 3}
+    assert floor.by_cause == {"first layer": 4 * 17, "later layers": 3 * 5 + 10 * 3, "mixing": 0}
 
 
 def test_shift_vectors_are_null_and_there_is_one_for_each_feature_and_the_bias():
@@ -136,6 +136,126 @@ def test_any_loss_that_ignores_shifts_is_a_softmax_loss_and_batches_may_be_sever
     assert whole.by_cause["softmax shift"] == 7
     smoothed = nn.CrossEntropyLoss(label_smoothing=0.1)
     assert structural_floor(model, data, smoothed) == whole
+
+
+def chain(*layers, seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(*layers).double()
+
+
+BINARY = LABELS % 2
+FEW = SMALL[:6], LABELS[:6]
+# Null directions that turn with the weights. A bias of 4 keeps units active on all examples.
+MIXING = {
+    # The two classes tell one sum of the units apart: a linear network.
+    "always-on": lambda: chain(nn.Flatten(), shifted(nn.Linear(16, 2)), nn.ReLU(), nn.Linear(2, 2)),
+    # More features than pixels: the next layer's weights have combinations that no example can see.
+    "dependent-features": lambda: chain(
+        *(shifted(nn.Conv2d(1, 4, 2)), nn.ReLU(), nn.Flatten()),
+        *(nn.Linear(36, 3), nn.LeakyReLU(0.5), nn.Linear(3, 2)),
+    ),
+    "deep-and-narrow": lambda: chain(
+        nn.Flatten(),
+        *(nn.Linear(16, 2), nn.LeakyReLU(), shifted(nn.Linear(2, 5)), nn.LeakyReLU(), nn.Linear(5, 2)),
+    ),
+}
+
+
+def shifted(layer):
+    nn.init.constant_(layer.bias, 4.0)
+    return layer
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_combinations_that_turn_with_the_weights_are_counted(name):
+    model = MIXING[name]()
+    data = (SMALL, BINARY)
+    floor = structural_floor(model, data, cross_entropy)
+    found = lossray.degeneracy(lossray.Hessian(model, cross_entropy, data))
+    assert floor.by_cause["mixing"] > 0
+    assert found.gap > 1e3
+    assert (found.nullity, found.excess) == (floor.dimension, 0)
+
+
+def test_always_active_units_mix_as_in_a_linear_network():
+    """SCIENCE 2.8 on 17 inputs (a one for the bias): (m - q)(r + k - 2 q) with m = 2, q = k = 1, r = 17."""
+    floor = structural_floor(MIXING["always-on"](), (SMALL, BINARY), cross_entropy)
+    assert floor.by_cause["softmax shift"] == 2 + 1
+    assert floor.by_cause["mixing"] >= (2 - 1) * (17 + 1 - 2)
+
+
+def test_few_examples_leave_directions_that_none_of_them_sees():
+    model = model_of({"name": "mlp", "widths": [12]}, SMALL)
+    floor = structural_floor(model, FEW, mse)
+    found = lossray.degeneracy(lossray.Hessian(model, mse, FEW))
+    assert floor.by_cause["mixing"] > 0
+    assert found.excess == 0
+
+
+def test_at_a_critical_point_there_is_more_than_the_floor():
+    """Without a residual H is the outer part: K theta of every unit is null too (SCIENCE 2.1)."""
+    model = model_of({"name": "mlp", "widths": [4]}, SMALL)
+    targets = model(SMALL).detach()
+    found = lossray.degeneracy(lossray.Hessian(model, mse, (SMALL, targets)))
+    assert found.gap > 1e3
+    assert found.excess == 4
+
+
+def test_a_network_too_large_for_a_dense_spectrum_has_a_lower_bound():
+    model = model_of({"name": "mlp", "widths": [8, 6]}, SMALL)
+    whole = structural_floor(model, (SMALL, LABELS), cross_entropy)
+    part = structural_floor(model, (SMALL, LABELS), cross_entropy, dense_up_to=100)
+    assert (whole.complete, part.complete) == (True, False)
+    assert dict(whole.by_cause) == {**part.by_cause, "mixing": 0}
+    assert whole.excess(whole.dimension + 2) == 2
+    assert part.excess(part.dimension + 2) is None  # there may be mixing
+    assert part.excess(part.dimension) == 0
+
+
+def test_layers_that_work_in_place_are_followed():
+    plain = chain(nn.Flatten(), nn.Linear(16, 5), nn.ReLU(), nn.Linear(5, 10))
+    in_place = chain(nn.Flatten(), nn.Linear(16, 5), nn.ReLU(inplace=True), nn.Linear(5, 10))
+    found = [structural_floor(model, (SMALL, LABELS), cross_entropy) for model in (plain, in_place)]
+    assert found[0] == found[1]
+    assert found[0].complete
+
+
+class Idle(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.output, self.spare = nn.Linear(16, 10), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.output(x.flatten(1))
+
+
+class Rows(nn.Module):
+    """Acts along the last axis of images."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.output = nn.Linear(4, 3), nn.Linear(12, 10)
+
+    def forward(self, x):
+        return self.output(self.first(x).relu().flatten(1))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [Idle(), Rows(), nn.Sequential(nn.Flatten(), nn.Linear(16, 5), nn.PReLU(), nn.Linear(5, 10))],
+)
+def test_what_looks_like_a_chain_but_is_none_has_a_lower_bound(model):
+    floor = structural_floor(model, (SMALL, LABELS), cross_entropy)
+    assert not floor.complete
+    found = lossray.degeneracy(lossray.Hessian(model.double(), cross_entropy, (SMALL, LABELS)))
+    assert found.nullity >= floor.dimension > 0
+
+
+def test_examples_of_no_weight_force_nothing():
+    model = model_of({"name": "mlp", "widths": [6]}, SMALL)
+    weights = (torch.arange(200) < 150).double()
+    whole = structural_floor(model, (SMALL, LABELS, weights), cross_entropy)
+    assert whole == structural_floor(model, (SMALL[:150], LABELS[:150]), cross_entropy)
 
 
 def test_the_model_stays_as_it_was():
@@ -172,8 +292,8 @@ def test_weights_that_act_in_several_places_have_no_floor_of_their_own(last, shi
     floor = structural_floor(model, (inputs, LABELS), cross_entropy)
     assert (floor.complete, floor.dimension) == (False, shift)
     found = lossray.degeneracy(lossray.Hessian(model, cross_entropy, (inputs, LABELS)))
-    assert found.structural_nullity is None
-    assert found.nullity >= shift
+    assert found.structural_nullity == shift
+    assert found.excess == (None if found.nullity > shift else 0)
 
 
 @pytest.mark.parametrize(

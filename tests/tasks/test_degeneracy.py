@@ -143,6 +143,30 @@ def test_polished_points_have_rows_of_their_own_where_they_are_reached(planned):
     assert there["nullity"].tolist() == here["nullity"].tolist()  # the loss is a quadratic
 
 
+def test_at_a_critical_point_symmetries_are_counted_beyond_the_floor(planned):
+    plan = degenerate(
+        planned,
+        models=[{"name": "linear", "widths": [2]}],
+        training={"loss": "mse"},
+        degeneracy={"polish": True},
+    )
+    measure(plan, 12)
+    rows = frame(plan, "degeneracy")
+    floors = rows_of(rows[rows["at_noise_floor"]], operator="hessian").set_index("point")
+    assert (floors.loc[["polished"], "symmetry_residual"] < 1e-8).all()
+    assert (floors.loc[["polished"], "excess"] == 2 * 2).all()  # f = B A x = (B M^-1)(M A) x, M of 2 x 2
+    assert floors.loc[["polished"], "rank"].notna().all()
+    assert (floors.loc[["checkpoint"], "excess"] == 0).all()
+
+
+def test_the_floor_of_a_large_network_is_a_lower_bound(planned):
+    plan = degenerate(planned, degeneracy={"dense_up_to": 10}, curvature={"probes": 2, "steps": 8})
+    measure(plan, 12)
+    rows = frame(plan, "degeneracy")
+    assert (rows["structural_nullity"] > 0).all()
+    assert rows["excess"].isna().all()
+
+
 def test_keys_hold_what_the_counts_depend_on(planned):
     def key(**changes):
         plan = planned("-".join(["out", *changes]), models=RELU, degeneracy={"dense_up_to": 9}, **changes)

@@ -1,0 +1,28 @@
+"""A model called with other tensors in place of its own."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+def call_with(model: nn.Module, tensors: Mapping[str, Tensor], *args: Any) -> Any:
+    """What the model returns for ``args``, with ``tensors`` in place of its parameters and buffers.
+
+    As `torch.func.functional_call`, which however leaves the given tensors in a layer that the model has
+    under two names (torch 2.13); here each place is exchanged once.
+
+    Args:
+        model: left as it was.
+        tensors: by name; tied ones under the first of their names.
+        *args: of the model's ``forward``.
+    """
+    named = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    places = {}
+    for prefix, module in model.named_modules():  # each layer once, whatever its names
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            name = named.get(id(tensor), "")
+            if name in tensors:
+                places[f"{prefix}.{key}" if prefix else key] = tensors[name]
+    return functional_call(model, places, args, tie_weights=False)
