@@ -20,6 +20,7 @@ KEY_VERSION = 1  # goes up when the same settings come to mean other numbers
 TRAINING_TABLES = ("runs", "training", "checkpoints")
 CURVATURE_VERSION = 3  # likewise, of an analysis
 DEGENERACY_VERSION = 2
+PLACES_VERSION = 1  # of trajectories, separations and surfaces
 CURVATURE_TABLES = (
     "eigenvalues",
     "density",
@@ -148,6 +149,7 @@ def surface_key(pack: Pack, step: int, study: Study, inputs: StudyInputs) -> str
             "grid": [list(settings.kinds), settings.points, settings.span],
             "course": list(checkpoint_keys(pack, study, inputs).items()) if "pca" in settings.kinds else None,
             "table": TABLES["surfaces"].version,
+            "version": PLACES_VERSION,
         }
     )
 
@@ -164,7 +166,7 @@ def surface_members(pack: Pack, study: Study) -> tuple[int, ...]:
 def _places(pack: Pack, study: Study, inputs: StudyInputs, table: str) -> dict[str, Any]:
     """All checkpoints of a pack, and the table that is made of them."""
     steps = checkpoint_keys(pack, study, inputs)
-    return {"checkpoints": list(steps.items()), "table": TABLES[table].version}
+    return {"checkpoints": list(steps.items()), "table": TABLES[table].version, "version": PLACES_VERSION}
 
 
 def pair_key(earlier: str, later: str, study: Study) -> str:
