@@ -16,6 +16,7 @@ from lossray.networks.architecture import Node, graph_of
 from lossray.networks.functional import call_with
 from lossray.networks.stack import layout_of, uncompiled
 
+STRAIGHT = 1e-12  # second difference of a straight line, at steps of 0.01; gelu's at -4 is a million times it
 SAME_OUTPUTS = 1e-9  # relative difference of a model's outputs and those of its chain
 
 
@@ -90,6 +91,8 @@ def _layers(nodes: Sequence[Node]) -> list[Layer] | None:
             layers.append([node, [], []])
         elif node.kind in ("input", "output", "dropout") or isinstance(node.module, nn.Identity):
             continue
+        elif node.kind == "smooth" and not _bends(node):
+            return None
         elif node.kind in ("flatten", "homogeneous", "smooth", "pool"):
             if node.module is not None and next(node.module.parameters(), None) is not None:
                 return None  # PReLU
@@ -105,6 +108,17 @@ def _layers(nodes: Sequence[Node]) -> list[Layer] | None:
     plain = all(node.kind == "flatten" for layer in found for node in layer.reshaping)
     ends = bool(found) and found[-1].node.kind == "linear" and not found[-1].channelwise
     return found if ordered and plain and ends else None
+
+
+def _bends(node: Node) -> bool:
+    """Whether an activation is nowhere a straight line, as tanh and gelu; random weights then show all.
+
+    One with straight pieces, such as ReLU6 or ELU, may be flat or linear at random weights and not here.
+    """
+    points = torch.linspace(-4, 4, 801, dtype=torch.float64)
+    with torch.no_grad():
+        straight = node.function(points).diff(n=2).abs() < STRAIGHT
+    return not bool((straight[1:] & straight[:-1]).any())
 
 
 def _is_plain(node: Node, places: Counter[int]) -> bool:

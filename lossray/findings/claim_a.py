@@ -46,8 +46,7 @@ def claim_a_rows(tables: Mapping[str, pd.DataFrame], settings: ClaimsSettings) -
     runs = described_runs(tables)
     alignment = frame_of(tables, "alignment", ALIGNMENT_COLUMNS)
     checkpoints = frame_of(tables, "checkpoints", ("run_id", "step", "train_loss"))
-    has_rows = alignment[["run_id", "step"]].drop_duplicates()
-    checkpoints = checkpoints.merge(has_rows, on=["run_id", "step"])
+    checkpoints = checkpoints.merge(_comparable(alignment), on=["run_id", "step"])
     points = matched_points(runs, checkpoints, chosen_settings(runs))
     rows = observations(points, alignment)
     cells = cells_of(points, rows)
@@ -62,6 +61,15 @@ def claim_a_rows(tables: Mapping[str, pd.DataFrame], settings: ClaimsSettings) -
         *slope_rows(runs, rows, settings),
         *attribution_rows(shown, settings),
     ]
+
+
+def _comparable(alignment: pd.DataFrame) -> pd.DataFrame:
+    """Run and step of the windows in which the parameters move: not so where a schedule has ended at zero."""
+    keys = ["run_id", "step"]
+    raw = alignment[(alignment["direction"] == "update") & (alignment["gauge"] == "raw")]
+    still = raw.loc[raw["log_energy"].isna(), keys].drop_duplicates()
+    windows = pd.concat([alignment[keys].drop_duplicates(), still])
+    return windows.drop_duplicates(keep=False)
 
 
 # ---- verdicts

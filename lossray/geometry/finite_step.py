@@ -21,8 +21,12 @@ class FiniteStep:
 
 
 def real_steps(directions: Mapping[str, Tensor], lr: float) -> dict[str, Tensor]:
-    """The steps [R, d] that directions stand for: a displacement is one, a gradient is taken times ``lr``."""
-    return {name: (lr if name in COVECTORS else 1.0) * u.double() for name, u in directions.items()}
+    """The steps [R, d] that directions stand for: a displacement is one, a gradient is taken times ``lr``.
+
+    So is P^-1 g, which the optimizer takes times ``lr`` too.
+    """
+    rates = dict.fromkeys((*COVECTORS, "preconditioned_gradient"), lr)
+    return {name: rates.get(name, 1.0) * u.double() for name, u in directions.items()}
 
 
 def finite_steps(objective: StackObjective, steps: Mapping[str, Tensor]) -> dict[str, FiniteStep]:

@@ -64,7 +64,8 @@ class ScheduleSettings(Settings):
 
 
 def learning_rate(settings: ScheduleSettings, step: int, steps: int) -> float:
-    """The learning rate of the update from `step` to `step + 1` in a run of `steps` steps."""
+    """The learning rate of the update from `step` to `step + 1` in a run of `steps` steps; then it stays."""
+    step = min(step, steps)  # half a cosine, which does not rise again
     if settings.schedule == "cosine":
         assert settings.floor is not None
         cosine = (1 + math.cos(math.pi * step / steps)) / 2

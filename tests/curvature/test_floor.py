@@ -316,3 +316,11 @@ def test_inputs_that_are_no_tensor_are_refused():
     model = model_of({"name": "mlp", "widths": [6]}, SMALL)
     with pytest.raises(DataError, match="inputs and targets that are tensors"):
         structural_floor(model, ({"x": SMALL}, LABELS), cross_entropy)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU6, nn.ELU, nn.Hardtanh])
+def test_activations_with_straight_pieces_are_not_taken_for_smooth_ones(activation):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 4), activation(), nn.Linear(4, 10)).double()
+    floor = structural_floor(model, (SMALL, LABELS), cross_entropy)
+    assert (floor.complete, dict(floor.by_cause)) == (False, {"softmax shift": 5})

@@ -338,3 +338,15 @@ def test_labels_name_what_differs() -> None:
     )
     frame = _claims(tables | {"runs": pd.concat([runs, other])})
     assert "mlp widths=8x8: not judged" in _verdict(frame)["text"]
+
+
+def test_a_checkpoint_at_which_the_learning_rate_has_reached_zero_is_not_compared() -> None:
+    tables = planted(TRUE)
+    alignment = tables["alignment"]
+    still = (alignment["step"] == 1000) & (alignment["direction"] == "update")
+    alignment.loc[still, "log_energy"] = np.nan
+    frame = _claims(tables)
+    assert _verdict(frame)["verdict"] == "SUPPORTED"
+    (last,) = frame[frame["subject"] == "mlp: update, best lr, last checkpoint"]["verdict"]
+    assert last == "SUPPORTED"
+    assert 0.1 < _row(frame, "A/matching", "mlp: best lr")["estimate"] < 0.4  # the loss at step 100

@@ -462,6 +462,8 @@ def test_schedules() -> None:
     assert rates(3) == [2.0] * 4
     assert rates(4, schedule="cosine") == pytest.approx([2, 1 + math.sqrt(0.5), 1, 1 - math.sqrt(0.5), 0])
     assert rates(2, schedule="cosine", floor=0.5) == pytest.approx([2, 1.5, 1])
+    cosine = optimizer_settings({"name": "sgd", "lr": 2.0, "schedule": "cosine", "floor": 0.5})
+    assert learning_rate(cosine, 3, 2) == 1  # past the end it does not rise again
     assert rates(8, schedule="step") == pytest.approx([2] * 4 + [0.2] * 2 + [0.02] * 3)
     assert rates(4, schedule="step", milestones=[0.25], factor=0.5) == pytest.approx([2, 1, 1, 1, 1])
     for milestone in (0.07, 0.28, 0.55):  # in binary, each times 100 is more than a whole number

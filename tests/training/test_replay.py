@@ -130,9 +130,11 @@ def test_a_replay_goes_on_where_the_run_ended(optimizer):
 
 def test_past_the_end_of_a_cosine_nothing_moves():
     run = Run(MLP, {"name": "sgd", "schedule": "cosine"})
-    (step,) = run.replay(run.train()[9], 1)
-    assert step.gradient.abs().max() > 0
-    assert not step.update.any()
+    steps = run.replay(run.train()[9], 3)
+    assert len(steps) == 3
+    for step in steps:
+        assert step.gradient.abs().max() > 0
+        assert not step.update.any()
 
 
 def test_a_member_that_diverges_in_a_replay_leaves_the_others():
