@@ -285,7 +285,11 @@ def _rows(
     extra: Row,
     dim: int | None = None,
 ) -> list[Row]:
-    """Rows of one operator of one member."""
+    """Rows of one operator of one member.
+
+    What is forced on the Hessian is null for the Gauss-Newton matrix too, which has more at every point: mixing
+    and rescaling. There it is a lower bound, and an excess is not known.
+    """
     floor = member.floor
     return [
         {
@@ -300,7 +304,7 @@ def _rows(
             "nullity": count.nullity,
             "nullity_stderr": finite(count.stderr),
             "structural_nullity": floor.dimension if floor else None,
-            "excess": floor.excess(count.nullity) if floor else None,
+            "excess": floor.excess(count.nullity) if floor and operator != "ggn" else None,
             "gap": finite(count.gap),
             "noise_floor": next((c.threshold for c in counts if c.at_noise_floor), None),
             "rank": count.rank,

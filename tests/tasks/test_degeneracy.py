@@ -62,6 +62,7 @@ def test_the_adaptive_operator_has_the_inertia_of_the_hessian_and_counts_of_its_
         assert raw["lambda_max"] != adaptive["lambda_max"]
         ggn = floors.loc[(run_id, "ggn")]
         assert ggn["nullity"] >= raw["structural_nullity"]
+        assert math.isnan(ggn["excess"])  # more is forced on it than is counted
 
 
 def test_a_large_network_has_coarse_counts_and_no_rank(planned):
