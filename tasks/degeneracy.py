@@ -287,8 +287,8 @@ def _rows(
 ) -> list[Row]:
     """Rows of one operator of one member.
 
-    What is forced on the Hessian is null for the Gauss-Newton matrix too, which has more at every point: mixing
-    and rescaling. There it is a lower bound, and an excess is not known.
+    What is forced on the Hessian is null for the Gauss-Newton matrix too, which has more at every point:
+    mixing and rescaling. There it is a lower bound, and an excess is not known.
     """
     floor = member.floor
     return [
