@@ -1,6 +1,6 @@
 """The tables of docs/results.md, from the stores of the studies `paper` and `edge-of-stability`.
 
-Prints Markdown: ``python -m benchmarks.results OUT_PAPER OUT_EDGE``.
+Prints Markdown: ``python -m benchmarks.results OUT_PAPER OUT_EDGE [OUT_DEGENERACY]``.
 """
 
 import sys
@@ -18,10 +18,14 @@ from lossray.results import StudyResults
 WIDTHS = ("sgd", "momentum", "rmsprop", "adam")
 
 
-def main(paper: str, edge: str) -> None:
-    """Print all tables."""
+def main(paper: str, edge: str, degeneracy: str | None = None) -> None:
+    """Print all tables; those of degeneracy from another store of the same runs, where one is given."""
     study = lossray.open_study(paper)
     tables = {name: study.table(name) for name in TABLES_READ}
+    if degeneracy is not None:
+        coarse = tables["degeneracy"][tables["degeneracy"]["method"] == "quadrature"]
+        exact = lossray.open_study(degeneracy).table("degeneracy")
+        tables["degeneracy"] = pd.concat([exact[exact["method"] != "quadrature"], coarse], ignore_index=True)
     claims = claims_of(tables, study.study.claims)
     runs = best_runs(tables)
     alignment = tables["alignment"].merge(runs, on="run_id")
@@ -50,12 +54,13 @@ def best_runs(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def verdicts(claims: pd.DataFrame) -> str:
-    """The headlines, and those by architecture at matched loss."""
+    """The statements, and claim A by architecture at the better learning rate, at both moments."""
     rows = []
     for row in claims.itertuples():
-        details = row.claim == "A/verdict" and str(row.subject).endswith("best lr, matched loss")
-        if row.claim in ("A", "B") or details:
-            rows.append([row.claim, row.subject, row.verdict, row.text])
+        if row.claim == "B":
+            rows.append(["B", row.subject, row.verdict, row.text])
+        elif row.claim == "A/verdict" and ", best lr, " in str(row.subject) and "d = " not in str(row.text):
+            rows.append(["A", str(row.subject).replace(", best lr", ""), row.verdict, row.text])
     return table(("claim", "about", "verdict", "why"), rows)
 
 
