@@ -61,7 +61,7 @@ def verdicts(claims: pd.DataFrame) -> str:
             rows.append(["B", row.subject, row.verdict, row.text])
         elif row.claim == "A/verdict" and ", best lr, " in str(row.subject) and "d = " not in str(row.text):
             rows.append(["A", str(row.subject).replace(", best lr", ""), row.verdict, row.text])
-    return table(("claim", "about", "verdict", "why"), rows)
+    return table(("claim", "about", "verdict", "why"), [[_cell(text) for text in row] for row in rows])
 
 
 def energies(alignment: pd.DataFrame, direction: str) -> str:
@@ -188,6 +188,10 @@ def stability(study: StudyResults) -> str:
             [optimizer, f"{lr:g}", f"{group['threshold'].iloc[0]:.3g}", _spread(medians), _spread(raw)]
         )
     return table(("optimizer", "lr", "threshold", "preconditioned sharpness x lr", "lambda_max x lr"), rows)
+
+
+def _cell(text: object) -> str:
+    return str(text).replace("|", r"\|")
 
 
 def _percent(values: Iterable[float]) -> str:
