@@ -124,8 +124,8 @@ def test_all_tables_are_listed_with_their_rows_finished_or_not(finished):
     assert title == f"{finished}/tables"
     rows = {line.split()[0]: int(line.split()[1]) for line in lines}
     assert set(rows) == set(TABLES)
-    # 2 runs x 3 checkpoints x the 5 eigenvalues that the subspace top5 needs, and the smallest
-    assert (rows["runs"], rows["curvature"], rows["eigenvalues"]) == (2, 6, 36)
+    # 2 runs x 3 checkpoints x the 10 eigenvalues that a window needs, and the smallest
+    assert (rows["runs"], rows["curvature"], rows["eigenvalues"]) == (2, 6, 66)
 
 
 def test_the_tables_of_an_abandoned_study_hold_what_is_committed(abandoned):
@@ -134,11 +134,11 @@ def test_the_tables_of_an_abandoned_study_hold_what_is_committed(abandoned):
 
 
 def test_the_head_of_a_table_shows_rows_and_no_empty_columns(finished):
-    (title, header, *rows) = head(finished, "directions", 2).splitlines()
-    assert title.startswith("directions: ")
-    assert len(rows) == 2
-    assert {"run_id", "step", "curvature"} <= set(header.split())
-    assert "relative_curvature" not in header  # of no row
+    (title, header, *rows) = head(finished, "runs", 1).splitlines()
+    assert title == "runs: 2 rows"
+    assert len(rows) == 1
+    assert {"run_id", "status", "steps_done"} <= set(header.split())
+    assert "diverged_at" not in header  # of no row
     assert len(head(finished, "curvature", 100).splitlines()) == 2 + 6
 
 
