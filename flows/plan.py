@@ -27,7 +27,7 @@ from tasks.curvature import CurvatureJob
 from tasks.degeneracy import DegeneracyJob
 from tasks.pairs import PairJob
 from tasks.record import Attempt
-from tasks.surfaces import SurfaceJob
+from tasks.surfaces import SurfaceJob, needs_course, needs_eigenvectors
 from tasks.training import TrainingJob
 from tasks.trajectory import SeparationsJob, TrajectoryJob
 
@@ -157,7 +157,7 @@ def _trajectory(
 def _surfaces(
     context: Context, pack: Pack, curvature: Mapping[int, str], inputs: StudyInputs
 ) -> Iterator[tuple[Follower, FurtherJob]]:
-    """Where [surfaces] asks for it: once every checkpoint is on disk, and the one in the centre analysed."""
+    """Where [surfaces] asks for it: once the checkpoint in the centre and what its slices need are there."""
     study = context.study
     settings, steps = study.surfaces, tuple(curvature)
     if settings is None or not steps:
@@ -166,7 +166,9 @@ def _surfaces(
     for step in _chosen(steps, settings.checkpoints) if members else ():
         key = surface_key(pack, step, study, inputs)
         job = SurfaceJob(context, pack, step, members, steps, curvature[step], key, Attempt())
-        needs = _events("trained", pack, steps) | _events("analysed", pack, [step])
+        needs = _events("trained", pack, steps if needs_course(study) else [step])
+        if needs_eigenvectors(study):
+            needs |= _events("analysed", pack, [step])
         yield Follower(job.kind, pack.pack_id, step, key, needs), job
 
 

@@ -23,7 +23,7 @@ from lossray.geometry.surface import (
 from lossray.seeds import stream
 from lossray.storage.checkpoints import read_checkpoint
 from lossray.storage.store import Store
-from lossray.study import Pack
+from lossray.study import Pack, Study
 from lossray.training.datasets import Split, analysis_set
 from lossray.training.evaluation import evaluate_split
 from tasks.context import Context, device_name, local_device, loss_of, prepare_worker
@@ -87,6 +87,17 @@ def surfaces(job: SurfaceJob, cpus: float) -> None:
     evaluate_surfaces(job, prepare_worker(cpus))
 
 
+def needs_course(study: Study) -> bool:
+    """Whether a slice lies in the plane of the trajectory, of which all checkpoints must then be there."""
+    return study.surfaces is not None and "pca" in study.surfaces.kinds
+
+
+def needs_eigenvectors(study: Study) -> bool:
+    """Whether a slice lies along eigenvectors, which the analysis of the checkpoint leaves."""
+    kinds = study.surfaces.kinds if study.surfaces is not None else ()
+    return study.curvature.vectors and bool(set(EIGENVECTOR_KINDS) & set(kinds))
+
+
 def _planes(job: SurfaceJob, store: Store, point: Point, examples: Split) -> Iterator[tuple[int, Plane]]:
     """Every living member with its slices, those left out that do not exist."""
     settings = job.context.study.surfaces
@@ -114,9 +125,7 @@ def _planes(job: SurfaceJob, store: Store, point: Point, examples: Split) -> Ite
 
 def _courses(job: SurfaceJob, store: Store, device: torch.device) -> dict[int, list[Tensor]]:
     """Each member's parameters [d] at every checkpoint it was alive at; nothing where they are not needed."""
-    settings = job.context.study.surfaces
-    assert settings is not None
-    if "pca" not in settings.kinds:
+    if not needs_course(job.context.study):
         return {}
     points, alive = read_course(store, job.pack, job.steps, device)
     living = alive.tolist()
@@ -128,8 +137,7 @@ def _courses(job: SurfaceJob, store: Store, device: torch.device) -> dict[int, l
 def _eigenpairs(job: SurfaceJob, store: Store, device: torch.device) -> EigenPairs | None:
     """The Hessian's, as the analysis has left them; None where they are not kept, or not needed."""
     study = job.context.study
-    assert study.surfaces is not None
-    if not study.curvature.vectors or not set(EIGENVECTOR_KINDS) & set(study.surfaces.kinds):
+    if not needs_eigenvectors(study):
         return None
     path = store.vectors_path(job.pack.pack_id, job.step)
     name = f"{store.url}/{path}"

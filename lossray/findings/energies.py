@@ -146,7 +146,8 @@ def _gauge(gauge: str, rows: pd.DataFrame) -> GaugeEnergies:
 def _subspace(rows: pd.DataFrame) -> str:
     """v1 where it is resolved in enough runs of every compared optimizer, else the top 10 if they are there.
 
-    The energy in the top 10 is at least that in v1: perpendicular to them is perpendicular to v1. One choice
+    The energy in the top 10 is at least that in v1: perpendicular to them is perpendicular to v1, but what is
+    not perpendicular to them may be so to v1, so that it refutes nothing (`evidence_a`). One choice
     for all runs keeps paired differences comparable.
     """
     judged = rows[rows["adaptive"] | (rows["optimizer"] == BASELINE)]

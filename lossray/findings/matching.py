@@ -57,10 +57,7 @@ def described_runs(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     ]
     distinct = list({json.dumps(own, sort_keys=True): own for own in settings}.values())
     runs["architecture"] = [_label(own, distinct) for own in settings]
-    runs["family"] = [
-        json.dumps({key: value for key, value in own.items() if key not in SIZES}, sort_keys=True)
-        for own in settings
-    ]
+    runs["family"] = [json.dumps(_without_size(own), sort_keys=True) for own in settings]
     runs["adaptive"] = (runs["adaptive"] == True).astype(bool)  # noqa: E712 - null is not adaptive
     return runs
 
@@ -68,6 +65,12 @@ def described_runs(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 def _settings(text: str) -> dict[str, Any]:
     plain = json.loads(text)
     return {key: value for key, value in plain.items() if key not in NOT_OF_THE_MODEL}
+
+
+def _without_size(own: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a model but for its sizes; of lists of sizes their length, the depth, stays."""
+    depths = {key: len(own[key]) for key in SIZES if isinstance(own.get(key), list)}
+    return {key: value for key, value in own.items() if key not in SIZES} | depths
 
 
 def _label(own: Mapping[str, Any], distinct: list[dict[str, Any]]) -> str:

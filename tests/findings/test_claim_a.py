@@ -190,6 +190,18 @@ def test_dispersion() -> None:
     assert row["p_adjusted"] == 3 * 2 / 2**10
 
 
+def test_models_of_another_depth_are_another_family() -> None:
+    sizes = {(16,): 600, (64,): 6000, (32, 32): 3000, (64, 64): 9000, (16, 16): 1600}
+    parts = [
+        planted(in_all_gauges(0.06), widths=widths, dim=dim, seeds=6, random_seed=dim)
+        for widths, dim in sizes.items()
+    ]
+    frame = _claims({name: pd.concat([part[name] for part in parts]) for name in parts[0]})
+    slopes = frame[(frame["claim"] == "A/slope") & frame["subject"].str.contains(": adam, update")]
+    assert len(slopes) == 2  # against 0 and -1, of the three networks of two layers
+    assert slopes["text"].str.startswith("d = 1600 to 9000").all()
+
+
 @pytest.mark.parametrize(
     ("power", "verdict"), [(0.0, "a constant angle"), (-1.0, "chance"), (-0.5, "neither constant nor chance")]
 )
@@ -321,6 +333,19 @@ def test_unresolved_rows_are_dropped_or_replaced_by_the_top_10() -> None:
     row = _row(frame, "A/verdict", "mlp: update, best lr, matched loss")
     assert row["verdict"] == "SUPPORTED"
     assert "top10 stands in for v1" in row["text"]
+
+
+def test_the_top_10_that_stand_in_for_v1_refute_nothing() -> None:
+    tables = planted(
+        in_all_gauges(by_group(0.06, 0.006)), sd=0.05
+    )  # twice that, above the margin, in the top 10
+    alignment = tables["alignment"]
+    adam = alignment["run_id"].str.contains("adam") & (alignment["subspace"] == "v1")
+    assert _verdict(_claims(tables))["verdict"] == "SUPPORTED"
+    tables["alignment"] = alignment.assign(resolved=alignment["resolved"] & ~adam)
+    row = _row(_claims(tables), "A/verdict", "mlp: update, best lr, matched loss")
+    assert row["verdict"] == "UNDECIDED"
+    assert row["text"].startswith("not shown to be below the margin: adagrad, adam, rmsprop (")
 
 
 def test_recorded_runs_have_no_seed_and_are_not_compared() -> None:

@@ -160,3 +160,22 @@ def test_the_executor_and_the_mode_are_decided_by_rules():
 def test_a_study_trains_on_gpus_where_there_are_some_and_it_wants_them(asked, gpus, device):
     study = study_from_table(TABLE | {"resources": {"train": {"gpus": asked}}})
     assert study_device(study, gpus=gpus) == device
+
+
+@pytest.mark.parametrize(
+    ("kinds", "curvature", "trained", "analysed"),
+    [
+        (["random"], {}, {12}, set()),
+        (["pca"], {}, {0, 5, 12}, set()),
+        (["v1", "random"], {}, {12}, {12}),
+        (["eigenvectors", "pca"], {}, {0, 5, 12}, {12}),
+        (["random", "v1"], {"vectors": False}, {12}, set()),  # there are no eigenvectors to wait for
+    ],
+)
+def test_slices_wait_for_what_they_need_only(kinds, curvature, trained, analysed):
+    plan = plan_of(surfaces={"kinds": kinds, "checkpoints": "last"}, curvature=curvature)
+    followers = [own for pack in plan.packs for own in pack.followers if own.kind == "surfaces"]
+    assert len(followers) == 2
+    for own in followers:
+        assert {need.step for need in own.needs if need.what == "trained"} == trained
+        assert {need.step for need in own.needs if need.what == "analysed"} == analysed

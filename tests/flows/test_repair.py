@@ -82,7 +82,9 @@ def test_a_damaged_table_is_read_from_its_parts_and_published_again(
     path.unlink()
     if remains:
         path.write_bytes(remains)
-    assert len(lossray.open_study(out).table("eigenvalues")) == 2 * 3 * (10 + 1)  # the ten that a window needs; and the smallest
+    assert len(lossray.open_study(out).table("eigenvalues")) == 2 * 3 * (
+        10 + 1
+    )  # the ten that a window needs; and the smallest
     assert flows.run(study_path, out, in_process=True) == 0
     helpers.assert_same_rows(out, undisturbed)
 
