@@ -11,6 +11,7 @@ from flows.plan import PackPlan, Plan
 from lossray.curvature.analysis import TRACES_PER_PROBE, CurvatureSettings
 from lossray.curvature.layers import layers
 from lossray.curvature.operators import StackHessian
+from lossray.curvature.polish import MOST_STEPS
 from lossray.geometry.surface import LINES
 from lossray.study import Pack, Study, surface_members
 from lossray.training.datasets import Dataset, analysis_set
@@ -105,14 +106,16 @@ def _direction_products(study: Study) -> float:
 
 
 def _dense_cost(study: Study, pack: Pack, dim: int) -> tuple[int, float]:
-    """Products (for all members at once) and further seconds of one degeneracy task."""
+    """Products (for all members at once) and further seconds of one degeneracy task, at most."""
     settings = study.degeneracy
     if settings is None:
         return 0, 0.0
     if dim > settings.dense_up_to:
         return study.curvature.probes * study.curvature.steps, 0.0
-    solves = 4 * len(pack.seeds)  # raw, in the adaptive gauge, Gauss-Newton, and of a generic point
-    return 3 * dim, solves * DENSE_SECONDS * (dim / 3000) ** 3  # float64 takes twice as long
+    # Solves: raw, in the adaptive gauge, Gauss-Newton, and of a generic point; the same where polishing has
+    # led to, each step of which takes a Hessian and a solve. Products in float64 take twice as long.
+    products, solves = (6 + MOST_STEPS, 8 + MOST_STEPS) if settings.polish else (3, 4)
+    return products * dim, solves * len(pack.seeds) * DENSE_SECONDS * (dim / 3000) ** 3
 
 
 def _surface_points(study: Study, pack: Pack) -> int:

@@ -52,6 +52,15 @@ def test_it_counts_packs_runs_and_products(study):
     assert len(rows) == 2  # (6 + 1) * 4 + (4 + 1) * 3 parameters
 
 
+def test_polishing_counts_the_most_steps_that_it_can_take(study):
+    def products(table):
+        return int(re.search(r"about ([\d,]+) products", dry_run(study, None, [table]))[1].replace(",", ""))
+
+    # 4 packs, both ends, 43 parameters: three Hessians at a point, and at another; 60 on the way
+    assert products("degeneracy={}") == 1620 + 4 * 2 * 43 * 3
+    assert products("degeneracy={polish=true}") == 1620 + 4 * 2 * 43 * 66
+
+
 def test_it_counts_the_points_of_surfaces(study):
     def bytes_of(*overrides):
         text = dry_run(study, None, overrides=["resources.pack=1", *overrides])
