@@ -2,7 +2,7 @@
 
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,6 +22,23 @@ def write_section(name: str, title: str, command: str, body: str) -> None:
     sections[name] = section
     parts = [f"<!-- {key} -->\n{sections[key]}<!-- /{key} -->\n" for key in SECTIONS if key in sections]
     DOCUMENT.write_text("\n".join([HEADER, *parts]))
+
+
+def fill(document: Path, parts: Mapping[str, str]) -> None:
+    """Replace what stands between <!-- name --> and <!-- /name --> by each part.
+
+    Raises:
+        ValueError: the document does not have one such place for each part.
+    """
+    text = document.read_text()
+    places = re.findall(r"<!-- (\w+) -->", text)
+    if sorted(places) != sorted(parts):
+        raise ValueError(f"{document.name} has places for {', '.join(places)}; there are {', '.join(parts)}")
+    for name, part in parts.items():
+        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        before, after = text.split(start)[0], text.split(end)[1]
+        text = f"{before}{start}\n\n{part.strip()}\n\n{end}{after}"
+    document.write_text(text)
 
 
 def _marked(name: str) -> re.Pattern[str]:

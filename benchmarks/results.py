@@ -1,47 +1,47 @@
 """The tables of docs/results.md, from the stores of the studies `paper` and `edge-of-stability`.
 
-Prints Markdown: ``python -m benchmarks.results OUT_PAPER OUT_EDGE [OUT_DEGENERACY]``.
+``python -m benchmarks.results OUT_PAPER OUT_EDGE`` puts each in its place in the document; the text is ours.
 """
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 import lossray
-from benchmarks.report import table
+from benchmarks.report import fill, table
 from lossray.findings.claims import TABLES_READ, claims_of
 from lossray.findings.matching import BEST, chosen_settings, described_runs
 from lossray.results import StudyResults
 
-WIDTHS = ("sgd", "momentum", "rmsprop", "adam")
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "results.md"
+WIDTHS = ("sgd", "momentum", "rmsprop", "adam")  # the optimizers that train every width
+PLAIN = ("sgd", "momentum", "nesterov")
+GAUGES = ("raw", "balanced", "adaptive", "preconditioned")
+SHARES = ("explained1", "explained2", "random_walk1", "random_walk2")
 
 
-def main(paper: str, edge: str, degeneracy: str | None = None) -> None:
-    """Print all tables; those of degeneracy from another store of the same runs, where one is given."""
+def main(paper: str, edge: str) -> None:
+    """Write all tables into the document."""
     study = lossray.open_study(paper)
     tables = {name: study.table(name) for name in TABLES_READ}
-    if degeneracy is not None:
-        coarse = tables["degeneracy"][tables["degeneracy"]["method"] == "quadrature"]
-        exact = lossray.open_study(degeneracy).table("degeneracy")
-        tables["degeneracy"] = pd.concat([exact[exact["method"] != "quadrature"], coarse], ignore_index=True)
     claims = claims_of(tables, study.study.claims)
     runs = best_runs(tables)
     alignment = tables["alignment"].merge(runs, on="run_id")
-    sections = {
-        "Verdicts": verdicts(claims),
-        "Energy of the update in v1": energies(alignment, "update"),
-        "Energy of the minibatch gradient in v1": energies(alignment, "minibatch_gradient"),
-        "Where the difference comes from": parts(alignment),
-        "Dimension": widths(alignment, claims),
-        "Attribution": attribution(claims),
-        "Degeneracy": dense(tables["degeneracy"].merge(runs, on="run_id")),
-        "Trajectories": trajectories(study.table("trajectory").merge(runs, on="run_id")),
-        "Edge of stability": stability(lossray.open_study(edge)),
+    parts_of_document = {
+        "verdicts": verdicts(claims),
+        "updates": energies(alignment, "update"),
+        "gradients": energies(alignment, "minibatch_gradient"),
+        "parts": parts(alignment),
+        "attribution": attribution(claims),
+        "dimension": widths(alignment, claims),
+        "degeneracy": dense(tables["degeneracy"].merge(runs, on="run_id")),
+        "trajectories": trajectories(study.table("trajectory").merge(runs, on="run_id")),
+        "edge": stability(lossray.open_study(edge)),
     }
-    for title, text in sections.items():
-        print(f"### {title}\n\n{text}\n")
+    fill(DOCUMENT, parts_of_document)
 
 
 def best_runs(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
@@ -81,10 +81,6 @@ def energies(alignment: pd.DataFrame, direction: str) -> str:
         rows.append([*who, *gauges, f"{ratio:.0f}", f"{flips:.1f}"])
     head = ("model", "optimizer", "lr", "loss", *GAUGES, "times chance", "times sign flips")
     return table(head, sorted(rows, key=lambda row: (row[0], row[1] not in PLAIN, row[1])))
-
-
-GAUGES = ("raw", "balanced", "adaptive", "preconditioned")
-PLAIN = ("sgd", "momentum", "nesterov")
 
 
 def parts(alignment: pd.DataFrame) -> str:
@@ -170,9 +166,6 @@ def trajectories(trajectory: pd.DataFrame) -> str:
             shares = [f"{100 * group[name].mean():.1f}" for name in SHARES]
             rows.append([architecture.split()[0], optimizer, *shares])
     return table(("model", "optimizer", "axis 1", "axis 2", "walk 1", "walk 2"), rows)
-
-
-SHARES = ("explained1", "explained2", "random_walk1", "random_walk2")
 
 
 def stability(study: StudyResults) -> str:
