@@ -23,6 +23,7 @@ from lossray.errors import DataError, LossrayError, ModelError
 from lossray.networks.functional import call_with
 from lossray.networks.losses import Loss
 from lossray.networks.stack import layout_of, require_module, seeded, uncompiled
+from lossray.networks.weight_norm import twice_differentiable
 from lossray.plugins import failure
 from lossray.seeds import stream
 
@@ -76,6 +77,7 @@ class ModuleObjective:
         self.dead = torch.zeros(1, dtype=torch.bool, device=self.device)
         self._model = model
         self._called = _Called(model, closure or _call)
+        self._derivatives = twice_differentiable(model)
         self._state = {
             **{n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad},
             **{n: b.detach().clone() for n, b in model.named_buffers()},
@@ -188,7 +190,7 @@ class ModuleObjective:
             weights[name] = weights[name].clone()
         tensors = {f"model.{name}": tensor for name, tensor in weights.items()}
         try:
-            with _mode(self._model, self.train):
+            with _mode(self._model, self.train), self._derivatives():
                 return call_with(self._called, tensors, batch.inputs)
         except (LossrayError, MemoryError, torch.OutOfMemoryError):
             raise

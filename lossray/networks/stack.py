@@ -19,6 +19,7 @@ from torch.func import vmap
 
 from lossray.errors import ModelError
 from lossray.networks.dropout import NoiseTape, replace_dropout
+from lossray.networks.weight_norm import twice_differentiable
 from lossray.seeds import stream
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -76,6 +77,7 @@ class Stack:
         self.tape = NoiseTape()
         replace_dropout(template, self.tape)
         template.train()  # every layer, whatever its constructor left: the mode is read from the root's flag
+        self._derivatives = twice_differentiable(template)
         self._places = _places(template)
         self._replaced: set[str] = set()  # buffers that forward passes replace, found in the recorded one
         self._noise_cache: dict[torch.Size, tuple[list[tuple[torch.Size, float]], bool]] = {}
@@ -223,7 +225,8 @@ class Stack:
         for name, table, key in self._places:
             table[key] = member[name].clone() if training and name in self._replaced else member[name]
         try:
-            outputs: Tensor = self.template(x)
+            with self._derivatives():
+                outputs: Tensor = self.template(x)
             if training:
                 self._update_replaced(member)
             return outputs
