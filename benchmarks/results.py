@@ -141,7 +141,8 @@ def dense(degeneracy: pd.DataFrame) -> str:
         gap = group["rank"].notna().mean()
         who = [key[0], f"{key[1]:,.0f}", str(key[2]), key[3], str(len(group))]
         middle = [_median(group[name]) for name in ("nullity", "structural_nullity", "excess")]
-        rows.append([*who, *middle, *[f"{100 * gap:.0f} %", f"{int((group['excess'] > 0).sum())}"]])
+        beyond = f"{int((group['excess'] > 0).sum())}" if group["excess"].notna().any() else "-"
+        rows.append([*who, *middle, f"{100 * gap:.0f} %", beyond])
     head = (
         "model",
         "d",
