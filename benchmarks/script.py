@@ -137,8 +137,9 @@ losses within {SAME_WEIGHTS:g}); there the largest eigenvalues differ by {agreem
 and {agreement.worst:.1e} at most
 (relative). PyHessian stops when a value changes little, and mixes the two ends of the spectrum where both are
 of one size, as early in training. The script writes eigenvalues, traces and densities; the study also
-certifies and confirms every pair, finds the smallest eigenvalue, compares neighbouring checkpoints, and
-writes directions and angles. The start of Ray and its workers, idle cores and the gathering cost `quick` a
+certifies and confirms every pair, finds the smallest eigenvalue, compares neighbouring checkpoints, writes
+directions and angles in four gauges, replays 50 steps from each checkpoint, and measures four kinds of
+sharpness. The start of Ray and its workers, idle cores and the gathering cost `quick` a
 large part of its time (the section on useful work says how much): a script has little of it."""
 
 

@@ -1,8 +1,9 @@
 """The share of wall time that a study's cores spend in useful work, from the `tasks` table of `quick`.
 
 Useful work is the training between two checkpoints, evaluation and publication included (kind `checkpoint`),
-the curvature of a checkpoint (kind `curvature`), and its comparison with the one before (kind `pair`). All
-else is counted against it: the start of Python, Ray and its workers, waiting, gathering, shutting down.
+the analysis of a checkpoint (kind `curvature`), its comparison with the one before (kind `pair`), and what
+follows them (kinds `trajectory`, `separations`, ...). All else is counted against it: the start of Python,
+Ray and its workers, waiting, gathering, shutting down.
 """
 
 import subprocess
@@ -18,7 +19,7 @@ import psutil
 import lossray
 from benchmarks.report import table, write_section
 
-USEFUL = ("checkpoint", "curvature", "pair")
+USEFUL = ("checkpoint", "curvature", "pair", "degeneracy", "trajectory", "separations", "surfaces")
 CPUS = 1.0  # of every task: the default of [resources], which `quick` keeps
 
 
@@ -48,7 +49,7 @@ def _body(tasks: pd.DataFrame, begin: datetime, seconds: float, cores: int) -> s
     span = (last - first).total_seconds()
     startup = (first - pd.Timestamp(begin)).total_seconds()
     work = CPUS * useful.groupby("kind")["wall_seconds"].sum()
-    rows = [(f"{kind} tasks ({sum(useful['kind'] == kind)})", work[kind]) for kind in USEFUL]
+    rows = [(f"{kind} tasks ({sum(useful['kind'] == kind)})", work[kind]) for kind in USEFUL if kind in work]
     rows += [
         ("start-up, before the first task", cores * startup),
         ("idle between the first task and the last", cores * span - work.sum()),

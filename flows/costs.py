@@ -1,8 +1,9 @@
 """What a pack costs: products, seconds and bytes, from a few steps and products timed here."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,8 +22,11 @@ from tasks.context import loss_of, stack_of
 from tasks.geometry import asks_for_angles, gauge_pairs, pairs_needed
 from tasks.spectra import operators_asked
 
-TIMED_STEPS = 5
-TIMED_PRODUCTS = 2
+TIMED_STEPS = (0, 1, 3, 5, 7)  # checkpoints of the timed training; the first step warms up
+TIMED_PRODUCTS = 3
+# Time of an analysis in that of its products: the recurrences around them, rows and files, and other tasks
+# beside it. As observed in `paper`, `quick` and `edge-of-stability`, on two cores.
+OVERHEAD = 2.2
 TABLE_BYTES = 100_000  # of a pack's checkpoint in parts/ and tables/: a few hundred rows in small files
 SURFACE_POINT_BYTES = 50  # likewise, of a point of a slice
 FORWARD = 1 / 6  # of the time of a product
@@ -48,18 +52,20 @@ class Cost:
 def estimate(pack_plan: PackPlan, plan: Plan, dataset: Dataset) -> Cost:
     """The cost of one pack, from a few timed steps and products."""
     study, pack, steps = plan.study, pack_plan.pack, pack_plan.checkpoint_keys
-    n_params, step_seconds, state_bytes = _time_training(pack, study, dataset)
+    timed = _time_training(pack, study, dataset)
+    n_params = timed.n_params
     top = pairs_needed(study, dataset.n_outputs, n_params)
     spectra = list(_spectra(pack, study, dataset))
     gauges = _further_gauges(study, pack)
     products = sum(products_of(study.curvature, top, dim) for dim in spectra)
     pairs = gauge_pairs(study, dataset.n_outputs, n_params)
     products += gauges * min(n_params, search_products(pairs)) + round(_direction_products(study))
+    products += min(n_params, search_products(1)) * _searches_sharpness(study, pack)
     dense = sum(follower.kind == "degeneracy" for follower in pack_plan.followers)
     dense_products, dense_seconds = _dense_cost(study, pack, n_params)
     products = len(steps) * products + dense * dense_products
     product_seconds = _time_product(pack, plan, dataset)
-    further = len(steps) * study.angles.window * step_seconds + dense * dense_seconds
+    further = len(steps) * study.angles.window * timed.step_seconds + dense * dense_seconds
     surfaces = sum(follower.kind == "surfaces" for follower in pack_plan.followers)
     points = surfaces * _surface_points(study, pack)
     further += points * FORWARD * product_seconds / len(pack.seeds)
@@ -68,25 +74,26 @@ def estimate(pack_plan: PackPlan, plan: Plan, dataset: Dataset) -> Cost:
     return Cost(
         n_params=n_params,
         products=products,
-        training_seconds=step_seconds * study.training.steps,
-        curvature_seconds=products * product_seconds + further,
-        disk_bytes=len(steps) * (state_bytes + vectors + TABLE_BYTES) + points * SURFACE_POINT_BYTES,
+        training_seconds=timed.step_seconds * study.training.steps + len(steps) * timed.evaluation_seconds,
+        curvature_seconds=OVERHEAD * products * product_seconds + further,
+        disk_bytes=len(steps) * (timed.state_bytes + vectors + TABLE_BYTES) + points * SURFACE_POINT_BYTES,
     )
 
 
 def products_of(settings: CurvatureSettings, top: int, dim: int) -> int:
     """About how many products the analysis of an operator of size ``dim`` takes.
 
-    As observed: three for each pair and a few more to find and certify them at both ends; the probes' steps,
+    As observed from the first step to the last (the early spectra, of few outliers, take twice as many as the
+    late ones): three for each pair and some sixty to find and certify them at both ends; the probes' steps,
     of which the complement of the pairs needs a sixth; and the products for the trace.
     """
     probing = settings.probes * (settings.steps // 6 + TRACES_PER_PROBE)
-    return min(dim, search_products(top) + probing)
+    return min(dim, 3 * top + 60 + probing)
 
 
 def search_products(top: int) -> int:
-    """About how many products it takes to find and certify ``top`` pairs and the smallest one."""
-    return 4 * top + 16
+    """About how many products it takes to find and certify the ``top`` largest pairs, as observed."""
+    return 4 * top + 30
 
 
 def _further_gauges(study: Study, pack: Pack) -> int:
@@ -96,6 +103,12 @@ def _further_gauges(study: Study, pack: Pack) -> int:
     scaled = pack.optimizer is not None and callable(OPTIMIZERS[pack.optimizer.name].scale)
     own = {"raw": False, "balanced": True, "adaptive": True, "preconditioned": scaled}
     return sum(own[name] for name in study.angles.gauges)
+
+
+def _searches_sharpness(study: Study, pack: Pack) -> bool:
+    """Whether the preconditioned sharpness takes a search of its own, which the angles have not done."""
+    scaled = pack.optimizer is not None and callable(OPTIMIZERS[pack.optimizer.name].scale)
+    return scaled and not (asks_for_angles(study) and "preconditioned" in study.angles.gauges)
 
 
 def _direction_products(study: Study) -> float:
@@ -139,13 +152,23 @@ def _spectra(pack: Pack, study: Study, dataset: Dataset) -> Iterator[int]:
             yield sum(sizes[name] for name in names)
 
 
-def _time_training(pack: Pack, study: Study, dataset: Dataset) -> tuple[int, float, int]:
-    """Parameters, seconds per step, and bytes of a checkpoint; a recorded run is trained and on disk."""
+@dataclass(frozen=True)
+class _Timed:
+    """What a few steps of training have told."""
+
+    n_params: int
+    step_seconds: float
+    evaluation_seconds: float  # at a checkpoint
+    state_bytes: int  # of a checkpoint
+
+
+def _time_training(pack: Pack, study: Study, dataset: Dataset) -> _Timed:
+    """Train a few steps; a recorded run is trained and on disk."""
     dtype = getattr(torch, study.training.dtype)
     stack, theta, buffers = stack_of(pack, dataset, dtype=dtype, device=torch.device("cpu"))
     if pack.recorded is not None or pack.optimizer is None:
-        return stack.dim, 0.0, 0
-    few = {"steps": TIMED_STEPS, "checkpoints": {"steps": [0, 1, TIMED_STEPS]}}
+        return _Timed(stack.dim, 0.0, 0.0, 0)
+    few = {"steps": TIMED_STEPS[-1], "checkpoints": {"steps": list(TIMED_STEPS)}}
     training = type(study.training).model_validate({**study.training.plain(), **few})
     names: dict[str, Any] = {"pack_id": pack.pack_id, "seeds": pack.seeds}
     segments = list(train(stack, theta, buffers, pack.optimizer, training, dataset, **names))
@@ -153,8 +176,12 @@ def _time_training(pack: Pack, study: Study, dataset: Dataset) -> tuple[int, flo
     groups = (last.parameters, last.buffers, last.optimizer)
     size = sum(tensor.numel() * tensor.element_size() for group in groups for tensor in group.values())
     evaluation = segments[0].seconds
-    per_step = max(0.0, last.seconds - evaluation) / (TIMED_STEPS - 1)  # the first step warms up
-    return stack.dim, per_step, size
+    # The quickest of several, since a hiccup of the machine is many steps long.
+    per_step = min(
+        (segment.seconds - evaluation) / (segment.step - before)
+        for before, segment in zip(TIMED_STEPS[1:], segments[2:], strict=False)
+    )
+    return _Timed(stack.dim, max(0.0, per_step), evaluation, size)
 
 
 def _time_product(pack: Pack, plan: Plan, dataset: Dataset) -> float:
@@ -168,7 +195,10 @@ def _time_product(pack: Pack, plan: Plan, dataset: Dataset) -> float:
         stack, theta, buffers, loss_of(plan.context), [batch], mode=pack.product_mode, dtype=dtype
     )
     hessian.apply(theta)
+    return min(_seconds(partial(hessian.apply, theta)) for _ in range(TIMED_PRODUCTS))
+
+
+def _seconds(action: Callable[[], object]) -> float:
     started = time.perf_counter()
-    for _ in range(TIMED_PRODUCTS):
-        hessian.apply(theta)
-    return (time.perf_counter() - started) / TIMED_PRODUCTS
+    action()
+    return time.perf_counter() - started
