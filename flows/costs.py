@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -178,8 +179,8 @@ def _time_training(pack: Pack, study: Study, dataset: Dataset) -> _Timed:
     evaluation = segments[0].seconds
     # The quickest of several, since a hiccup of the machine is many steps long.
     per_step = min(
-        (segment.seconds - evaluation) / (segment.step - before)
-        for before, segment in zip(TIMED_STEPS[1:], segments[2:], strict=False)
+        (segment.seconds - evaluation) / (segment.step - before.step)
+        for before, segment in pairwise(segments[1:])
     )
     return _Timed(stack.dim, max(0.0, per_step), evaluation, size)
 

@@ -44,7 +44,7 @@ def sharpness_rows(
         ends: eigenpairs by gauge, of which the preconditioned ones are used where they are there.
     """
     settings = job.context.study.training
-    preconditioned = _preconditioned(job, point, hessian, ends)
+    preconditioned = _preconditioned(job, point, hessian, analysis, ends)
     batches = list(_batches(job, point))
     full = takes_all(len(point.dataset.train.targets), settings.batch_size)
     batch = batch_sharpness(batches, mode=job.pack.product_mode, full=full)
@@ -76,7 +76,11 @@ def sharpness_rows(
 
 
 def _preconditioned(
-    job: CheckpointJob, point: Point, hessian: PointOperator, ends: Mapping[str, Ends]
+    job: CheckpointJob,
+    point: Point,
+    hessian: PointOperator,
+    analysis: Analysis,
+    ends: Mapping[str, Ends],
 ) -> EigenPairs | None:
     """The leading pairs of P^-1/2 H P^-1/2; None where there is no P."""
     if "preconditioned" in ends:
@@ -85,6 +89,8 @@ def _preconditioned(
     if scale is None:
         return None
     gauge = gauges.preconditioned(scale)
+    if gauge.identity:
+        return analysis.pairs
     (pairs,) = packed_eigenpairs(
         PackedScaled(hessian, gauge.scale),
         [Wanted("largest", 1)],

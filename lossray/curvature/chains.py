@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lossray.networks.architecture import Node, graph_of
 from lossray.networks.functional import call_with
-from lossray.networks.stack import layout_of, uncompiled
+from lossray.networks.layout import layout_of, uncompiled
 
 STRAIGHT = 1e-12  # second difference of a straight line, at steps of 0.01; gelu's at -4 is a million times it
 SAME_OUTPUTS = 1e-9  # relative difference of a model's outputs and those of its chain

@@ -1,6 +1,6 @@
 """The layers of a model: the blocks for which ":layers" asks."""
 
-from lossray.networks.stack import Layout
+from lossray.networks.layout import Layout
 
 
 def layers(layout: Layout) -> dict[str, list[str]]:

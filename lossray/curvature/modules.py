@@ -20,9 +20,10 @@ from lossray.curvature.objectives import (
     require_example_mean,
 )
 from lossray.errors import DataError, LossrayError, ModelError
+from lossray.networks.ambient import seeded
 from lossray.networks.functional import call_with
+from lossray.networks.layout import layout_of, require_module, uncompiled
 from lossray.networks.losses import Loss
-from lossray.networks.stack import layout_of, require_module, seeded, uncompiled
 from lossray.networks.weight_norm import twice_differentiable
 from lossray.plugins import failure
 from lossray.seeds import stream

@@ -18,8 +18,9 @@ from torch.func import vmap
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lossray.errors import ModelError
+from lossray.networks.layout import Layout
 from lossray.networks.losses import Loss
-from lossray.networks.stack import Layout, Stack
+from lossray.networks.stack import Stack
 
 EXAMPLES_AT_ONCE = 4096  # in a forward pass without a graph
 SAMPLED_EXAMPLES = 64  # of a batch, to see whether its loss is a mean

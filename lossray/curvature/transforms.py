@@ -11,7 +11,7 @@ from lossray.curvature.pairs import PackedOperator
 from lossray.curvature.product_error import error_norms
 from lossray.errors import ModelError
 from lossray.names import nearest
-from lossray.networks.stack import Layout
+from lossray.networks.layout import Layout
 
 SHOWN_NAMES = 8  # parameters that a message lists
 

@@ -14,7 +14,7 @@ from lossray.curvature.pairs import EigenPairs
 from lossray.geometry.angles import subspace_resolved
 from lossray.geometry.gauges import COVECTORS, Gauge
 from lossray.geometry.nulls import LayerNull
-from lossray.networks.stack import Layout
+from lossray.networks.layout import Layout
 
 SIZES = {"v1": 1, "top10": 10}
 STEPS_AT_ONCE = 8  # that are projected together: the eigenvectors are read once for all of them

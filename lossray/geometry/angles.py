@@ -15,7 +15,7 @@ from lossray.geometry.directions import unit_vectors
 from lossray.geometry.gauges import Gauge
 from lossray.geometry.nulls import LayerNull, null_p_values
 from lossray.names import unknown_name
-from lossray.networks.stack import Layout
+from lossray.networks.layout import Layout
 from lossray.settings import Settings
 from lossray.training.optimizers import OPTIMIZERS
 

@@ -10,7 +10,7 @@ from lossray.curvature.layers import layers
 from lossray.curvature.pairs import PackedOperator
 from lossray.geometry.finite_step import FiniteStep
 from lossray.geometry.nulls import layer_index, layer_sums
-from lossray.networks.stack import Layout
+from lossray.networks.layout import Layout
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from scipy.special import betainc, betaincc
 from torch import Tensor
 
 from lossray.curvature.layers import layers
-from lossray.networks.stack import Layout
+from lossray.networks.layout import Layout
 
 Array = NDArray[np.float64]
 IntArray = NDArray[np.int64]

@@ -15,8 +15,9 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 from torch import Tensor
 
 from lossray.geometry.trajectory import gram_of, principal_axes
+from lossray.networks.layout import Layout
 from lossray.networks.losses import Loss
-from lossray.networks.stack import Layout, Stack
+from lossray.networks.stack import Stack
 from lossray.seeds import generator
 from lossray.settings import Settings
 from lossray.training.datasets import Split

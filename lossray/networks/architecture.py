@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from lossray.errors import ModelError
 from lossray.networks.dropout import TapeDropout
-from lossray.networks.stack import require_module, uncompiled
+from lossray.networks.layout import require_module, uncompiled
 from lossray.plugins import failure
 
 KINDS = (

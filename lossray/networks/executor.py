@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lossray.networks.stack import Layout, Loss, Members, Stack, build_stack
+from lossray.networks.layout import Layout
+from lossray.networks.stack import Loss, Members, Stack, build_stack
 
 LARGEST_KERNEL = 1200  # weights of a convolution up to which vmap pays on a CPU (8 x 16 x 3 x 3 still does)
 

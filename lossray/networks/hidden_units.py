@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lossray.errors import ModelError
 from lossray.networks.architecture import Node, graph_of
-from lossray.networks.stack import uncompiled
+from lossray.networks.layout import uncompiled
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lossray.errors import ModelError
 from lossray.names import unknown_name
-from lossray.networks.stack import layout_of, tensors_of, uncompiled
+from lossray.networks.layout import layout_of, tensors_of, uncompiled
 from lossray.networks.symmetry import RescalingSymmetry, rescaling_symmetry
 
 Factors = float | Sequence[float] | Tensor

@@ -7,10 +7,8 @@ members, so one backward pass gives all R gradients, and the Hessian is block-di
 
 import copy
 import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,45 +16,15 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from lossray.errors import ModelError
+from lossray.networks.ambient import random_state, seeded
 from lossray.networks.dropout import NoiseTape, replace_dropout
+from lossray.networks.layout import Layout, layout_of, tensors_of
 from lossray.networks.weight_norm import twice_differentiable
 from lossray.seeds import stream
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Members = Mapping[str, Tensor]  # by name: of all members, [R, *shape], or of one, [*shape]
 EXECUTORS = ("vmap", "loop")
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the last axis of ``theta`` divides into the trainable parameters (``named_parameters()`` order)."""
-
-    names: tuple[str, ...]
-    shapes: tuple[torch.Size, ...]
-    roles: tuple[str, ...]  # "matrix" | "kernel" (convolution) | "embedding" | "other"
-
-    @cached_property
-    def sizes(self) -> tuple[int, ...]:
-        """Number of elements of each parameter."""
-        return tuple(math.prod(shape) for shape in self.shapes)
-
-    @cached_property
-    def dim(self) -> int:
-        """Number of trainable parameters d."""
-        return sum(self.sizes)
-
-    def split(self, theta: Tensor) -> dict[str, Tensor]:
-        """Views of ``theta`` [..., d] by name, each [..., *shape]; one node of the autograd graph."""
-        pieces = torch.split(theta, list(self.sizes), dim=-1)
-        lead = theta.shape[:-1]
-        return {
-            name: piece.view((*lead, *shape))
-            for name, shape, piece in zip(self.names, self.shapes, pieces, strict=True)
-        }
-
-    def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Inverse of `split`: tensors [R, *shape] by name to one [R, d]."""
-        return torch.cat([tensors[name].flatten(1) for name in self.names], dim=1)
 
 
 class Stack:
@@ -274,9 +242,9 @@ class Stack:
             member = {name: tensor[0].detach().clone() for name, tensor in self.layout.split(theta).items()}
             member |= {name: tensor[0].clone() for name, tensor in buffers.items()}
             with torch.no_grad(), seeded(0, theta.device), self.tape.recording() as calls:
-                before = _random_state(theta.device)
+                before = random_state(theta.device)
                 self._call(member, inputs)
-                ambient = not torch.equal(before, _random_state(theta.device))
+                ambient = not torch.equal(before, random_state(theta.device))
             self._noise_cache[inputs.shape] = (calls, ambient)
         return self._noise_cache[inputs.shape]
 
@@ -338,23 +306,6 @@ def stack_models(
     return stack, torch.stack(rows).to(device), buffers
 
 
-def tensors_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A model's trainable parameters, and its buffers (frozen parameters among them), as a stack has them.
-
-    By name, in order, detached; tied ones once. They share the model's memory.
-    """
-    parameters = dict(model.named_parameters())
-    trainable = {name: p.detach() for name, p in parameters.items() if p.requires_grad}
-    buffers = {name: tensor.detach() for name, tensor in model.named_buffers()}
-    return trainable, buffers | {n: p.detach() for n, p in parameters.items() if not p.requires_grad}
-
-
-def uncompiled(model: nn.Module) -> nn.Module:
-    """The module that torch.compile has wrapped, or the model itself."""
-    inner: nn.Module = getattr(model, "_orig_mod", model)
-    return inner
-
-
 def _places(model: nn.Module) -> list[tuple[str, dict[str, Any], str]]:
     """Where a model keeps its parameters and buffers: name, table and key; tied ones have several places."""
     named = itertools.chain(model.named_parameters(), model.named_buffers())
@@ -381,44 +332,6 @@ def _initialised(build: Callable[[], nn.Module], seed: int) -> nn.Module:
     return model
 
 
-def require_module(model: object) -> None:
-    """Refuse what is no module.
-
-    Raises:
-        ModelError: it is something else.
-    """
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"model: found {type(model).__name__}; allowed: a torch.nn.Module")
-
-
-def layout_of(model: nn.Module) -> Layout:
-    """How theta divides into the trainable parameters of ``model``.
-
-    Raises:
-        ModelError: there are none, or it is no module.
-    """
-    require_module(model)
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if not trainable:
-        raise ModelError(f"{type(model).__name__} has no trainable parameter: nothing to train or to analyse")
-    owners = {id(p): module for module in model.modules() for p in module.parameters(recurse=False)}
-    return Layout(
-        names=tuple(name for name, _ in trainable),
-        shapes=tuple(p.shape for _, p in trainable),
-        roles=tuple(_role(owners[id(p)], p) for _, p in trainable),
-    )
-
-
-def _role(owner: nn.Module, parameter: Tensor) -> str:
-    if isinstance(owner, nn.Embedding | nn.EmbeddingBag):
-        return "embedding"
-    if isinstance(owner, nn.modules.conv._ConvNd) and parameter.ndim > 2:
-        return "kernel"
-    # A 2-D parameter of a module made of others, such as a transformer's position table, maps nothing.
-    maps = isinstance(owner, nn.MultiheadAttention) or not any(owner.children())
-    return "matrix" if parameter.ndim == 2 and maps else "other"
-
-
 def _flat(model: nn.Module, layout: Layout) -> Tensor:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     shapes = tuple(p.shape for p in parameters.values())
@@ -427,33 +340,3 @@ def _flat(model: nn.Module, layout: Layout) -> Tensor:
             "the model's parameters differ from seed to seed: the members of a pack must share one shape"
         )
     return torch.cat([p.detach().reshape(-1) for p in parameters.values()])
-
-
-class seeded:
-    """Torch's default generators of the CPU and of ``device`` forked and seeded; nothing for seed None."""
-
-    def __init__(self, seed: int | None, device: torch.device) -> None:
-        self.seed = seed
-        self.device = device
-
-    def __enter__(self) -> None:
-        if self.seed is None:
-            return
-        devices = [self.device] if self.device.type == "cuda" else []
-        self.fork = torch.random.fork_rng(devices=devices)
-        self.fork.__enter__()
-        torch.default_generator.manual_seed(self.seed)
-        if devices:
-            with torch.cuda.device(self.device):
-                torch.cuda.manual_seed(self.seed)
-
-    def __exit__(self, *exception: object) -> None:
-        if self.seed is not None:
-            self.fork.__exit__(None, None, None)
-
-
-def _random_state(device: torch.device) -> Tensor:
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return torch.cat(states)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lossray.networks.balance import balanced_factors
 from lossray.networks.hidden_units import hidden_groups
-from lossray.networks.stack import Layout
+from lossray.networks.layout import Layout
 
 
 @dataclass(frozen=True)

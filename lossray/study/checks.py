@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from lossray.errors import LossrayError, ModelError, StudyError
+from lossray.networks.layout import tensors_of
 from lossray.networks.losses import get_loss
 from lossray.networks.models import build_model, check_model
-from lossray.networks.stack import tensors_of
 from lossray.plugins import failure
 from lossray.storage.recordings import Recording
 from lossray.study.problems import Problem

@@ -11,7 +11,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from torch import Tensor
 
 from lossray.names import unknown_name
-from lossray.networks.stack import Layout
+from lossray.networks.layout import Layout
 from lossray.training.schedules import learning_rate
 from lossray.training.update_rules import (
     OPTIMIZERS,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from lossray.errors import ModelError, StoreError, StudyError
-from lossray.networks.stack import tensors_of, uncompiled
+from lossray.networks.layout import tensors_of, uncompiled
 from lossray.storage.checkpoints import Checkpoint, dumps, loads
 from lossray.storage.recordings import FOLDER, Recording, read_recording, recording_path
 from lossray.storage.store import Store

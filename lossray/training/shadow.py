@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lossray.networks.stack import Layout
+from lossray.networks.layout import Layout
 from lossray.training.optimizers import StackOptimizer, optimizer_settings
 
 

@@ -7,7 +7,7 @@ import torch
 
 from lossray.geometry.alignment import Alignment, Frame
 from lossray.geometry.gauges import Gauge
-from lossray.networks.stack import Layout
+from lossray.networks.layout import Layout
 from tests.geometry.test_angles import _pairs
 
 DIM = 30

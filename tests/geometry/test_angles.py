@@ -16,7 +16,7 @@ from lossray.curvature.pairs import EigenPairs
 from lossray.geometry.angles import AngleRow, AnglesSettings, angle_rows, subspaces
 from lossray.geometry.gauges import Gauge
 from lossray.geometry.nulls import null_p_values
-from lossray.networks.stack import Layout
+from lossray.networks.layout import Layout
 
 
 def _pairs(

@@ -15,7 +15,7 @@ from lossray.geometry.directions import (
     unit_vectors,
 )
 from lossray.geometry.finite_step import FiniteStep
-from lossray.networks.stack import Layout
+from lossray.networks.layout import Layout
 
 
 class Diagonal:

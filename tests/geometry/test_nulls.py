@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lossray.geometry.nulls import LayerNull, layer_index, layer_sums
-from lossray.networks.stack import Layout
+from lossray.networks.layout import Layout
 
 LAYOUT = Layout(
     ("a.weight", "a.bias", "b.weight"),

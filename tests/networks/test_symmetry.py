@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
+from lossray.networks.layout import Layout, layout_of
 from lossray.networks.models import build_model, model_settings
-from lossray.networks.stack import Layout, layout_of
 from lossray.networks.symmetry import RescalingSymmetry, rescaling_symmetry
 from lossray.training.optimizers import StackOptimizer, optimizer_settings
 

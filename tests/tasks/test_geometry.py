@@ -92,6 +92,17 @@ def test_for_plain_descent_the_preconditioned_gauge_is_the_raw_one(planned):
         assert rows[raw].reset_index(drop=True).equals(rows[same].reset_index(drop=True))
 
 
+@pytest.mark.parametrize("directions", [[], ["gradient"]])
+def test_for_plain_descent_the_preconditioned_sharpness_is_lambda_max(planned, directions):
+    plan = relu(planned, "sgd", angles={"window": 0, "directions": directions})
+    train(plan)
+    analyse(plan, 1)
+    rows = frame(plan, "sharpness")
+    assert rows["lambda_max"].notna().all()
+    assert rows["preconditioned_lambda_max"].equals(rows["lambda_max"].rename("preconditioned_lambda_max"))
+    assert rows["preconditioned_lr"].equals(rows["lambda_max_lr"].rename("preconditioned_lr"))
+
+
 def test_a_window_is_the_training_that_followed(planned):
     plan = relu(planned, training=EVERY_STEP, angles={"window": 9})
     train(plan)

@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from lossray.networks.stack import Layout
+from lossray.networks.layout import Layout
 from lossray.training.optimizers import (
     OPTIMIZERS,
     StackOptimizer,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lossray.networks.stack import Layout
+from lossray.networks.layout import Layout
 from lossray.training.optimizers import OPTIMIZERS, StackOptimizer, optimizer_settings
 
 BETA = 0.9
