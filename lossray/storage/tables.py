@@ -12,6 +12,15 @@ from lossray.errors import StoreError
 from lossray.names import unknown_name
 from lossray.storage.claims_tables import CLAIMS
 from lossray.storage.curvature_tables import CURVATURES, DEGENERACY, DENSITY, EIGENVALUES, SHARPNESS
+from lossray.storage.ensemble_tables import (
+    BARRIERS,
+    ENSEMBLES,
+    LOGITS,
+    MEMBERS,
+    PATHS,
+    PREDICTIONS,
+    RESCALINGS,
+)
 from lossray.storage.geometry_tables import (
     ALIGNMENT,
     ANGLES,
@@ -44,6 +53,13 @@ TABLES: dict[str, TableSchema] = {
         TRAJECTORY,
         SEPARATIONS,
         SURFACES,
+        PATHS,
+        BARRIERS,
+        ENSEMBLES,
+        MEMBERS,
+        PREDICTIONS,
+        RESCALINGS,
+        LOGITS,
         CLAIMS,
         TASKS,
     )

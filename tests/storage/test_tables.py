@@ -52,7 +52,8 @@ def test_rows_are_identified_by_the_promised_keys(name):
 @pytest.mark.parametrize("name", TABLES)
 def test_every_numeric_column_has_a_unit_and_every_column_a_meaning(name):
     for column in TABLES[name].columns:
-        number = pa.types.is_integer(column.type) or pa.types.is_floating(column.type)
+        kind = column.type.value_type if pa.types.is_list(column.type) else column.type
+        number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
         assert bool(column.unit) == number, column.name
         assert column.description, column.name
 
