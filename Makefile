@@ -30,6 +30,8 @@ benchmarks: $(INSTALLED) $(PEERS)
 	$(BIN)/python -m benchmarks.packs
 	$(BIN)/python -m benchmarks.packed_analysis
 	$(BIN)/python -m benchmarks.curvature
+	$(BIN)/python -m benchmarks.curves
+	$(BIN)/python -m benchmarks.scoring
 	$(BIN)/python -m benchmarks.script
 	$(BIN)/python -m benchmarks.utilisation
 

@@ -9,7 +9,15 @@ from pathlib import Path
 import psutil
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
-SECTIONS = ("packs", "packed_analysis", "curvature", "script", "utilisation")  # in the order of the document
+SECTIONS = (  # in the order of the document
+    "packs",
+    "packed_analysis",
+    "curvature",
+    "curves",
+    "scoring",
+    "script",
+    "utilisation",
+)
 HEADER = "# Benchmarks\n\nEach section is written by the command that it names.\n"
 
 

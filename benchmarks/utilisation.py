@@ -19,7 +19,17 @@ import psutil
 import lossray
 from benchmarks.report import table, write_section
 
-USEFUL = ("checkpoint", "curvature", "pair", "degeneracy", "trajectory", "separations", "surfaces")
+USEFUL = (
+    "checkpoint",
+    "curvature",
+    "pair",
+    "degeneracy",
+    "trajectory",
+    "separations",
+    "surfaces",
+    "connectivity",
+    "ensemble",
+)
 CPUS = 1.0  # of every task: the default of [resources], which `quick` keeps
 
 

@@ -14,12 +14,15 @@ from lossray.curvature.analysis import TRACES_PER_PROBE, CurvatureSettings
 from lossray.curvature.layers import layers
 from lossray.curvature.operators import StackHessian
 from lossray.curvature.polish import MOST_STEPS
+from lossray.ensembles.methods import METHODS
 from lossray.geometry.surface import LINES
 from lossray.study import Pack, Study, surface_members
 from lossray.training.datasets import Dataset, analysis_set
 from lossray.training.loop import train
 from lossray.training.optimizers import OPTIMIZERS
+from tasks.connectivity import RESCALED, ConnectivityJob
 from tasks.context import loss_of, stack_of
+from tasks.ensembles import EnsembleJob
 from tasks.geometry import asks_for_angles, gauge_pairs, pairs_needed
 from tasks.spectra import operators_asked
 
@@ -70,6 +73,7 @@ def estimate(pack_plan: PackPlan, plan: Plan, dataset: Dataset) -> Cost:
     surfaces = sum(follower.kind == "surfaces" for follower in pack_plan.followers)
     points = surfaces * _surface_points(study, pack)
     further += points * FORWARD * product_seconds / len(pack.seeds)
+    further += timed.step_seconds * _retraining_steps(pack_plan, study)
     stored = sum(min(top, dim) * dim for dim in spectra) + gauges * pairs * n_params
     vectors = 4 * len(pack.seeds) * stored * study.curvature.vectors
     return Cost(
@@ -130,6 +134,20 @@ def _dense_cost(study: Study, pack: Pack, dim: int) -> tuple[int, float]:
     # led to, each step of which takes a Hessian and a solve. Products in float64 take twice as long.
     products, solves = (6 + MOST_STEPS, 8 + MOST_STEPS) if settings.polish else (3, 4)
     return products * dim, solves * len(pack.seeds) * DENSE_SECONDS * (dim / 3000) ** 3
+
+
+def _retraining_steps(pack_plan: PackPlan, study: Study) -> float:
+    """Steps of the pack's training, in paths and in ensembles; what is evaluated beside them takes a half."""
+    steps = 0.0
+    for job in pack_plan.further.values():
+        if isinstance(job, ConnectivityJob) and study.connectivity is not None and job.aligned != RESCALED:
+            curves = sum(kind != "line" for kind in study.connectivity.kinds)
+            own = study.connectivity.steps or study.training.steps
+            steps += curves * own * len(job.pairs) / len(pack_plan.pack.seeds)
+        elif isinstance(job, EnsembleJob) and study.ensembles is not None:
+            budgets = [study.ensembles.budget(b, study.training.steps) for b in study.ensembles.budgets]
+            steps += sum(METHODS[job.method].steps(budget) for budget in budgets)
+    return 1.5 * steps
 
 
 def _surface_points(study: Study, pack: Pack) -> int:

@@ -32,8 +32,10 @@ from flows.interrupt import Interrupt
 from flows.ledger import Ledger
 from flows.plan import AnalysisJob, PackPlan, Plan
 from flows.session import Capacity, worker_options
+from tasks.connectivity import ConnectivityJob, connectivity
 from tasks.curvature import CurvatureJob, curvature, warm_up
 from tasks.degeneracy import DegeneracyJob, degeneracy
+from tasks.ensembles import EnsembleJob, ensemble
 from tasks.pairs import PairJob, pair
 from tasks.record import Attempt
 from tasks.surfaces import SurfaceJob, surfaces
@@ -50,6 +52,8 @@ TASKS: dict[type, Any] = {  # Ray task by job
     TrajectoryJob: trajectory,
     SeparationsJob: separations,
     SurfaceJob: surfaces,
+    ConnectivityJob: connectivity,
+    EnsembleJob: ensemble,
 }
 SYSTEM_FAILURES = (
     WorkerCrashedError,

@@ -6,14 +6,17 @@ from itertools import pairwise
 from typing import Literal
 
 from flows.followers import Event, Follower
+from lossray.connectivity.settings import Alignment
 from lossray.settings import content_hash
 from lossray.study import (
     Pack,
     Study,
     StudyInputs,
     checkpoint_keys,
+    connectivity_key,
     curvature_key,
     degeneracy_key,
+    ensemble_key,
     pair_key,
     pair_tables,
     separations_key,
@@ -22,16 +25,19 @@ from lossray.study import (
     training_key,
     trajectory_key,
 )
+from lossray.training.plan import checkpoint_steps
+from tasks.connectivity import RESCALED, ConnectivityJob, pairs_of
 from tasks.context import Context
 from tasks.curvature import CurvatureJob
 from tasks.degeneracy import DegeneracyJob
+from tasks.ensembles import EnsembleJob
 from tasks.pairs import PairJob
 from tasks.record import Attempt
 from tasks.surfaces import SurfaceJob, needs_course, needs_eigenvectors
 from tasks.training import TrainingJob
 from tasks.trajectory import SeparationsJob, TrajectoryJob
 
-FurtherJob = DegeneracyJob | TrajectoryJob | SeparationsJob | SurfaceJob
+FurtherJob = DegeneracyJob | TrajectoryJob | SeparationsJob | SurfaceJob | ConnectivityJob | EnsembleJob
 AnalysisJob = CurvatureJob | PairJob | FurtherJob
 
 
@@ -114,6 +120,8 @@ def _plan_pack(pack: Pack, before: Sequence[Pack], context: Context, inputs: Stu
         *_degeneracy(context, pack, tuple(checkpoints), inputs),
         *_trajectory(context, pack, before, tuple(checkpoints), inputs),
         *_surfaces(context, pack, curvature, inputs),
+        *_connectivity(context, pack, before, inputs),
+        *_ensembles(context, pack, inputs),
     ]
     return PackPlan(
         pack,
@@ -170,6 +178,41 @@ def _surfaces(
         if needs_eigenvectors(study):
             needs |= _events("analysed", pack, [step])
         yield Follower(job.kind, pack.pack_id, step, key, needs), job
+
+
+def _connectivity(
+    context: Context, pack: Pack, before: Sequence[Pack], inputs: StudyInputs
+) -> Iterator[tuple[Follower, FurtherJob]]:
+    """Where [connectivity] asks for it: once the runs that a pair joins have made their last step."""
+    study, settings = context.study, context.study.connectivity
+    if settings is None or pack.recorded is not None:
+        return
+    step = study.training.steps
+    earlier = tuple(other for other in before if other.setting_id == pack.setting_id)
+    pairs = tuple(pairs_of(settings, pack, earlier))
+    wanted: dict[Alignment | Literal["rescaled"], tuple[tuple[str, str], ...]]
+    wanted = {name: pairs for name in settings.align if pairs}
+    if settings.rescaled:
+        wanted[RESCALED] = tuple((run_id, run_id) for run_id in pack.run_ids)
+    for aligned, own in wanted.items():
+        needed = {run_id for pair in own for run_id in pair}
+        packs = [other for other in (*earlier, pack) if not needed.isdisjoint(other.run_ids)]
+        key = connectivity_key(packs, own, aligned, study, inputs)
+        job = ConnectivityJob(context, pack, tuple(packs[:-1]), own, aligned, step, key, Attempt())
+        events: frozenset[Event] = frozenset().union(*(_events("trained", other, [step]) for other in packs))
+        yield Follower(job.kind, pack.pack_id, step, key, events), job
+
+
+def _ensembles(context: Context, pack: Pack, inputs: StudyInputs) -> Iterator[tuple[Follower, FurtherJob]]:
+    """Where [ensembles] asks for it: one job a method, once the base runs are trained."""
+    study, settings = context.study, context.study.ensembles
+    if settings is None or pack.recorded is not None:
+        return
+    steps = checkpoint_steps(study.training)
+    for method in settings.methods:
+        key = ensemble_key(pack, method, study, inputs)
+        job = EnsembleJob(context, pack, method, steps, key, Attempt())
+        yield Follower(job.kind, pack.pack_id, steps[-1], key, _events("trained", pack, steps)), job
 
 
 def _chosen(steps: Sequence[int], which: str) -> list[int]:

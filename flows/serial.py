@@ -9,8 +9,10 @@ import torch
 from flows.interrupt import Interrupt
 from flows.ledger import Ledger
 from flows.plan import AnalysisJob, PackPlan, Plan
+from tasks.connectivity import ConnectivityJob, connect_runs
 from tasks.curvature import CurvatureJob, analyse_checkpoint
 from tasks.degeneracy import DegeneracyJob, measure_degeneracy
+from tasks.ensembles import EnsembleJob, build_ensembles
 from tasks.pairs import PairJob, compare_checkpoints
 from tasks.record import Attempt
 from tasks.surfaces import SurfaceJob, evaluate_surfaces
@@ -90,3 +92,7 @@ def _run(job: AnalysisJob) -> None:
             compare_runs(job)
         case SurfaceJob():
             evaluate_surfaces(job)
+        case ConnectivityJob():
+            connect_runs(job)
+        case EnsembleJob():
+            build_ensembles(job)

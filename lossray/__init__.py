@@ -8,6 +8,8 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lossray.connectivity.alignment import align
+    from lossray.connectivity.connect import connect
     from lossray.curvature.floor import structural_floor
     from lossray.curvature.matrices import (
         EmpiricalFisher,
@@ -32,8 +34,10 @@ _HOMES = {
     "Preconditioned": "lossray.curvature.matrices",
     "Restricted": "lossray.curvature.matrices",
     "Scaled": "lossray.curvature.matrices",
+    "align": "lossray.connectivity.alignment",
     "analyse": "lossray.curvature.single",
     "balance": "lossray.networks.rescaling",
+    "connect": "lossray.connectivity.connect",
     "degeneracy": "lossray.curvature.nullity",
     "eigenpairs": "lossray.curvature.single",
     "open_study": "lossray.results",
@@ -52,8 +56,10 @@ __all__ = [
     "Restricted",
     "Scaled",
     "__version__",
+    "align",
     "analyse",
     "balance",
+    "connect",
     "degeneracy",
     "eigenpairs",
     "main",

@@ -7,31 +7,52 @@ import pandas as pd
 
 from lossray.findings.claim_a import claim_a_rows
 from lossray.findings.claim_b import claim_b_rows
+from lossray.findings.claim_c import claim_c_rows
 from lossray.findings.matching import BEST, MATCHED
 from lossray.storage.claims_tables import CLAIMS
 from lossray.study.settings import ClaimsSettings
 
-CLAIMS_VERSION = 1  # goes up when the same tables come to mean other claims
-TABLES_READ = ("runs", "checkpoints", "alignment", "degeneracy")
-HEADLINES = {"A": "A. Perpendicularity", "B": "B. Degeneracy"}
+CLAIMS_VERSION = 2  # goes up when the same tables come to mean other claims
+TABLES_READ = (
+    "runs",
+    "checkpoints",
+    "alignment",
+    "degeneracy",
+    "predictions",
+    "ensembles",
+    "members",
+    "rescalings",
+)
+HEADLINES = {"A": "A. Perpendicularity", "B": "B. Degeneracy", "C": "C. Ensembles from scale invariance"}
 WORDS = {
     ("A", "update"): "the updates of adaptive methods are almost perpendicular to v1, SGD's are not",
     ("A", "minibatch_gradient"): "the same of their minibatch gradients",
+    (
+        "C",
+        "overall",
+    ): "at equal budget, rescaling a trained network makes a better ensemble than its controls",
 }
 
 
 def claims_of(tables: Mapping[str, pd.DataFrame], settings: ClaimsSettings) -> pd.DataFrame:
-    """The `claims` table: the statistics and verdicts of claims A and B (SCIENCE 5A, 5B).
+    """The `claims` table: the statistics and verdicts of claims A, B and C (SCIENCE 5).
 
     Args:
         tables: TABLES_READ by name, as `open_study(...).table` gives them. What is empty or not there is
             missing data, which a verdict names.
-        settings: margin and level.
+        settings: margins and level.
 
     Returns:
         The columns of CLAIMS, the verdicts first; keys are unique.
+
+    Raises:
+        DataError: the ensembles of one setting are scored on different test splits.
     """
-    rows = [*claim_a_rows(tables, settings), *claim_b_rows(tables, settings)]
+    rows = [
+        *claim_a_rows(tables, settings),
+        *claim_b_rows(tables, settings),
+        *claim_c_rows(tables, settings),
+    ]
     columns = [column.name for column in CLAIMS.columns]
     frame = pd.DataFrame([asdict(row) for row in rows], columns=columns)
     numbers = ["estimate", "low", "high", "p_value", "p_adjusted"]

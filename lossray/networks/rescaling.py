@@ -67,7 +67,7 @@ def balance(model: nn.Module) -> nn.Module:
 
 def _checked(name: str, given: Factors, units: int) -> Tensor:
     try:
-        values = torch.as_tensor(given).detach().to("cpu", torch.float64)
+        values = torch.as_tensor(given, dtype=torch.float64).detach().cpu()
     except (TypeError, ValueError, RuntimeError):
         raise ModelError(
             f"rescale, factors of {name!r}: found {given!r}; allowed: positive numbers"

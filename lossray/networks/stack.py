@@ -128,6 +128,20 @@ class Stack:
         evaluate = self._evaluator(self._call, theta, buffers, (inputs,), None, per_member)
         return self._each_member(evaluate, theta)
 
+    def module(self, theta: Tensor, buffers: Members) -> nn.Module:
+        """One member as a module of its own, in eval mode.
+
+        Args:
+            theta: its parameters [d].
+            buffers: its buffers by name, [*shape].
+        """
+        model = copy.deepcopy(self.template)
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        with torch.no_grad():
+            for name, tensor in {**self.layout.split(theta), **buffers}.items():
+                tensors[name].copy_(tensor)
+        return model.eval()
+
     def _loss_of(self, loss: Loss, train: bool) -> Callable[..., Tensor]:
         """The loss of one member as a function of its tensors, inputs and targets."""
         self._set_mode(train)

@@ -98,9 +98,9 @@ def rescaling_symmetry(model: nn.Module, layout: Layout) -> RescalingSymmetry:
     units = 0
     for group in hidden:
         for use in group.uses:
-            start = offsets[id(use.parameter)]
+            start = offsets[id(use.tensor)]
             owners = outgoing if use.outgoing else incoming
-            owners[start : start + use.parameter.numel()] = units + use.channels.reshape(-1)
+            owners[start : start + use.tensor.numel()] = units + use.channels.reshape(-1)
         groups[group.name] = slice(units, units + group.count)
         units += group.count
     return RescalingSymmetry(units, incoming, outgoing, groups)

@@ -18,7 +18,7 @@ CLAIMS = TableSchema(
             "claim",
             TEXT,
             "",
-            "`A` (perpendicularity) or `B` (degeneracy), and what of it, such as `A/margin`",
+            "`A` (perpendicularity), `B` (degeneracy) or `C` (ensembles), and what of it, such as `A/margin`",
         ),
         key("subject", TEXT, "", "whom it is about: optimizers, model, gauge, ..."),
         key("statistic", TEXT, "", "what was estimated or decided"),

@@ -109,8 +109,9 @@ TASKS = TableSchema(
             "",
             "`checkpoint` (training up to one published checkpoint), `training` (a pack's end), `curvature` "
             "(of one checkpoint), `pair` (of one and the one before), `degeneracy` (of one checkpoint), "
-            "`trajectory` and `surfaces` (of a pack), `separations` (of a pack and those before it), or "
-            "`gather` (the task that made these tables)",
+            "`trajectory` and `surfaces` (of a pack), `separations` (of a pack and those before it), "
+            "`connectivity` (paths of a pack's runs), `ensemble` (one method on a pack's runs), or `gather` "
+            "(the task that made these tables)",
         ),
         Column("status", TEXT, "", "`done`, `diverged` (done, with a run that diverged) or `failed`"),
         Column("pack_id", TEXT, "", "the pack that the task worked on"),

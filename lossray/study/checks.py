@@ -27,7 +27,12 @@ def check_against_data(study: Study, dataset: Dataset, origin: str = "") -> None
     Raises:
         StudyError: one line for each problem.
     """
-    problems = [*_sizes(study, dataset), *_loss(study, dataset), *_models(study, dataset)]
+    problems = [
+        *_sizes(study, dataset),
+        *_loss(study, dataset),
+        *_models(study, dataset),
+        *_ensembles(study, dataset),
+    ]
     if problems:
         raise StudyError("\n".join(problem.line(origin) for problem in problems))
 
@@ -132,3 +137,10 @@ def _models(study: Study, dataset: Dataset) -> list[Problem]:
         except (ModelError, StudyError) as error:
             problems.append(Problem(("models", i), str(error)))
     return problems
+
+
+def _ensembles(study: Study, dataset: Dataset) -> list[Problem]:
+    if study.ensembles is not None and dataset.train.targets.is_floating_point():
+        text = "found targets that are floats; allowed: classes, whose probabilities an ensemble averages"
+        return [Problem(("ensembles",), text)]
+    return []

@@ -20,7 +20,11 @@ KEY_VERSION = 1  # goes up when the same settings come to mean other numbers
 TRAINING_TABLES = ("runs", "training", "checkpoints")
 CURVATURE_VERSION = 3  # likewise, of an analysis
 DEGENERACY_VERSION = 2
+CONNECTIVITY_VERSION = 1
+ENSEMBLES_VERSION = 1
 PLACES_VERSION = 1  # of trajectories, separations and surfaces
+CONNECTIVITY_TABLES = ("paths", "barriers")
+ENSEMBLE_TABLES = ("ensembles", "members", "predictions", "rescalings", "logits")
 CURVATURE_TABLES = (
     "eigenvalues",
     "density",
@@ -150,6 +154,55 @@ def surface_key(pack: Pack, step: int, study: Study, inputs: StudyInputs) -> str
             "course": list(checkpoint_keys(pack, study, inputs).items()) if "pca" in settings.kinds else None,
             "table": TABLES["surfaces"].version,
             "version": PLACES_VERSION,
+        }
+    )
+
+
+def connectivity_key(
+    packs: Sequence[Pack],
+    pairs: Sequence[tuple[str, str]],
+    aligned: str,
+    study: Study,
+    inputs: StudyInputs,
+) -> str:
+    """Key of the paths between the runs of some packs.
+
+    Args:
+        packs: that hold them, the last the one of each pair's second run.
+        pairs: of runs.
+        aligned: what is done to the second one first.
+        study: the study.
+        inputs: what it depends on.
+    """
+    assert study.connectivity is not None
+    settings = study.connectivity.plain()
+    own = ("sigma",) if aligned == "rescaled" else ("kinds", "bends", "steps", "matching")
+    return content_hash(
+        {
+            "kind": "connectivity",
+            "version": CONNECTIVITY_VERSION,
+            "training": [training_key(pack, study, inputs) for pack in packs],
+            "pairs": [list(pair) for pair in pairs],
+            "aligned": aligned,
+            "settings": {name: settings[name] for name in ("points", *own)},
+            "tables": {name: TABLES[name].version for name in CONNECTIVITY_TABLES},
+        }
+    )
+
+
+def ensemble_key(pack: Pack, method: str, study: Study, inputs: StudyInputs) -> str:
+    """Key of the ensembles of one method on the runs of a pack."""
+    assert study.ensembles is not None
+    settings = study.ensembles.plain()
+    del settings["methods"]
+    return content_hash(
+        {
+            "kind": "ensemble",
+            "version": ENSEMBLES_VERSION,
+            "training": training_key(pack, study, inputs),
+            "method": method,
+            "settings": settings,
+            "tables": {name: TABLES[name].version for name in ENSEMBLE_TABLES},
         }
     )
 

@@ -17,7 +17,14 @@ from lossray.study import Pack, Study, StudyInputs
 from lossray.study.problems import shown
 
 FORMAT_VERSION = 1
-ANALYSES = ("degeneracy", "trajectory", "surfaces")  # sections that may be added, and then stay as they are
+ANALYSES = (
+    "degeneracy",
+    "trajectory",
+    "surfaces",
+    "connectivity",
+    "ensembles",
+)  # sections that may be added, and then stay as they are
+GROWING = (("ensembles", "methods"), ("connectivity", "align"))  # lists to which more may be added
 PACKAGES = ("torch", "ray", "lossray")
 
 
@@ -172,7 +179,8 @@ def _differences(old: Manifest, study: Study, inputs: StudyInputs) -> Iterator[s
         yield from _changes(section, old.study[section], new[section])
     for section in ANALYSES:
         if old.study.get(section) is not None and new[section] is not None:
-            yield from _changes(section, old.study[section], new[section])
+            same = _as_before(section, old.study[section], new[section])
+            yield from _changes(section, old.study[section], same)
     for section in ("models", "optimizers"):
         yield from _lost_settings(section, *(_alone(side[section]) for side in (old.study, new)))
     yield from _lost_trainings(old.study, new)
@@ -183,6 +191,12 @@ def _differences(old: Manifest, study: Study, inputs: StudyInputs) -> Iterator[s
     for name, value in old.inputs.sources.items():
         if name in inputs.sources and inputs.sources[name] != value:
             yield f"{name}: its source, or that of a module it imports, has changed since the store was made"
+
+
+def _as_before(section: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """The new section without what may be added to it."""
+    kept = {key: old[key] for place, key in GROWING if place == section and set(old[key]) <= set(new[key])}
+    return {**new, **kept}
 
 
 def _changes(place: str, old: Any, new: Any) -> Iterator[str]:

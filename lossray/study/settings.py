@@ -3,10 +3,12 @@
 from collections import Counter
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, JsonValue, SerializeAsAny, field_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator
 
+from lossray.connectivity.settings import ConnectivitySettings
 from lossray.curvature.analysis import CurvatureSettings
 from lossray.curvature.degeneracy import DegeneracySettings
+from lossray.ensembles.settings import EnsemblesSettings
 from lossray.geometry.angles import AnglesSettings
 from lossray.geometry.surface import EIGENVECTOR_KINDS, SurfacesSettings
 from lossray.geometry.trajectory import TrajectorySettings
@@ -21,7 +23,7 @@ from lossray.training.optimizers import OptimizerSettings
 MOST_SEEDS = 1_000_000
 LARGEST_INTEGER = 2**63 - 1  # int64, as in the tables
 OF_THE_NEXT_BATCH = ("minibatch_gradient", "update")  # of a recorded checkpoint it is not known
-LATER_SECTIONS = ("connectivity", "ensembles")
+OF_TRAINED_RUNS = ("connectivity", "ensembles")  # sections that retrain, which a recorded run cannot
 
 
 def _seeds(value: Any) -> Any:
@@ -49,7 +51,6 @@ def _pack(value: Any) -> Any:
 
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0, le=LARGEST_INTEGER)], ...], BeforeValidator(_seeds)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
-LaterSection = dict[str, JsonValue]  # not computed yet: any key is taken
 
 
 class ClaimsSettings(Settings):
@@ -57,10 +58,13 @@ class ClaimsSettings(Settings):
 
     Attributes:
         margin_energy: chi_1^2 below it counts as "almost perpendicular".
+        margin_nll: the smallest improvement of an ensemble's test NLL that would count, as a share of its
+            control's NLL.
         alpha: level of the tests.
     """
 
     margin_energy: Fraction = 0.01
+    margin_nll: Fraction = 0.05
     alpha: Fraction = 0.05
 
 
@@ -107,8 +111,8 @@ class Study(Settings):
     degeneracy: DegeneracySettings | None = None
     trajectory: TrajectorySettings | None = None
     surfaces: SurfacesSettings | None = None
-    connectivity: LaterSection | None = None
-    ensembles: LaterSection | None = None
+    connectivity: ConnectivitySettings | None = None
+    ensembles: EnsemblesSettings | None = None
 
     @field_validator("seeds")
     @classmethod
@@ -128,14 +132,14 @@ class Study(Settings):
         return {place: name for place, name in named.items() if is_spec(name)}
 
     def not_computed(self) -> list[str]:
-        """One line for each thing that the file asks for and this version does not compute yet.
+        """One line for each thing that the file asks for and that is not computed.
 
-        And for what goes missing by its own choice. What the file leaves to its default is not listed.
+        What the file leaves to its default is not listed.
         """
         lines = [
-            f"[{name}]: not computed by this version"
-            for name in LATER_SECTIONS
-            if getattr(self, name) is not None
+            f"[{name}]: not computed, since how a recorded run was trained is not known"
+            for name in OF_TRAINED_RUNS
+            if self.source is not None and getattr(self, name) is not None
         ]
         if self.source is not None and "directions" in self.angles.model_fields_set:
             missing = [repr(name) for name in self.angles.directions if name in OF_THE_NEXT_BATCH]

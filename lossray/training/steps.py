@@ -1,6 +1,6 @@
 """One step of a pack, and all that it changes: what the training loop and a replay have in common."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +17,18 @@ from lossray.training.shadow import Shadow, load_shadow_states, make_shadows
 
 
 @dataclass(frozen=True)
+class LearningRates:
+    """Learning rates parameter by parameter, as multiples of the step's; [R, d] each, None for 1.
+
+    A factor on the gradient, in front of the optimizer, is one for plain, heavy-ball and Nesterov descent, and
+    leaves their weight decay alone. Behind the optimizer it is one for the others.
+    """
+
+    gradient: Tensor | None = None
+    update: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class TrainingTask:
     """What stays as it is during training."""
 
@@ -28,6 +40,14 @@ class TrainingTask:
     pack_id: str
     seeds: tuple[int, ...]
     shadow: tuple[str, ...] = ()  # names of shadow optimizers
+    rate: Callable[[int], float] | None = None  # learning rate by step; None: the optimizer's schedule
+    rates: LearningRates = LearningRates()
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of the update from `step` to `step + 1`."""
+        if self.rate is not None:
+            return self.rate(step)
+        return learning_rate(self.optimizer, step, self.training.steps)
 
 
 @dataclass
@@ -104,7 +124,10 @@ def take_step(task: TrainingTask, pack: PackState, step: int) -> Step:
     )
     pack.bury(acceptable(task, pack, losses) & all_finite(gradient), step)
     alive = None if pack.everyone else pack.alive
-    pack.optimizer.step(gradient, learning_rate(task.optimizer, step, task.training.steps), alive=alive)
+    scaled = gradient if task.rates.gradient is None else gradient * task.rates.gradient
+    pack.optimizer.step(scaled, task.learning_rate(step), alive=alive)
+    if task.rates.update is not None:
+        pack.theta.copy_(before + task.rates.update * (pack.theta - before))
     shadows = {shadow.name: shadow.step(before, gradient, alive=alive) for shadow in pack.shadows}
     if pack.bury(all_finite(pack.theta), step + 1):
         pack.theta[~pack.alive] = before[~pack.alive]
@@ -121,12 +144,17 @@ def all_finite(rows: Tensor) -> Tensor:
 
 
 def acceptable(task: TrainingTask, pack: PackState, losses: Tensor) -> Tensor:
-    """Whether losses [R] are finite and not far above the initial ones.
+    """Whether losses [R] are finite and not far above the initial ones; see `below_limit`."""
+    return below_limit(losses, pack.initial_loss, task.training.diverged_above, pack.theta.dtype)
 
-    The smallest number that the dtype can tell from 1 stands in for an initial loss below it (a start at the
-    solution). A loss that starts negative has no zero to be a multiple from: any finite value is acceptable.
+
+def below_limit(losses: Tensor, initial_loss: Tensor, multiple: float, dtype: torch.dtype) -> Tensor:
+    """Whether losses [R] are finite and at most a multiple of the initial ones [R].
+
+    The smallest number that the parameters' dtype can tell from 1 stands in for an initial loss below it (a
+    start at the solution). A loss that starts negative has no zero to be a multiple from: any finite value is
+    acceptable.
     """
-    smallest = torch.finfo(pack.theta.dtype).eps
-    limit = task.training.diverged_above * pack.initial_loss.clamp(min=smallest)
-    limit = torch.where(pack.initial_loss < 0, torch.inf, limit)
+    limit = multiple * initial_loss.clamp(min=torch.finfo(dtype).eps)
+    limit = torch.where(initial_loss < 0, torch.inf, limit)
     return torch.isfinite(losses) & (losses <= limit)

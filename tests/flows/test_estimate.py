@@ -77,16 +77,15 @@ def test_it_writes_nothing(study, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_it_counts_what_a_store_has_and_says_what_is_not_computed(study, tmp_path):
+def test_it_counts_what_a_store_has(study, tmp_path):
     from flows import run
 
     out = str(tmp_path / "out")
     assert run(study, out, overrides=["seeds=2"], in_process=True) == 0
-    text = dry_run(study, out, overrides=["degeneracy={}", "ensembles={}"])
+    text = dry_run(study, out, overrides=["degeneracy={}"])
     # Done: 2 packs x (3 checkpoints + training + 3 curvatures + 2 pairs); to do: those of the third seed, and
     # the degeneracy at both ends of all four packs.
     assert "done already: 18 of 44 tasks" in text
-    assert "[ensembles]" in text
 
 
 def test_bad_input_is_refused_as_in_a_run(study):

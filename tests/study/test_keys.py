@@ -117,7 +117,7 @@ def test_analysis_settings_change_the_curvature_key_only(changes):
         {"claims": {"alpha": 0.1}},
         {"degeneracy": {"dense_up_to": 3}},
         {"trajectory": {}, "surfaces": {}},
-        {"ensembles": {"members": 3}},
+        {"connectivity": {"bends": 2}, "ensembles": {"budgets": [3]}},
         {"data": {"source": DATA, "place": "elsewhere"}},
         {"models": [{"name": MODEL, "width": 3}, {"name": "mlp"}]},
         {"optimizers": [{"name": "adam"}, {"name": "sgd"}]},

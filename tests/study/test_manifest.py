@@ -82,7 +82,7 @@ def test_damaged_manifest_is_named(manifest, damage, says):
         {"optimizers": [{"name": "adam", "lr": [1e-2, 3e-3, 1e-3]}, {"name": "lion"}, {"name": "sgd"}]},
         {"degeneracy": {"dense_up_to": 10}},
         {"trajectory": {}, "surfaces": {"seeds": "all"}},
-        {"ensembles": {"members": 3}},
+        {"connectivity": {}, "ensembles": {"budgets": [3]}},
         {"resources": {"pack": 1, "train": {"cpus": 2}}},
         {"claims": {"alpha": 0.01}},
         {"training": {"steps": 1000, "batch_size": 64}},  # the default, written out

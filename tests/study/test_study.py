@@ -118,13 +118,16 @@ def test_absent_sections_have_the_defaults_of_the_design_example(small, tmp_path
 
 def test_plain_settings_read_back_as_the_same_study(tmp_path):
     (tmp_path / "example.toml").write_text(
-        DESIGN_EXAMPLE + "[degeneracy]\ndense_up_to = 9\n[ensembles]\nm = [1]\n"
+        DESIGN_EXAMPLE
+        + '[degeneracy]\ndense_up_to = 9\n[connectivity]\nkinds = "line"\n[ensembles]\nbudgets = [1, 2.5]\n'
     )
     study = load_study(tmp_path / "example.toml").study
     again = study_from_table(study.plain())
     assert again == study
     assert again.plain() == study.plain()
     assert again.degeneracy.dense_up_to == 9
+    assert again.connectivity.kinds == ("line",)
+    assert again.ensembles.budgets == (1.0, 2.5)
 
 
 RECORDED = {"name": "own", "source": "checkpoints", "models": [{"name": "mlp"}]}
@@ -307,23 +310,16 @@ def test_defaults_are_not_listed_as_missing(small):
     assert load_study(small).study.not_computed() == []
 
 
-@pytest.mark.parametrize(
-    ("asked", "line"),
-    [
-        ("[connectivity]\n", "[connectivity]"),
-        ("[ensembles]\n", "[ensembles]"),
-    ],
-)
-def test_what_is_asked_for_and_not_computed_is_said(asked, line):
-    lines = study_from_table(tomllib.loads(SMALL + asked)).not_computed()
+@pytest.mark.parametrize("section", ["connectivity", "ensembles"])
+def test_what_needs_training_is_not_computed_of_recorded_runs_and_said_so(section):
+    lines = study_from_table(RECORDED | {section: {}}).not_computed()
     assert len(lines) == 1
-    assert lines[0].startswith(line)
-    assert "not computed by this version" in lines[0]
+    assert lines[0].startswith(f"[{section}]: not computed")
 
 
 def test_what_is_asked_for_and_computed_is_not_listed():
     angles = '[angles]\ngauges = ["adaptive"]\ndirections = ["update"]\nwindow = 9\nshadow = ["adam"]\n'
-    later = "[degeneracy]\n[trajectory]\n[surfaces]\n"
+    later = "[degeneracy]\n[trajectory]\n[surfaces]\n[connectivity]\n[ensembles]\n"
     asked = f'{angles}{later}[curvature]\ntop = 3\nprobes = 2\noperators = ["ggn:layers"]\n'
     assert study_from_table(tomllib.loads(SMALL + asked)).not_computed() == []
 

@@ -27,10 +27,21 @@ TABLE = {
 @pytest.fixture
 def planned(tmp_path):
     """``planned(out, section={...})``: the small study's plan, some keys changed; its manifest is written."""
+    return planner(tmp_path)
 
+
+@pytest.fixture(scope="module")
+def planned_once(tmp_path_factory):
+    """The same for a study that the tests of a module share."""
+    return planner(tmp_path_factory.mktemp("shared"))
+
+
+def planner(tmp_path):
     def make(out="out", **changes):
         merged = {
-            key: {**TABLE[key], **value} if isinstance(value, dict) and key in TABLE else value
+            key: {**TABLE[key], **value}
+            if isinstance(value, dict) and key in TABLE and "source" not in value
+            else value
             for key, value in changes.items()
         }
         study = study_from_table(TABLE | merged)

@@ -1,0 +1,1 @@
+"""Paths between models: alignment, straight and trained curves, barriers."""

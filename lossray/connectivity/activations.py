@@ -1,0 +1,119 @@
+"""Which hidden channel of one model stands for which of another, by their activations on the same inputs."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lossray.connectivity.matching import Permutations, assignment
+from lossray.errors import ModelError
+from lossray.networks.architecture import Node, graph_of
+from lossray.networks.permutations import ChannelPlace, PermutationSymmetry
+
+EXAMPLES_AT_ONCE = 256  # of which all activations are held
+KINDS = ("linear", "conv", "norm", "homogeneous", "smooth", "add")  # what changes the channels' values
+
+
+def activation_matching(
+    symmetry: PermutationSymmetry, model: nn.Module, to: nn.Module, inputs: Sequence[Tensor]
+) -> Permutations:
+    """The permutation of each group whose channels correlate most with those of ``to`` (2209.04836, 3.1).
+
+    The correlation is Pearson's over examples and pixels, and thus blind to the channels' scale. It is summed
+    over all layers, norms, activations and sums that hold the group's channels, so that a unit that is never
+    active is told from others by what goes into it.
+
+    Args:
+        symmetry: of both models.
+        model: what is to be permuted; evaluated in eval mode and float64, as is ``to``. Both are left alone.
+        to: a model of the same architecture.
+        inputs: batches [B, ...].
+
+    Raises:
+        ModelError: the architectures differ, or take several inputs.
+    """
+    twins = [copy.deepcopy(own).eval().double().to(inputs[0].device) for own in (model, to)]
+    graphs = [graph_of(twin) for twin in twins]
+    if [(node.name, node.kind, node.inputs) for node in graphs[0]] != [
+        (node.name, node.kind, node.inputs) for node in graphs[1]
+    ]:
+        raise ModelError("align: the two models are not of one architecture: their operations differ")
+    moments: dict[str, Moments] = {}
+    with torch.no_grad():
+        for batch in inputs:
+            for part in batch.split(EXAMPLES_AT_ONCE):
+                _observe(symmetry, (graphs[0], graphs[1]), part, moments)
+    gains = {g: torch.zeros(count, count, dtype=torch.float64) for g, count in symmetry.groups.items()}
+    for node, place in symmetry.places.items():
+        if node in moments:
+            gains[place.group] += moments[node].correlation().cpu()
+    return {group: assignment(gain) for group, gain in gains.items()}
+
+
+@dataclass
+class Moments:
+    """Of the channels of two models at one node, over what has been seen."""
+
+    n: int
+    means: tuple[Tensor, Tensor]  # [C] each, of the model's and of the other's
+    squares: tuple[Tensor, Tensor]  # [C] each, sums of squared deviations
+    products: Tensor  # [C of the other, C of the model], sums of products of deviations
+
+    @staticmethod
+    def of(model: Tensor, other: Tensor) -> "Moments":
+        """Of values [n, C] each."""
+        means = (model.mean(dim=0), other.mean(dim=0))
+        model, other = model - means[0], other - means[1]
+        squares = (model.square().sum(dim=0), other.square().sum(dim=0))
+        return Moments(len(model), means, squares, other.T @ model)
+
+    def merged(self, new: "Moments") -> "Moments":
+        """Of both together (Chan, Golub & LeVeque 1983: without cancellation)."""
+        n = self.n + new.n
+        share = self.n * new.n / n
+        shifts = tuple(after - before for before, after in zip(self.means, new.means, strict=True))
+        means = tuple(mean + shift * (new.n / n) for mean, shift in zip(self.means, shifts, strict=True))
+        squares = tuple(
+            one + other + share * shift.square()
+            for one, other, shift in zip(self.squares, new.squares, shifts, strict=True)
+        )
+        products = self.products + new.products + share * torch.outer(shifts[1], shifts[0])
+        return Moments(n, (means[0], means[1]), (squares[0], squares[1]), products)
+
+    def correlation(self) -> Tensor:
+        """[C of the other, C of the model]; 0 where a channel is constant."""
+        sizes = torch.outer(self.squares[1].sqrt(), self.squares[0].sqrt())
+        return (self.products / sizes).nan_to_num(0, 0, 0)
+
+
+def _observe(
+    symmetry: PermutationSymmetry,
+    graphs: tuple[tuple[Node, ...], tuple[Node, ...]],
+    inputs: Tensor,
+    moments: dict[str, Moments],
+) -> None:
+    """Add one batch to the moments, by name of the node."""
+    for (node, value), (_, other) in zip(*(_values(graph, inputs) for graph in graphs), strict=True):
+        place = symmetry.places.get(node.name)
+        if place is None or place.axis not in ("channel", "last") or node.kind not in KINDS:
+            continue
+        new = Moments.of(_by_channel(value, place), _by_channel(other, place))
+        moments[node.name] = moments[node.name].merged(new) if node.name in moments else new
+
+
+def _by_channel(value: Tensor, place: ChannelPlace) -> Tensor:
+    return (value.movedim(1, -1) if place.axis == "channel" else value).flatten(0, -2)
+
+
+def _values(graph: tuple[Node, ...], inputs: Tensor) -> Iterator[tuple[Node, Any]]:
+    """Every node and its value, while that is fresh: a later node may change it in place."""
+    if [node.kind for node in graph].count("input") != 1:
+        raise ModelError("align, matching 'activations': the model takes several inputs; allowed: one tensor")
+    values: dict[str, Any] = {}
+    for node in graph:
+        own = (inputs,) if node.kind == "input" else tuple(values[name] for name in node.inputs)
+        values[node.name] = node.function(*own)
+        yield node, values[node.name]

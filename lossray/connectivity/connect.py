@@ -1,0 +1,263 @@
+"""A path of low loss between two modules of the user's: what `lossray.connect` is."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from lossray.connectivity.barriers import above_chord
+from lossray.connectivity.curves import points_along, train_curves
+from lossray.connectivity.examples import Examples, Indexed, joined
+from lossray.connectivity.paths import CURVES, KINDS, Kind, Path, bent, geometric, straight
+from lossray.curvature.modules import ModuleObjective
+from lossray.curvature.objectives import require_example_mean
+from lossray.errors import ModelError, StudyError
+from lossray.names import unknown_name
+from lossray.networks.layout import require_module, uncompiled
+from lossray.networks.losses import Loss
+from lossray.networks.stack import Members, Stack, stack_models
+from lossray.training.batches import takes_all
+from lossray.training.datasets import Dataset, Split
+from lossray.training.optimizers import OptimizerSettings, optimizer_settings
+from lossray.training.plan import TrainingSettings
+from lossray.training.steps import TrainingTask
+
+POINTS = 25  # of a path, where its barrier is looked for
+STARTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of a path before training, whose highest loss is that of a start
+SAME_LOSS = 1e-4  # relative difference of one model's loss in two ways
+NEEDED = "both must be of one architecture"
+
+
+@dataclass(frozen=True)
+class Connection:
+    """A path between two models.
+
+    Attributes:
+        path: of R = 1 member; coordinates in the order of the trainable ``model.parameters()``.
+    """
+
+    path: Path
+    _ends: tuple[nn.Module, nn.Module] = field(repr=False)
+    _stack: Stack = field(repr=False)
+    _buffers: tuple[Members, Members] = field(repr=False)  # of the ends, [1, *shape]
+    _examples: Examples = field(repr=False)
+    _loss: Loss = field(repr=False)  # of outputs and the numbers of examples
+
+    def at(self, t: float) -> nn.Module:
+        """The model at t, in eval mode: a new one each time.
+
+        At t = 0 and t = 1 they are copies of the ends. Between them batch norm has the statistics that the
+        data have there; other buffers are those of the end at t = 0.
+
+        Raises:
+            StudyError: t is not between 0 and 1.
+        """
+        if not 0 <= t <= 1:
+            raise StudyError(f"connect, t: found {t}; allowed: 0 to 1")
+        model = copy.deepcopy(self._ends[1 if t == 1 else 0]).eval()
+        if t in (0, 1):
+            return model
+        theta, buffers = next(self._points([t]))
+        tensors = self._stack.layout.split(theta) | buffers
+        with torch.no_grad():
+            for name, own in (*model.named_parameters(), *model.named_buffers()):
+                own.copy_(tensors[f"model.{name}"][0])
+        return model
+
+    def evaluate(self, points: int = POINTS) -> pd.DataFrame:
+        """The loss along the path, over all of the data in eval mode.
+
+        Args:
+            points: how many, evenly spaced in t from end to end.
+
+        Returns:
+            Columns t, loss (the mean over the examples) and arc_length (from t = 0).
+
+        Raises:
+            StudyError: fewer than two points.
+        """
+        if points < 2:
+            raise StudyError(f"connect, points: found {points}; allowed: 2 or more")
+        ts = [i / (points - 1) for i in range(points)]
+        lengths = self.path.lengths(ts)[0]
+        return pd.DataFrame({"t": ts, "loss": self.losses(ts).tolist(), "arc_length": lengths.tolist()})
+
+    def losses(self, ts: Sequence[float]) -> Tensor:
+        """The loss at T places, [T] float64."""
+        with torch.no_grad():
+            return torch.cat([self._means(theta, buffers) for theta, buffers in self._points(ts)]).cpu()
+
+    @cached_property
+    def barrier(self) -> float:
+        """The largest loss above the chord of the ends' losses (2110.06296), at 25 points."""
+        ts = torch.linspace(0, 1, POINTS, dtype=torch.float64)
+        return above_chord(ts, self.losses(ts.tolist()))
+
+    def _points(self, ts: Sequence[float]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        return points_along(self.path, self._stack, *self._buffers, self._examples.indices, ts)
+
+    def _means(self, theta: Tensor, buffers: Members) -> Tensor:
+        """Mean losses [R] float64 over all examples, by the user's batches."""
+        means = torch.zeros(len(theta), dtype=torch.float64, device=theta.device)
+        for chunk in self._examples.chunks():
+            share = len(chunk) / len(self._examples.indices)
+            means += share * self._stack.losses(theta, buffers, chunk, chunk, self._loss).double()
+        return means
+
+
+def connect(
+    model_a: nn.Module,
+    model_b: nn.Module,
+    loss: Loss,
+    data: Any,
+    kind: Kind = "bezier",
+    *,
+    bends: int = 1,
+    steps: int = 1000,
+    lr: float = 3e-3,
+    batch_size: int | Literal["full"] = 128,
+    optimizer: str = "adam",
+    weight_decay: float = 0.0,
+    seed: int = 0,
+) -> Connection:
+    """A path from one model to another, along which the loss is low if it is trained.
+
+    A curve (Garipov et al., 1802.10026) starts as the straight line, and its bends are trained on minibatches
+    at random places of the curve, in train mode; the learning rate falls to 0 by half a cosine.
+
+    Args:
+        model_a: the end at t = 0. Any module; both models are left as they are.
+        model_b: the end at t = 1, of the same architecture.
+        loss: ``loss(outputs, targets)``, the mean over examples.
+        data: a batch (inputs, targets) or (inputs, targets, weights), or a list of batches, as
+            `lossray.Hessian` takes them; dict inputs become keywords. Held on the models' device.
+        kind: "bezier", or "polychain", of straight pieces; "line" and "geometric" (between a model and its
+            rescaled copy, see `lossray.rescale`) are not trained.
+        bends: control points between the ends of a curve.
+        steps: optimizer steps.
+        lr: the learning rate at the start.
+        batch_size: examples per step, or "full".
+        optimizer: by name, as in a study file.
+        weight_decay: of the bends.
+        seed: of minibatches, places and dropout.
+
+    Raises:
+        ModelError: models of different architectures, a model or loss that cannot be used, a geometric path
+            between ends whose signs differ, or a training that diverges.
+        DataError: data that cannot be used.
+        StudyError: an impossible argument.
+    """
+    if kind not in KINDS:
+        raise StudyError(f"connect, kind: {unknown_name(str(kind), KINDS)}")
+    plan = _plan(steps, batch_size, optimizer, lr, weight_decay)
+    _require_same_architecture(model_a, model_b)
+    ends = (copy.deepcopy(uncompiled(model_a)), copy.deepcopy(uncompiled(model_b)))
+    objectives = [ModuleObjective(end, loss, data) for end in ends]
+    start = _start(ends, objectives[0], loss, kind, bends)
+    _require_same_function(start, objectives[1])
+    if kind not in CURVES:
+        return start
+    if not (objectives[0].coupled or takes_all(len(start._examples.indices), batch_size)):
+        for batch in objectives[0].batches():
+            require_example_mean(objectives[0], batch, purpose="a mean over minibatches")
+    return replace(start, path=_trained(start, *plan, seed))
+
+
+def _plan(
+    steps: int, batch_size: int | str, optimizer: str, lr: float, weight_decay: float
+) -> tuple[TrainingSettings, OptimizerSettings]:
+    """The arguments as settings, which check them."""
+    decay = {"weight_decay": weight_decay} if weight_decay else {}  # not every optimizer takes it
+    rule = {"name": optimizer, "lr": lr, "schedule": "cosine", **decay}
+    try:
+        training = TrainingSettings.model_validate({"steps": steps, "batch_size": batch_size})
+        return training, optimizer_settings(rule)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = "optimizer" if first["loc"] == ("name",) else ".".join(map(str, first["loc"]))
+        raise StudyError(f"connect, {key}: {first['msg']}") from None
+
+
+def _start(
+    ends: tuple[nn.Module, nn.Module], objective: ModuleObjective, loss: Loss, kind: Kind, bends: int
+) -> Connection:
+    """The path before any training."""
+    examples = joined(objective.batches())
+    copies = [Indexed(copy.deepcopy(end).to(objective.device), examples) for end in ends]
+    stack, theta, buffers = stack_models(
+        copies, executor="loop", dtype=objective.dtype, device=objective.device
+    )
+    a, b = theta.split(1)
+    sides = ({n: own[:1] for n, own in buffers.items()}, {n: own[1:] for n, own in buffers.items()})
+    straights = {"line": straight, "geometric": geometric}
+    path = straights[kind](a, b) if kind in straights else bent(kind, a, b, bends)
+    return Connection(path, ends, stack, sides, examples, examples.loss(loss))
+
+
+def _trained(start: Connection, training: TrainingSettings, optimizer: OptimizerSettings, seed: int) -> Path:
+    """The path with its bends trained on the numbers of the examples."""
+    everything = Split(start._examples.indices, start._examples.indices)
+    nothing = Split(start._examples.indices[:0], start._examples.indices[:0])
+    dataset = Dataset(everything, nothing, nothing, n_outputs=0, fingerprint="", input_shape=())
+    task = TrainingTask(start._stack, start._loss, dataset, training, optimizer, "connect", (seed,))
+    # The ends may have a loss of almost nothing; the middle of the line is what training starts from.
+    highest = start.losses(STARTS).nan_to_num(nan=torch.inf).max()
+    initial_loss = highest[None].to(start._examples.device)
+    curves = train_curves(task, start.path, start._buffers[0], initial_loss=initial_loss)
+    if not bool(curves.alive):
+        raise ModelError(f"connect: the training of the curve diverged at lr = {optimizer.lr:g}; pass less")
+    return curves.path
+
+
+# ---- are the two models of one architecture?
+
+
+def _require_same_architecture(model_a: nn.Module, model_b: nn.Module) -> None:
+    for model in (model_a, model_b):
+        require_module(model)
+    a, b = uncompiled(model_a), uncompiled(model_b)
+    for (name_a, own_a), (name_b, own_b) in zip(_shapes(a), _shapes(b), strict=False):
+        if name_a != name_b:
+            raise ModelError(f"connect: model_a has {name_a} where model_b has {name_b}; {NEEDED}")
+        if own_a != own_b:
+            raise ModelError(f"connect: {name_a} is {own_a} in model_a and {own_b} in model_b; {NEEDED}")
+    sides = {"model_a": _shapes(a), "model_b": _shapes(b)}
+    (less, few), (more, many) = sorted(sides.items(), key=lambda side: len(side[1]))
+    if len(few) < len(many):
+        raise ModelError(f"connect: {more} has {many[len(few)][0]} and {less} has not; {NEEDED}")
+    frozen = {name: own for name, own in b.named_parameters() if not own.requires_grad}
+    for name, own in a.named_parameters():
+        if name in frozen and not torch.equal(own.cpu(), frozen[name].cpu()):
+            raise ModelError(
+                f"connect: the frozen parameter {name!r} differs between the models, and a path moves those "
+                "alone that are trainable: let it require a gradient, or make it the same"
+            )
+
+
+def _shapes(model: nn.Module) -> list[tuple[str, str]]:
+    """What has to be the same in both: parameters, then buffers, by name."""
+    parameters = [
+        (f"parameter {name!r}", f"{list(own.shape)}{'' if own.requires_grad else ' (frozen)'}")
+        for name, own in model.named_parameters()
+    ]
+    return parameters + [(f"buffer {name!r}", f"{list(own.shape)}") for name, own in model.named_buffers()]
+
+
+def _require_same_function(start: Connection, objective: ModuleObjective) -> None:
+    """Refuse a model_b that computes something else with its weights than model_a's architecture would."""
+    with torch.no_grad():
+        batches = objective.batches()
+        own = sum(batch.share * float(objective.losses(objective.theta, batch)) for batch in batches)
+    found = float(start.losses([1.0]))
+    rounding = torch.finfo(objective.dtype).eps  # all that a loss of 0 consists of
+    if abs(found - own) > SAME_LOSS * max(abs(own), abs(found)) + rounding:
+        raise ModelError(
+            f"connect: model_b has a loss of {own:.6g}, and its weights in model_a's architecture one of "
+            f"{found:.6g}; {NEEDED}"
+        )

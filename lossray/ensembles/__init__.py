@@ -1,0 +1,1 @@
+"""Ensembles of models: how their members are made, and what they are worth."""

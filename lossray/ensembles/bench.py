@@ -1,0 +1,255 @@
+"""The workbench of the ensemble methods: a pack of base runs, and what a method may do for its budget.
+
+A method works on all base runs of a pack at once; every run depends on its own seed alone. All costs are
+counted here, in gradients of single examples of one run.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from lossray.connectivity.curves import train_curves
+from lossray.connectivity.paths import Path, bent
+from lossray.ensembles.budget import Budget
+from lossray.networks.batch_norm import has_statistics, refresh_statistics
+from lossray.networks.losses import Loss
+from lossray.networks.stack import Stack
+from lossray.seeds import stream
+from lossray.storage.checkpoints import Checkpoint
+from lossray.training.batches import takes_all
+from lossray.training.datasets import Dataset
+from lossray.training.optimizers import OptimizerSettings
+from lossray.training.plan import TrainingSettings
+from lossray.training.schedules import learning_rate
+from lossray.training.steps import LearningRates, PackState, TrainingTask, fresh, resumed, take_step
+
+FORWARD = 1 / 3  # cost of a forward pass: a gradient is a forward and a backward pass, which costs two
+PRODUCT = 2.0  # of a Hessian-vector product
+
+Buffers = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One set of weights for each base run."""
+
+    theta: Tensor  # [R, d]
+    buffers: Buffers  # name -> [R, *shape]
+    alive: Tensor  # [R] bool; the weights of the others mean nothing
+
+    def where(self, healthy: Tensor) -> "Point":
+        """The same, with those that are not ``healthy`` [R] marked as dead."""
+        return replace(self, alive=self.alive & healthy)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the base runs have in common.
+
+    Attributes:
+        stack: the architecture.
+        build: fresh initialisations by seeds: theta [R, d] and buffers.
+        loss: of the study.
+        dataset: of the study, in the training dtype.
+        training: the [training] section.
+        optimizer: that of the base runs.
+        seeds: of the base runs, [R].
+        checkpoint: the newest checkpoint of the base runs at or before a step.
+    """
+
+    stack: Stack
+    build: Callable[[Sequence[int]], tuple[Tensor, dict[str, Tensor]]]
+    loss: Loss
+    dataset: Dataset
+    training: TrainingSettings
+    optimizer: OptimizerSettings
+    seeds: tuple[int, ...]
+    checkpoint: Callable[[int], Checkpoint]
+
+    @property
+    def examples(self) -> int:
+        """Training examples N."""
+        return len(self.dataset.train.targets)
+
+    @property
+    def batch(self) -> int:
+        """Examples of one step."""
+        size = self.training.batch_size
+        return self.examples if takes_all(self.examples, size) else int(size)
+
+
+@dataclass
+class Bench:
+    """What a method works with; ``spent`` is what it has taken so far for each base run, in gradients."""
+
+    problem: Problem
+    budget: Budget
+    bends: int = 1  # of a curve
+    spent: float = 0.0
+    initial_loss: Tensor = field(default_factory=lambda: torch.empty(0))  # [R], what divergence is judged by
+
+    # ---- training
+
+    def base(self, steps: int | None = None) -> Point:
+        """The base runs after some steps of their own training; by default those of the budget."""
+        steps = self.budget.base_steps if steps is None else steps
+        problem, found = self.problem, self.problem.checkpoint(steps)
+        task = self._task(problem.training, problem.optimizer, problem.seeds)
+        device = problem.dataset.train.targets.device
+        like = torch.empty(0, dtype=getattr(torch, problem.training.dtype), device=device)
+        pack = resumed(task, like, found)
+        self.initial_loss = pack.initial_loss
+        self._advance(task, pack, range(found.step, steps))
+        self.spent += steps * problem.batch
+        return _point(pack)
+
+    def fresh_runs(self, purpose: str, number: int, steps: int) -> Point:
+        """Independent runs from initialisations of their own, trained for ``steps`` under the run's schedule.
+
+        Args:
+            purpose: names the seeds; the empty string takes those of the base runs.
+            number: names them too.
+            steps: of training.
+        """
+        problem = self.problem
+        seeds = self.seeds(purpose, number) if purpose else problem.seeds
+        theta, buffers = problem.build(seeds)
+        task = self._task(self._training(steps), problem.optimizer, seeds)
+        pack = fresh(task, theta, buffers)
+        pack.initial_loss = self._initial()
+        self._advance(task, pack, range(steps))
+        self.spent += steps * problem.batch
+        return _point(pack)
+
+    def retrain(
+        self,
+        start: Point,
+        steps: int,
+        *,
+        cycle: int,
+        rates: LearningRates | None = None,
+    ) -> Point:
+        """One cycle: the run's optimizer afresh, its learning rate falling to 0 along half a cosine.
+
+        Args:
+            start: where it begins.
+            steps: how many.
+            cycle: names the order of the examples, which is the same for all methods.
+            rates: learning rates parameter by parameter.
+        """
+        (end,) = self.course(start, steps, [steps], rate=self.cosine(steps), cycle=cycle, rates=rates)
+        return end
+
+    def course(
+        self,
+        start: Point,
+        steps: int,
+        captures: Sequence[int],
+        *,
+        rate: Callable[[int], float],
+        cycle: int = 0,
+        rates: LearningRates | None = None,
+    ) -> list[Point]:
+        """The points after each of the steps ``captures`` of one training with a rate of its own."""
+        problem = self.problem
+        seeds = self.seeds("cycle", cycle)
+        task = replace(
+            self._task(self._training(steps), problem.optimizer, seeds),
+            rate=rate,
+            rates=rates or LearningRates(),
+        )
+        pack = fresh(task, start.theta, start.buffers)
+        pack.initial_loss = self._initial()
+        pack.bury(start.alive, 0)
+        points, done = [], 0
+        for step in captures:
+            self._advance(task, pack, range(done, step))
+            points.append(_point(pack))
+            done = step
+        self.spent += done * problem.batch
+        return points
+
+    def curve(self, a: Point, b: Point, steps: int, *, cycle: int = 0) -> Path:
+        """A Bezier curve from a to b, trained for ``steps``; NaN where it diverges or an end is dead."""
+        problem = self.problem
+        task = replace(
+            self._task(self._training(steps), problem.optimizer, self.seeds("curve", cycle)),
+            rate=self.cosine(steps),
+        )
+        path = bent("bezier", a.theta, b.theta, self.bends)
+        found = train_curves(task, path, a.buffers, initial_loss=self._initial())
+        self.spent += steps * problem.batch
+        healthy = found.alive & a.alive & b.alive
+        inner = found.path.points.masked_fill(~healthy[:, None], torch.nan)
+        return replace(found.path, points=inner)
+
+    def on_path(self, path: Path, a: Point, b: Point, t: float) -> Point:
+        """The point at t of a path from a to b, batch-norm statistics recomputed between the ends."""
+        if t in (0.0, 1.0):
+            end = a if t == 0 else b
+            return end.where(torch.isfinite(path.at(0.5)).all(dim=1))
+        theta = path.at(t)
+        return self.refreshed(Point(theta, a.buffers, a.alive & b.alive & torch.isfinite(theta).all(dim=1)))
+
+    def refreshed(self, point: Point) -> Point:
+        """The same weights with batch-norm statistics of the training examples; free where there are none."""
+        if not has_statistics(self.problem.stack.template):
+            return point
+        self.spent += FORWARD * self.problem.examples
+        inputs = self.problem.dataset.train.inputs
+        return replace(
+            point, buffers=refresh_statistics(self.problem.stack, point.theta, point.buffers, inputs)
+        )
+
+    def cosine(self, steps: int) -> Callable[[int], float]:
+        """Half a cosine from the run's learning rate to 0."""
+        settings = self.problem.optimizer.model_copy(update={"schedule": "cosine", "floor": 0.0})
+        return lambda step: learning_rate(settings, step, steps)
+
+    @contextmanager
+    def unpaid(self) -> Iterator[None]:
+        """What is done inside costs nothing: measurements that no method chooses by."""
+        spent = self.spent
+        yield
+        self.spent = spent
+
+    def seeds(self, purpose: str, number: int) -> tuple[int, ...]:
+        """Seeds that depend on those of the base runs and a name."""
+        return tuple(stream(seed, f"ensembles/{purpose}", number) for seed in self.problem.seeds)
+
+    def module(self, point: Point, r: int) -> nn.Module:
+        """One base run's point as a module in eval mode."""
+        buffers = {name: tensor[r] for name, tensor in point.buffers.items()}
+        return self.problem.stack.module(point.theta[r], buffers)
+
+    def _initial(self) -> Tensor:
+        """The base runs' initial losses; read from their first checkpoint where no base was asked for."""
+        if len(self.initial_loss) == 0:
+            device = self.problem.dataset.train.targets.device
+            self.initial_loss = self.problem.checkpoint(0).initial_loss.to(device)
+        return self.initial_loss
+
+    def _training(self, steps: int) -> TrainingSettings:
+        """The [training] section for another number of steps."""
+        return self.problem.training.model_copy(update={"steps": steps})
+
+    def _task(
+        self, training: TrainingSettings, optimizer: OptimizerSettings, seeds: tuple[int, ...]
+    ) -> TrainingTask:
+        problem = self.problem
+        return TrainingTask(problem.stack, problem.loss, problem.dataset, training, optimizer, "", seeds)
+
+    def _advance(self, task: TrainingTask, pack: PackState, steps: range) -> None:
+        for step in steps:
+            if not pack.anyone:
+                return
+            take_step(task, pack, step)
+
+
+def _point(pack: PackState) -> Point:
+    """A copy of where a pack stands."""
+    buffers = {name: tensor.clone() for name, tensor in pack.buffers.items()}
+    return Point(pack.theta.clone(), buffers, pack.alive.clone())

@@ -1,0 +1,82 @@
+"""One ensemble method against another at equal budget: paired by base run and test example."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lossray.findings.bootstrap import Interval, example_variance, t_interval
+from lossray.findings.ensemble_scores import EnsembleCell
+from lossray.findings.sign_flips import sign_flip_test
+
+Array = NDArray[np.float64]
+
+SAME = 1e-3  # mean |difference| of an example's score over the mean score: below it, rounding
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """The control's score minus the variant's, so that positive means that the variant is better."""
+
+    variant: str
+    control: str
+    budget: float
+    metric: str
+    n: int  # base runs with both ensembles
+    left_out: int  # base runs without one of the two, or with a diverged one
+    n_examples: int
+    control_mean: float
+    difference: Interval  # in the metric's unit
+    relative: Interval  # of control_mean
+    floor: float  # variance of `relative` that more runs do not reduce: the test split's
+    p_value: float  # sign flips over base runs
+    spread: float  # mean over runs and examples of |difference|
+
+    @property
+    def same(self) -> bool:
+        """Whether the two agree to rounding, example by example."""
+        return self.n > 0 and self.spread <= SAME * self.control_mean
+
+
+def contrast(
+    cell: EnsembleCell, variant: str, control: str, budget: float, *, metric: str, alpha: float
+) -> Contrast:
+    """The paired comparison of two methods.
+
+    The relative improvement is a ratio of means; its interval is that of the linear part of the ratio around
+    the estimate, (difference - relative x control) / control_mean, a mean over runs and examples again.
+
+    Args:
+        cell: holds both methods at the budget.
+        variant: the method in question.
+        control: what it is compared with.
+        budget: nominal, of both.
+        metric: of `METRICS`.
+        alpha: level of the two intervals.
+    """
+    own, other = cell.of(metric, variant, budget), cell.of(metric, control, budget)  # [runs, N]
+    paired = np.isfinite(own).all(axis=1) & np.isfinite(other).all(axis=1)
+    n = int(paired.sum())
+    own, other = own[paired], other[paired]
+    difference = other - own
+    estimate, mean = (float(x.mean()) if n else math.nan for x in (difference, other))
+    scale = mean if mean > 0 else math.nan  # an error of 0 cannot be improved by a share of itself
+    relative = estimate / scale
+    drawn = cell.resampled(metric, control, budget)[paired]  # [n, B]
+    drawn_difference = drawn - cell.resampled(metric, variant, budget)[paired]
+    return Contrast(
+        variant=variant,
+        control=control,
+        budget=budget,
+        metric=metric,
+        n=n,
+        left_out=len(cell.base_runs) - n,
+        n_examples=own.shape[1],
+        control_mean=mean,
+        difference=t_interval(estimate, drawn_difference, alpha=alpha),
+        relative=t_interval(relative, (drawn_difference - relative * drawn) / scale, alpha=alpha),
+        floor=example_variance((difference - relative * other) / scale),
+        p_value=float(sign_flip_test(difference.mean(axis=1))) if n else 1.0,
+        spread=float(np.abs(difference).mean()) if n else math.nan,
+    )
