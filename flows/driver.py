@@ -30,7 +30,7 @@ from ray.exceptions import (
 
 from flows.interrupt import Interrupt
 from flows.ledger import Ledger
-from flows.plan import AnalysisJob, PackPlan, Plan
+from flows.plan import AnalysisJob, PackPlan, Plan, described
 from flows.session import Capacity, worker_options
 from tasks.connectivity import ConnectivityJob, connectivity
 from tasks.curvature import CurvatureJob, curvature, warm_up
@@ -252,9 +252,7 @@ class Driver:
 
     def _running(self) -> list[str]:
         training = [f"train {trainer.plan.pack.pack_id}" for trainer in self.trainers.values()]
-        return training + [
-            f"{job.kind} {job.pack.pack_id} step {job.step}" for job in self.in_flight.values()
-        ]
+        return training + [described(job) for job in self.in_flight.values()]
 
 
 def _reason(error: RayError) -> str:

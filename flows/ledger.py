@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Iterator
 
 from flows.followers import Event, Follower, Waiting
-from flows.plan import AnalysisJob, PackPlan, Plan
+from flows.plan import AnalysisJob, PackPlan, Plan, described
 from flows.progress import Counts, Progress
 from lossray.storage.store import Store
 from tasks.curvature import CurvatureJob
@@ -95,7 +95,7 @@ class Ledger:
     def analysis_failed(self, job: AnalysisJob, error: str, trace: str) -> None:
         """A checkpoint cannot be analysed, or another job not done: record why, and go on with the others."""
         record = failure(job.key, job.kind, job.attempt, error, pack_id=job.pack.pack_id, step=job.step)
-        self._fail(record, f"{job.kind} of {job.pack.pack_id} at step {job.step}", trace)
+        self._fail(record, described(job), trace)
         counts = self.progress.counts
         if isinstance(job, CurvatureJob):
             counts.checkpoints_failed += 1

@@ -106,6 +106,18 @@ class Plan:
         return PairJob(earlier, later, plan.pair_keys[steps], Attempt())
 
 
+def described(job: AnalysisJob) -> str:
+    """What a job does, for a reader: "ensemble snapshot of PACK at step 100"."""
+    match job:
+        case EnsembleJob():
+            detail = f" {job.method}"
+        case ConnectivityJob():
+            detail = f" {job.aligned}"
+        case _:
+            detail = ""
+    return f"{job.kind}{detail} of {job.pack.pack_id} at step {job.step}"
+
+
 def make_plan(context: Context, packs: tuple[Pack, ...], inputs: StudyInputs) -> Plan:
     """Name every task of the packs."""
     plans = [_plan_pack(pack, packs[:i], context, inputs) for i, pack in enumerate(packs)]

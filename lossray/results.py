@@ -3,8 +3,10 @@
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lossray.errors import DataError, ModelError, StoreError, StudyError
@@ -124,6 +126,25 @@ class StudyResults:
         if dataset.fingerprint != manifest.inputs.data_key:
             raise DataError(f"the data have changed since {self.store.url} was made: restore them")
         return dataset
+
+    def logits(self, ensemble_id: str, split: str = "test") -> NDArray[np.float32]:
+        """The outputs of an ensemble's members on a split, [K, N, C]; rows in the order of `data(split)`.
+
+        Members that diverged are left out.
+
+        Raises:
+            StudyError: there is no such ensemble, or none of its members has outputs on that split.
+            StoreError: the store is damaged.
+        """
+        table = self.table("logits")
+        own = table[(table["ensemble_id"] == ensemble_id) & (table["split"] == split)].sort_values("member")
+        if own.empty:
+            found = nearest(ensemble_id, table["ensemble_id"].unique())
+            hint = f"; did you mean {found!r}?" if found and found != ensemble_id else ""
+            raise StudyError(f"no logits of ensemble {ensemble_id!r} on split {split!r}{hint}")
+        rows = [np.asarray(values, dtype=np.float32) for values in own["logits"]]
+        n_examples, n_outputs = own[["n_examples", "n_outputs"]].iloc[0]
+        return np.stack(rows).reshape(len(rows), int(n_examples), int(n_outputs))
 
     def _check_source(self, name: str) -> None:
         """Refuse a function of the user's that is not the one that the study ran with."""

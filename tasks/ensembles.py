@@ -197,7 +197,7 @@ def _score_rows(built: Built, dataset: Dataset) -> Iterator[Row]:
                 shared = built.described(r) | {
                     "members": count,
                     "split": split,
-                    "budget": costs[count - 1],
+                    "budget": float(costs[count - 1][r]),
                     "size": size,
                     "n_examples": len(targets),
                     "status": "done" if healthy else "diverged",

@@ -1,7 +1,7 @@
 """One model brought close to another without changing its function: `align`.
 
 Hidden units are permuted (Git Re-Basin, arXiv 2209.04836) and, in ReLU networks, rescaled. With both, units
-are matched in the balanced gauge of each model, which is blind to scale, and then take the other's gauge.
+are also matched in the balanced gauge of each model, which is blind to scale, before they take the other's.
 """
 
 import copy
@@ -171,12 +171,13 @@ class _Task:
             factors = {name: alpha[units] for name, units in self.units.groups.items()}
         return _Candidate(float((theta - self.target).norm()), permutations, factors)
 
-    def compared(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The weights that are matched, of both: in the balanced gauge where the units are also scaled."""
+    def compared(self) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+        """The weights of both, to be matched: as they are, and balanced where the units can be scaled."""
         thetas = torch.stack([self.source, self.target])
+        yield self.layout.split(thetas[0]), self.layout.split(thetas[1])
         if self.units is not None:
             thetas = thetas * self.units.diagonal(self.units.balance_factors(thetas))
-        return self.layout.split(thetas[0]), self.layout.split(thetas[1])
+            yield self.layout.split(thetas[0]), self.layout.split(thetas[1])
 
     def _joined(self, tensors: dict[str, Tensor]) -> Tensor:
         return torch.cat([tensors[name].reshape(-1) for name in self.layout.names])
@@ -190,7 +191,8 @@ def _candidates(task: _Task, inputs: Sequence[Tensor], matching: Matching) -> It
     if matching == "activations":
         yield activation_matching(task.channels, task.model, task.to, inputs)
     else:
-        yield weight_matching(task.channels, *task.compared())
+        for source, target in task.compared():
+            yield weight_matching(task.channels, source, target)
 
 
 def _changed(model: nn.Module, found: _Candidate) -> nn.Module:

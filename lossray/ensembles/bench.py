@@ -6,9 +6,11 @@ counted here, in gradients of single examples of one run.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lossray.connectivity.curves import train_curves
@@ -30,6 +32,7 @@ FORWARD = 1 / 3  # cost of a forward pass: a gradient is a forward and a backwar
 PRODUCT = 2.0  # of a Hessian-vector product
 
 Buffers = Mapping[str, Tensor]
+Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -83,13 +86,20 @@ class Problem:
 
 @dataclass
 class Bench:
-    """What a method works with; ``spent`` is what it has taken so far for each base run, in gradients."""
+    """What a method works with, and what it has taken so far for each base run, in gradients of examples."""
 
     problem: Problem
     budget: Budget
     bends: int = 1  # of a curve
-    spent: float = 0.0
-    initial_loss: Tensor = field(default_factory=lambda: torch.empty(0))  # [R], what divergence is judged by
+
+    def __post_init__(self) -> None:
+        """Nothing is spent yet."""
+        self.spent: Array = np.zeros(len(self.problem.seeds))  # [R], replaced when something is paid
+        self._initial_loss: Tensor | None = None  # [R], what divergence is judged by
+
+    def pay(self, gradients: float | Array) -> None:
+        """Add to what each base run has taken, [R] or the same for all."""
+        self.spent = self.spent + gradients
 
     # ---- training
 
@@ -101,9 +111,9 @@ class Bench:
         device = problem.dataset.train.targets.device
         like = torch.empty(0, dtype=getattr(torch, problem.training.dtype), device=device)
         pack = resumed(task, like, found)
-        self.initial_loss = pack.initial_loss
+        self._initial_loss = pack.initial_loss
         self._advance(task, pack, range(found.step, steps))
-        self.spent += steps * problem.batch
+        self.pay(steps * problem.batch)
         return _point(pack)
 
     def fresh_runs(self, purpose: str, number: int, steps: int) -> Point:
@@ -121,7 +131,7 @@ class Bench:
         pack = fresh(task, theta, buffers)
         pack.initial_loss = self._initial()
         self._advance(task, pack, range(steps))
-        self.spent += steps * problem.batch
+        self.pay(steps * problem.batch)
         return _point(pack)
 
     def retrain(
@@ -169,7 +179,7 @@ class Bench:
             self._advance(task, pack, range(done, step))
             points.append(_point(pack))
             done = step
-        self.spent += done * problem.batch
+        self.pay(done * problem.batch)
         return points
 
     def curve(self, a: Point, b: Point, steps: int, *, cycle: int = 0) -> Path:
@@ -181,7 +191,7 @@ class Bench:
         )
         path = bent("bezier", a.theta, b.theta, self.bends)
         found = train_curves(task, path, a.buffers, initial_loss=self._initial())
-        self.spent += steps * problem.batch
+        self.pay(steps * problem.batch)
         healthy = found.alive & a.alive & b.alive
         inner = found.path.points.masked_fill(~healthy[:, None], torch.nan)
         return replace(found.path, points=inner)
@@ -198,7 +208,7 @@ class Bench:
         """The same weights with batch-norm statistics of the training examples; free where there are none."""
         if not has_statistics(self.problem.stack.template):
             return point
-        self.spent += FORWARD * self.problem.examples
+        self.pay(FORWARD * self.problem.examples)
         inputs = self.problem.dataset.train.inputs
         return replace(
             point, buffers=refresh_statistics(self.problem.stack, point.theta, point.buffers, inputs)
@@ -227,10 +237,10 @@ class Bench:
 
     def _initial(self) -> Tensor:
         """The base runs' initial losses; read from their first checkpoint where no base was asked for."""
-        if len(self.initial_loss) == 0:
+        if self._initial_loss is None:
             device = self.problem.dataset.train.targets.device
-            self.initial_loss = self.problem.checkpoint(0).initial_loss.to(device)
-        return self.initial_loss
+            self._initial_loss = self.problem.checkpoint(0).initial_loss.to(device)
+        return self._initial_loss
 
     def _training(self, steps: int) -> TrainingSettings:
         """The [training] section for another number of steps."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from lossray.connectivity.alignment import aligned
 from lossray.connectivity.paths import Path
 from lossray.ensembles.averages import averaged, gaussian_samples
-from lossray.ensembles.bench import Bench, Point, Problem
+from lossray.ensembles.bench import Array, Bench, Point, Problem
 from lossray.ensembles.budget import Budget
 from lossray.ensembles.rescaling import Gauges, Rescaling, equivalent_rates
 from lossray.ensembles.simplex import grow, uniform_shares
@@ -39,12 +39,12 @@ class Members:
 
     Attributes:
         points: the members, in the order in which they would be added.
-        costs: gradients of single examples that the first 1, 2, ... members take.
+        costs: gradients of single examples that the first 1, 2, ... members take, of each base run, [R].
         rescalings: what the method has rescaled by, in order.
     """
 
     points: tuple[Point, ...]
-    costs: tuple[float, ...]
+    costs: tuple[Array, ...]
     rescalings: tuple[Rescaling, ...] = ()
 
 
@@ -373,7 +373,7 @@ def _retrained(bench: Bench, rescaling: Rescaling, point: Point, cycle: int) -> 
 
 def _chain(
     bench: Bench, cycles: int, step: Callable[[Point, int], Point], base: Point | None = None
-) -> tuple[tuple[Point, ...], tuple[float, ...]]:
+) -> tuple[tuple[Point, ...], tuple[Array, ...]]:
     """The base, and what ``step`` makes of each member in turn."""
     points = [base or bench.base()]
     costs = [bench.spent]
@@ -412,7 +412,7 @@ def _curve(bench: Bench, a: Point, b: Point, steps: int | None = None) -> Member
     return Members(points, costs)
 
 
-def _along(bench: Bench, path: Path, a: Point, b: Point) -> tuple[tuple[Point, ...], tuple[float, ...]]:
+def _along(bench: Bench, path: Path, a: Point, b: Point) -> tuple[tuple[Point, ...], tuple[Array, ...]]:
     """Members at evenly spaced places of a path, the ends first."""
     points, costs = [], []
     for t in spread(bench.budget.size):

@@ -48,7 +48,7 @@ class EnsemblesSettings(Settings):
         3.0,
     )
     cycle: Annotated[float, Field(gt=0, le=1)] = 0.25
-    sigma: Annotated[float, Field(gt=0, le=10)] = 1.0
+    sigma: Annotated[float, Field(gt=0, le=10)] = 0.5
     powers_of_two: bool = True
     bends: Annotated[int, Field(ge=1, le=100)] = 1
 

@@ -50,7 +50,7 @@ def grow(bench: Bench, vertices: Sequence[Point], steps: int) -> Point:
         healthy = healthy & torch.isfinite(losses) & all_finite(gradient)
         pull = shares[:, -1:] * gradient - VOLUME * _growth(theta, fixed)
         optimizer.step(torch.where(healthy[:, None], pull, 0.0), rate(step), alive=healthy)
-    bench.spent += steps * problem.batch
+    bench.pay(steps * problem.batch)
     return replace(vertices[0], theta=optimizer.theta.clone(), alive=healthy & all_finite(optimizer.theta))
 
 

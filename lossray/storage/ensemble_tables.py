@@ -80,7 +80,10 @@ BARRIERS = TableSchema(
 METHOD = key("method", TEXT, "", "how the members were made; see `lossray.ensembles.methods.METHODS`")
 BASE_RUN = key("base_run", TEXT, "", "the run that the method starts from")
 BUDGET = key(
-    "nominal_budget", NUMBER, "trainings", "what the method may spend, the base included, in trainings of a run"
+    "nominal_budget",
+    NUMBER,
+    "trainings",
+    "what the method may spend, the base included, in trainings of a run",
 )
 SPLIT = key("split", TEXT, "", "`validation` or `test`")
 ENSEMBLE = key("ensemble_id", TEXT, "", "`BASE_RUN/METHOD/NOMINAL_BUDGET`")
@@ -116,12 +119,14 @@ ENSEMBLES = TableSchema(
         number(
             "budget",
             "examples",
-            "gradients of single examples that these members took, the base run's training included; a forward "
-            "pass alone counts 1/3, a Hessian-vector product 2",
+            "gradients of single examples that these members took, the base run's training included; a "
+            "forward pass alone counts 1/3, a Hessian-vector product 2",
         ),
         Column("size", INTEGER, "1", "all members of the ensemble"),
         Column("n_examples", INTEGER, "examples", "in the split"),
-        Column("status", TEXT, "", "`done`, or `diverged`: a member's training diverged, and scores are null"),
+        Column(
+            "status", TEXT, "", "`done`, or `diverged`: a member's training diverged, and scores are null"
+        ),
     ),
 )
 
@@ -183,7 +188,9 @@ RESCALINGS = TableSchema(
         key("cycle", INTEGER, "1", "0, 1, ...: the method's rescalings in their order"),
         *ENSEMBLE_PARTS,
         number("sigma", "1", "standard deviation of ln(factor) of the hidden units, after halvings"),
-        number("lambda_max_before", CURVATURE, "largest Hessian eigenvalue at theta (a lower bound, by Lanczos)"),
+        number(
+            "lambda_max_before", CURVATURE, "largest Hessian eigenvalue at theta (a lower bound, by Lanczos)"
+        ),
         number("lambda_max_after", CURVATURE, "the same at D theta"),
         number("function_change", "1", "largest difference of the outputs over the largest output: rounding"),
         number("distance", PARAMETER, "|D theta - theta|"),

@@ -20,8 +20,8 @@ from lossray.training.shadow import Shadow, load_shadow_states, make_shadows
 class LearningRates:
     """Learning rates parameter by parameter, as multiples of the step's; [R, d] each, None for 1.
 
-    A factor on the gradient, in front of the optimizer, is one for plain, heavy-ball and Nesterov descent, and
-    leaves their weight decay alone. Behind the optimizer it is one for the others.
+    A factor on the gradient, in front of the optimizer, is one for plain, heavy-ball and Nesterov descent,
+    and leaves their weight decay alone. Behind the optimizer it is one for the others.
     """
 
     gradient: Tensor | None = None

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -31,7 +32,7 @@ def test_every_method_has_its_size_and_pays_for_its_steps(built, method):
     members, bench = built(method)
     expected = 1 if method in SINGLE else 2 if method == "independent" else bench.budget.size
     assert len(members.points) == len(members.costs) == expected
-    assert list(members.costs) == sorted(members.costs)
+    assert (np.diff(np.stack(members.costs), axis=0) >= 0).all()
     assert all(point.alive.all() for point in members.points)
     assert all(torch.isfinite(point.theta).all() for point in members.points)
     needs = METHODS[method].needs
@@ -39,9 +40,9 @@ def test_every_method_has_its_size_and_pays_for_its_steps(built, method):
     steps = (base + METHODS[method].steps(bench.budget)) * bench.problem.batch
     slack = 4 * bench.problem.batch  # FGE ends at a minimum, SWA at its last average
     if needs is None:
-        assert steps - slack <= members.costs[-1] <= steps
+        assert ((steps - slack <= members.costs[-1]) & (members.costs[-1] <= steps)).all()
     else:
-        assert steps < members.costs[-1]
+        assert (steps < members.costs[-1]).all()
     assert bool(members.rescalings) == (needs is not None)
 
 
@@ -49,7 +50,7 @@ def test_every_method_has_its_size_and_pays_for_its_steps(built, method):
 def test_a_run_does_not_depend_on_its_pack(make_problem, built, method):
     many, _ = built(method)
     one, _ = built(method, problem=make_problem(seeds=(8,)))
-    assert many.costs == one.costs
+    assert [own[1] for own in many.costs] == [own[0] for own in one.costs]
     for together, alone in zip(many.points, one.points, strict=True):
         torch.testing.assert_close(together.theta[1], alone.theta[0], rtol=1e-6, atol=1e-8)
 
@@ -120,14 +121,14 @@ def test_one_training_is_one_long_run_is_the_base_run(problem, built):
     for method in ("long_run", "independent"):
         members, _ = built(method, 1.0)
         torch.testing.assert_close(members.points[0].theta, trained, rtol=0, atol=0)
-        assert members.costs == (16 * problem.batch,)
+        assert (members.costs[0] == 16 * problem.batch).all()
 
 
 def test_deep_ensembles_are_independent_runs(built):
     members, bench = built("deep_ensemble")
-    assert members.costs[-1] == bench.budget.size * 16 * bench.problem.batch
+    assert (members.costs[-1] == bench.budget.size * 16 * bench.problem.batch).all()
     shared, _ = built("deep_ensemble_equal_total")
-    assert shared.costs[-1] <= bench.budget.total_steps * bench.problem.batch
+    assert (shared.costs[-1] <= bench.budget.total_steps * bench.problem.batch).all()
     distances = [(members.points[0].theta - point.theta).norm() for point in members.points[1:]]
     assert min(distances) > 0.5
 
@@ -203,7 +204,7 @@ def test_batch_norm_is_refreshed_and_paid_for(make_problem, built, outputs_of, m
     members, bench = built(method, problem=problem)
     plain, _ = built(method, problem=make_problem({"name": "mlp", "widths": [6]}))
     refreshed = {"curve": 3, "swa": 1, "points_line": 3, "rescaled_copies": 0, "simplex": 4}[method]
-    assert bench.spent - plain.costs[-1] == pytest.approx(refreshed * FORWARD * problem.examples)
+    np.testing.assert_allclose(bench.spent - plain.costs[-1], refreshed * FORWARD * problem.examples)
     if method == "rescaled_copies":
         base = outputs_of(problem, members.points[0])
         torch.testing.assert_close(outputs_of(problem, members.points[1]), base)

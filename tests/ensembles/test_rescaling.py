@@ -113,6 +113,7 @@ def test_sigma_is_halved_until_the_learning_rate_is_stable(make_problem, bench_o
     assert (draws[1].sigma < 3.0).all()
     assert ((3.0 / draws[1].sigma).log2() % 1 == 0).all()
     limit = torch.clamp(1.1 * 0.3 * draws[1].lambda_max_before, min=1.5)
+    assert (draws[1].lambda_max_after > 0).all()
     assert (0.3 * draws[1].lambda_max_after < limit).all()
 
 
@@ -136,7 +137,7 @@ def test_dead_units_keep_their_gauge(problem, bench_of):
 def test_the_largest_eigenvalue_is_a_close_lower_bound(problem, bench_of):
     bench = bench_of(problem)
     base, train = bench.base(), problem.dataset.train
-    estimate = largest_eigenvalue(bench, base)
+    estimate = largest_eigenvalue(problem, base)
     for r in range(len(problem.seeds)):
         buffers = {name: tensor[r : r + 1] for name, tensor in base.buffers.items()}
 
@@ -146,3 +147,13 @@ def test_the_largest_eigenvalue_is_a_close_lower_bound(problem, bench_of):
 
         exact = torch.linalg.eigvalsh(torch.autograd.functional.hessian(loss, base.theta[r]))[-1]
         assert 0.8 * exact < estimate[r] <= exact * (1 + 1e-6)
+
+
+def test_what_halving_costs_is_the_run_s_own(make_problem, bench_of):
+    optimizer = {"name": "sgd", "lr": 0.3}
+    both, alone = (make_problem(optimizer=optimizer, seeds=seeds) for seeds in ((3, 8), (8,)))
+    spent = []
+    for bench in map(bench_of, (both, alone)):
+        Gauges(bench, sigma=3.0, powers_of_two=False).draw(bench.base())
+        spent.append(bench.spent[-1])
+    assert spent[0] == spent[1]

@@ -4,7 +4,9 @@ import json
 import shutil
 import sys
 
+import numpy as np
 import pytest
+from scipy.special import log_softmax
 
 import flows
 import flows.serial
@@ -167,3 +169,16 @@ def test_on_ray_the_rows_are_those_without_it(session_ray, whole, tmp_path, help
     background = helpers.Background(path, tmp_path / "out")
     assert background.result() == 0
     helpers.assert_same_rows(tmp_path / "out", out)
+
+
+def test_the_logits_of_an_ensemble_are_an_array(whole):
+    _, out = whole
+    study = lossray.open_study(out)
+    row = study.table("ensembles").query("members == size and metric == 'error' and split == 'test'").iloc[0]
+    logits = study.logits(row["ensemble_id"])
+    targets = study.data("test")[1].numpy()
+    assert logits.shape == (row["size"], len(targets), 3)
+    mean = np.exp(log_softmax(logits, axis=2)).mean(axis=0)
+    assert (mean.argmax(axis=1) != targets).mean() == pytest.approx(row["value"])
+    with pytest.raises(StudyError, match="did you mean"):
+        study.logits(row["ensemble_id"][:-1])
