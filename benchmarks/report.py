@@ -40,7 +40,7 @@ def fill(document: Path, parts: Mapping[str, str]) -> None:
     """
     text = document.read_text()
     places = re.findall(r"<!-- (\w+) -->", text)
-    if sorted(places) != sorted(parts):
+    if any(places.count(name) != 1 for name in parts):
         raise ValueError(f"{document.name} has places for {', '.join(places)}; there are {', '.join(parts)}")
     for name, part in parts.items():
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"

@@ -20,13 +20,14 @@ from lossray.study import Pack, Study, surface_members
 from lossray.training.datasets import Dataset, analysis_set
 from lossray.training.loop import train
 from lossray.training.optimizers import OPTIMIZERS
-from tasks.connectivity import RESCALED, ConnectivityJob
 from tasks.context import loss_of, stack_of
 from tasks.ensembles import EnsembleJob
 from tasks.geometry import asks_for_angles, gauge_pairs, pairs_needed
+from tasks.path_ends import RESCALED, ConnectivityJob
 from tasks.spectra import operators_asked
 
-TIMED_STEPS = (0, 1, 3, 5, 7)  # checkpoints of the timed training; the first step warms up
+TIMED_STEPS = (0, 1, 2, 3, 8, 13)  # checkpoints of the timed training; the first step warms up
+LONG_SEGMENT = 5  # steps between the last of them
 TIMED_PRODUCTS = 3
 # Time of an analysis in that of its products: the recurrences around them, rows and files, and other tasks
 # beside it. As observed in `paper`, `quick` and `edge-of-stability`, on two cores.
@@ -137,7 +138,7 @@ def _dense_cost(study: Study, pack: Pack, dim: int) -> tuple[int, float]:
 
 
 def _retraining_steps(pack_plan: PackPlan, study: Study) -> float:
-    """Steps of the pack's training, in paths and in ensembles; what is evaluated beside them takes a half."""
+    """Steps of the pack's training in paths and ensembles; evaluations beside them take as long."""
     steps = 0.0
     for job in pack_plan.further.values():
         if isinstance(job, ConnectivityJob) and study.connectivity is not None and job.aligned != RESCALED:
@@ -147,7 +148,7 @@ def _retraining_steps(pack_plan: PackPlan, study: Study) -> float:
         elif isinstance(job, EnsembleJob) and study.ensembles is not None:
             budgets = [study.ensembles.budget(b, study.training.steps) for b in study.ensembles.budgets]
             steps += sum(METHODS[job.method].steps(budget) for budget in budgets)
-    return 1.5 * steps
+    return 2 * steps
 
 
 def _surface_points(study: Study, pack: Pack) -> int:
@@ -194,13 +195,14 @@ def _time_training(pack: Pack, study: Study, dataset: Dataset) -> _Timed:
     last = segments[-1]
     groups = (last.parameters, last.buffers, last.optimizer)
     size = sum(tensor.numel() * tensor.element_size() for group in groups for tensor in group.values())
-    evaluation = segments[0].seconds
-    # The quickest of several, since a hiccup of the machine is many steps long.
-    per_step = min(
-        (segment.seconds - evaluation) / (segment.step - before.step)
-        for before, segment in pairwise(segments[1:])
+    # Each is so many steps and an evaluation. The quickest of several counts, since a hiccup of the machine
+    # is many steps long.
+    short, long = (
+        min(own.seconds for before, own in pairwise(segments[1:]) if own.step - before.step == steps)
+        for steps in (1, LONG_SEGMENT)
     )
-    return _Timed(stack.dim, max(0.0, per_step), evaluation, size)
+    per_step = max(long - short, 0.0) / (LONG_SEGMENT - 1)
+    return _Timed(stack.dim, per_step, max(short - per_step, 0.0), size)
 
 
 def _time_product(pack: Pack, plan: Plan, dataset: Dataset) -> float:

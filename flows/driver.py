@@ -32,11 +32,12 @@ from flows.interrupt import Interrupt
 from flows.ledger import Ledger
 from flows.plan import AnalysisJob, PackPlan, Plan, described
 from flows.session import Capacity, worker_options
-from tasks.connectivity import ConnectivityJob, connectivity
+from tasks.connectivity import connectivity
 from tasks.curvature import CurvatureJob, curvature, warm_up
 from tasks.degeneracy import DegeneracyJob, degeneracy
 from tasks.ensembles import EnsembleJob, ensemble
 from tasks.pairs import PairJob, pair
+from tasks.path_ends import ConnectivityJob
 from tasks.record import Attempt
 from tasks.surfaces import SurfaceJob, surfaces
 from tasks.training import Published, TrainingActor, TrainingJob

@@ -26,12 +26,13 @@ from lossray.study import (
     trajectory_key,
 )
 from lossray.training.plan import checkpoint_steps
-from tasks.connectivity import RESCALED, ConnectivityJob, pairs_of
+from tasks.connectivity import pairs_of
 from tasks.context import Context
 from tasks.curvature import CurvatureJob
 from tasks.degeneracy import DegeneracyJob
 from tasks.ensembles import EnsembleJob
 from tasks.pairs import PairJob
+from tasks.path_ends import RESCALED, ConnectivityJob
 from tasks.record import Attempt
 from tasks.surfaces import SurfaceJob, needs_course, needs_eigenvectors
 from tasks.training import TrainingJob

@@ -9,11 +9,12 @@ import torch
 from flows.interrupt import Interrupt
 from flows.ledger import Ledger
 from flows.plan import AnalysisJob, PackPlan, Plan
-from tasks.connectivity import ConnectivityJob, connect_runs
+from tasks.connectivity import connect_runs
 from tasks.curvature import CurvatureJob, analyse_checkpoint
 from tasks.degeneracy import DegeneracyJob, measure_degeneracy
 from tasks.ensembles import EnsembleJob, build_ensembles
 from tasks.pairs import PairJob, compare_checkpoints
+from tasks.path_ends import ConnectivityJob
 from tasks.record import Attempt
 from tasks.surfaces import SurfaceJob, evaluate_surfaces
 from tasks.training import train_pack

@@ -37,7 +37,7 @@ from tasks.spectra import Row, finite
 SPLITS = ("validation", "test")
 TABLES = ("ensembles", "members", "predictions", "rescalings", "logits")
 LINE = (0.25, 0.5, 0.75)  # where the barrier between two members is looked for
-BARRIER_EXAMPLES = 512  # training examples on which
+BARRIER_EXAMPLES = 256  # training examples on which
 
 Array = NDArray[np.float64]
 

@@ -188,3 +188,19 @@ def test_an_all_null_first_part_does_not_hide_the_values_of_others():
 def test_merge_of_nothing_is_empty():
     assert merge("runs", []).num_rows == 0
     assert merge("runs", []).schema.equals(arrow_schema("runs"), check_metadata=True)
+
+
+LOGITS = {"ensemble_id": "e", "member": 0, "split": "test"}
+
+
+def test_lists_of_numbers_round_trip_and_repeated_rows_of_them_become_one():
+    row = LOGITS | {"logits": np.arange(3, dtype=np.float32), "n_examples": 1, "n_outputs": 3}
+    part = from_bytes("logits", to_bytes(to_arrow("logits", [row])))
+    assert part["logits"].to_pylist() == [[0.0, 1.0, 2.0]]
+    assert merge("logits", [part, part]).num_rows == 1
+    with pytest.raises(StoreError, match="logits"):
+        merge("logits", [part, to_arrow("logits", [row | {"logits": [0.0, 1.0, 3.0]}])])
+    with pytest.raises(StoreError, match="'logits' needs list"):
+        to_arrow("logits", [LOGITS | {"logits": 1.0}])
+    with pytest.raises(StoreError, match="'logits' needs list"):
+        to_arrow("logits", [LOGITS | {"logits": ["a"]}])

@@ -23,6 +23,10 @@ PROMISED = {
     "angles": "run_id step direction gauge subspace cosine angle_degrees energy null_ratio null_p "
     "null_p_lower k dim resolved",
     "overlaps": "run_id step previous_step k subspace_overlap chance",
+    "paths": "pair_id kind t run_a run_b train_loss test_loss test_accuracy arc_length",
+    "barriers": "pair_id kind barrier barrier_frankle max_loss endpoint_distance aligned",
+    "ensembles": "method base_run members split metric value budget seed",
+    "members": "ensemble_id i j disagreement kl weight_distance",
     "tasks": "task_key kind status attempts wall_seconds queue_seconds started finished node device "
     "peak_bytes error",
 }
@@ -35,6 +39,10 @@ KEYS = {
     "directions": "run_id step direction",
     "angles": "run_id step direction gauge subspace",
     "overlaps": "run_id step previous_step operator block k",
+    "paths": "pair_id kind t",
+    "barriers": "pair_id kind",
+    "ensembles": "method base_run nominal_budget members split metric",
+    "members": "ensemble_id i j",
     "tasks": "task_key",
 }
 

@@ -13,7 +13,8 @@ from lossray.results import StudyResults
 from lossray.storage import checkpoints
 from lossray.storage.publish import assemble
 from lossray.storage.store import Store
-from tasks.connectivity import ConnectivityJob, connect_runs, pairs_of
+from tasks.connectivity import connect_runs, pairs_of
+from tasks.path_ends import ConnectivityJob
 from tasks.record import Attempt
 from tasks.training import train_pack
 

@@ -17,7 +17,8 @@ from tasks.record import Attempt
 from tasks.training import train_pack
 
 RELU = [{"name": "mlp", "widths": [4, 3]}]
-SECTION = {"methods": ["snapshot", "rescale_retrain", "lr_equivalent", "long_run"], "budgets": [1, 2], "sigma": 1.0}
+METHODS_USED = ["snapshot", "rescale_retrain", "lr_equivalent", "long_run"]
+SECTION = {"methods": METHODS_USED, "budgets": [1, 2], "sigma": 1.0}
 
 
 def trained(planned, **changes):

@@ -1,0 +1,164 @@
+"""The ends of paths between runs: read from their checkpoints, aligned or rescaled."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lossray.connectivity.alignment import aligned
+from lossray.connectivity.settings import Alignment, ConnectivitySettings
+from lossray.errors import ModelError
+from lossray.networks.layout import tensors_of
+from lossray.networks.permutations import permutation_symmetry
+from lossray.networks.random_gauges import random_factors
+from lossray.networks.stack import Stack
+from lossray.networks.symmetry import rescaling_symmetry
+from lossray.seeds import stream
+from lossray.storage.checkpoints import read_checkpoint
+from lossray.storage.store import Store
+from lossray.study import Pack
+from lossray.training.datasets import Dataset
+from tasks.context import Context
+from tasks.record import Attempt
+
+RESCALED: Literal["rescaled"] = (
+    "rescaled"  # in place of an alignment: of a run with a rescaled copy of itself
+)
+
+
+@dataclass(frozen=True)
+class ConnectivityJob:
+    """Join runs of a pack, each to an earlier one or to a rescaled copy of itself."""
+
+    context: Context
+    pack: Pack
+    earlier: tuple[Pack, ...]  # packs of the same setting that come before
+    pairs: tuple[tuple[str, str], ...]  # runs; the second is of this pack
+    aligned: Alignment | Literal["rescaled"]  # what is done to the second of each pair first
+    step: int  # of the last checkpoint
+    key: str
+    attempt: Attempt
+    kind: ClassVar[str] = "connectivity"
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a job works with."""
+
+    job: ConnectivityJob
+    settings: ConnectivitySettings
+    stack: Stack
+    dataset: Dataset  # on the device
+
+    @property
+    def store(self) -> Store:
+        """Where the checkpoints are."""
+        return Store(self.job.context.out)
+
+    def seed(self, run_id: str) -> int:
+        """The seed of a run of the job's pack."""
+        return self.job.pack.seeds[self.job.pack.run_ids.index(run_id)]
+
+
+Tensors = tuple[Tensor, dict[str, Tensor], Tensor]  # of a run: parameters [d], buffers, alive
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Both ends of P pairs."""
+
+    a: Tensor  # [P, d]
+    b: Tensor
+    alive: Tensor  # [P] bool: neither of the two runs has diverged
+    buffers_a: Mapping[str, Tensor]  # name -> [P, *shape]
+    buffers_b: Mapping[str, Tensor]
+    distance_before: Tensor  # [P] float64, of a and b before the alignment
+    function_change: Tensor  # [P] float64, by the alignment of b
+
+
+def possible(site: Site) -> bool:
+    """Whether the architecture has the symmetry that the alignment or the rescaling needs."""
+    try:
+        if site.job.aligned in ("scale", RESCALED):
+            rescaling_symmetry(site.stack.template, site.stack.layout)
+        elif site.job.aligned != "none":
+            permutation_symmetry(site.stack.template)
+    except ModelError:
+        return False
+    return True
+
+
+def ends_of(site: Site) -> Ends:
+    """The ends of every pair, the second aligned or rescaled."""
+    ends = _as_they_are(site)
+    if site.job.aligned == "none":
+        return ends
+    return _rescaled(site, ends) if site.job.aligned == RESCALED else _aligned(site, ends)
+
+
+def _as_they_are(site: Site) -> Ends:
+    """The runs of each pair at their last checkpoints."""
+    job = site.job
+    runs: dict[str, Tensors] = {}
+    needed = {run for pair in job.pairs for run in pair}
+    for pack in (*job.earlier, job.pack):
+        if needed.isdisjoint(pack.run_ids):
+            continue
+        checkpoint = read_checkpoint(site.store, pack.pack_id, job.step, site.dataset.train.targets.device)
+        theta = site.stack.layout.join(checkpoint.parameters)
+        for r, run_id in enumerate(pack.run_ids):
+            own = {name: tensor[r] for name, tensor in checkpoint.buffers.items()}
+            runs[run_id] = theta[r], own, checkpoint.alive[r]
+    a, b = ([runs[pair[side]] for pair in job.pairs] for side in (0, 1))
+    first, second = (torch.stack([theta for theta, _, _ in end]) for end in (a, b))
+    alive = torch.stack([one[2] & other[2] for one, other in zip(a, b, strict=True)])
+    distance = torch.linalg.vector_norm(first.double() - second.double(), dim=1)
+    unknown = torch.full_like(distance, torch.nan)
+    return Ends(first, second, alive, _stacked(a), _stacked(b), distance, unknown)
+
+
+def _stacked(ends: Sequence[Tensors]) -> dict[str, Tensor]:
+    return {name: torch.stack([own[name] for _, own, _ in ends]) for name in ends[0][1]}
+
+
+def _rescaled(site: Site, ends: Ends) -> Ends:
+    """D theta with log-normal factors."""
+    symmetry = rescaling_symmetry(site.stack.template, site.stack.layout)
+    seeds = [stream(site.seed(run), "connectivity/rescaled") for _, run in site.job.pairs]
+    sigma = torch.full((len(seeds),), site.settings.sigma, dtype=torch.float64)
+    diagonal = symmetry.diagonal(random_factors(seeds, symmetry.units, sigma=sigma)).to(ends.b.device)
+    exact, scaled = ends.b.double(), ends.b.double() * diagonal
+    before, after = (_outputs(site, theta, ends.buffers_b) for theta in (exact, scaled))
+    change = (before - after).abs().amax(dim=1) / before.abs().amax(dim=1)
+    return replace(ends, b=scaled.to(ends.b.dtype), function_change=change)
+
+
+@torch.no_grad()
+def _outputs(site: Site, theta: Tensor, buffers: Mapping[str, Tensor]) -> Tensor:
+    """Outputs on the training inputs in float64, [P, N C]."""
+    exact = {name: _exact(tensor) for name, tensor in buffers.items()}
+    return site.stack.outputs(theta, exact, _exact(site.dataset.train.inputs)).flatten(1)
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def _aligned(site: Site, ends: Ends) -> Ends:
+    """Each pair as two modules, the second brought close to the first."""
+    kind = site.job.aligned
+    assert kind != "none"
+    assert kind != RESCALED
+    rows, changes = list(ends.b), list(ends.function_change)
+    buffers = [{name: tensor[p] for name, tensor in ends.buffers_b.items()} for p in range(len(rows))]
+    for p in torch.nonzero(ends.alive)[:, 0].tolist():
+        to = site.stack.module(ends.a[p], {name: tensor[p] for name, tensor in ends.buffers_a.items()})
+        own = site.stack.module(ends.b[p], buffers[p])
+        found = aligned(own, to, site.dataset.train.inputs, kind=kind, matching=site.settings.matching)
+        parameters, buffers[p] = tensors_of(found.model)
+        rows[p] = torch.cat([tensor.reshape(-1) for tensor in parameters.values()])
+        changes[p] = torch.as_tensor(found.function_change, dtype=torch.float64, device=changes[p].device)
+    stacked = {name: torch.stack([own[name] for own in buffers]) for name in ends.buffers_b}
+    return replace(ends, b=torch.stack(rows), buffers_b=stacked, function_change=torch.stack(changes))
