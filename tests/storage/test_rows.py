@@ -195,7 +195,7 @@ LOGITS = {"ensemble_id": "e", "member": 0, "split": "test"}
 
 def test_lists_of_numbers_round_trip_and_repeated_rows_of_them_become_one():
     row = LOGITS | {"logits": np.arange(3, dtype=np.float32), "n_examples": 1, "n_outputs": 3}
-    part = from_bytes("logits", to_bytes(to_arrow("logits", [row])))
+    part = from_bytes("logits", to_bytes(to_arrow("logits", [row])), where="here")
     assert part["logits"].to_pylist() == [[0.0, 1.0, 2.0]]
     assert merge("logits", [part, part]).num_rows == 1
     with pytest.raises(StoreError, match="logits"):
