@@ -82,7 +82,9 @@ def estimate(pack_plan: PackPlan, plan: Plan, dataset: Dataset) -> Cost:
         products=products,
         training_seconds=timed.step_seconds * study.training.steps + len(steps) * timed.evaluation_seconds,
         curvature_seconds=OVERHEAD * products * product_seconds + further,
-        disk_bytes=len(steps) * (timed.state_bytes + vectors + TABLE_BYTES) + points * SURFACE_POINT_BYTES,
+        disk_bytes=len(steps) * (timed.state_bytes + vectors + TABLE_BYTES)
+        + points * SURFACE_POINT_BYTES
+        + _logit_bytes(pack_plan, study, dataset),
     )
 
 
@@ -149,6 +151,17 @@ def _retraining_steps(pack_plan: PackPlan, study: Study) -> float:
             budgets = [study.ensembles.budget(b, study.training.steps) for b in study.ensembles.budgets]
             steps += sum(METHODS[job.method].steps(budget) for budget in budgets)
     return 2 * steps
+
+
+def _logit_bytes(pack_plan: PackPlan, study: Study, dataset: Dataset) -> int:
+    """Of all ensembles' members on the validation and test splits, in parts/ and in tables/."""
+    if study.ensembles is None or not study.ensembles.logits:
+        return 0
+    methods = sum(isinstance(job, EnsembleJob) for job in pack_plan.further.values())
+    budgets = [study.ensembles.budget(b, study.training.steps) for b in study.ensembles.budgets]
+    members = methods * len(pack_plan.pack.seeds) * sum(budget.size for budget in budgets)
+    examples = len(dataset.validation.targets) + len(dataset.test.targets)
+    return 2 * 4 * members * examples * dataset.n_outputs
 
 
 def _surface_points(study: Study, pack: Pack) -> int:

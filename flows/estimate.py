@@ -101,7 +101,7 @@ def _totals(plan: Plan, costs: Sequence[Cost]) -> list[str]:
     return [
         f"{len(plan.packs)} packs, {runs} runs, {checkpoints} checkpoints each, "
         f"about {sum(c.products for c in costs):,} products",
-        f"time: about {duration(training)} of training and {duration(curvature)} of curvature, one after the "
+        f"time: about {duration(training)} of training and {duration(curvature)} of analysis, one after the "
         f"other; about {duration(wall)} with the {slots} tasks at a time that this machine runs",
         f"disk: about {_bytes(sum(c.disk_bytes for c in costs))}",
     ]

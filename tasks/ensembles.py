@@ -117,7 +117,7 @@ def build_ensembles(job: EnsembleJob, device: torch.device | None = None) -> Non
         rows["members"] += _member_rows(built, problem)
         rows["predictions"] += _prediction_rows(built, problem.dataset)
         rows["rescalings"] += _rescaling_rows(built)
-        rows["logits"] += _logit_rows(built)
+        rows["logits"] += _logit_rows(built) if settings.logits else ()
     for name, own in rows.items():
         store.publish(name, job.key, own)
     store.commit(watch.record(job.key, job.kind, pack_id=job.pack.pack_id, step=job.step))

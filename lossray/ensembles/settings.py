@@ -39,6 +39,7 @@ class EnsemblesSettings(Settings):
         powers_of_two: rescale by the nearest powers of two, so that a rescaled network computes the same
             outputs bit for bit.
         bends: control points of a trained curve between its ends.
+        logits: keep the members' outputs on the validation and test splits, four bytes a number.
     """
 
     methods: Annotated[tuple[str, ...], BeforeValidator(_methods), Field(min_length=1)] = tuple(METHODS)
@@ -51,6 +52,7 @@ class EnsemblesSettings(Settings):
     sigma: Annotated[float, Field(gt=0, le=10)] = 0.5
     powers_of_two: bool = True
     bends: Annotated[int, Field(ge=1, le=100)] = 1
+    logits: bool = True
 
     def budget(self, trainings: float, run_steps: int) -> Budget:
         """One of the budgets, for runs of so many steps."""
