@@ -7,6 +7,7 @@ from typing import Literal
 
 from flows.followers import Event, Follower
 from lossray.connectivity.settings import Alignment
+from lossray.ensembles.methods import METHODS
 from lossray.settings import content_hash
 from lossray.study import (
     Pack,
@@ -217,12 +218,13 @@ def _connectivity(
 
 
 def _ensembles(context: Context, pack: Pack, inputs: StudyInputs) -> Iterator[tuple[Follower, FurtherJob]]:
-    """Where [ensembles] asks for it: one job a method, once the base runs are trained."""
+    """Where [ensembles] asks for it: one job a method, the longest first, once the base runs are trained."""
     study, settings = context.study, context.study.ensembles
     if settings is None or pack.recorded is not None:
         return
     steps = checkpoint_steps(study.training)
-    for method in settings.methods:
+    largest = settings.budget(max(settings.budgets), study.training.steps)
+    for method in sorted(settings.methods, key=lambda name: -METHODS[name].steps(largest)):
         key = ensemble_key(pack, method, study, inputs)
         job = EnsembleJob(context, pack, method, steps, key, Attempt())
         yield Follower(job.kind, pack.pack_id, steps[-1], key, _events("trained", pack, steps)), job

@@ -20,7 +20,7 @@ from lossray.training.datasets import on_device
 from lossray.training.schedules import learning_rate
 from lossray.training.steps import TrainingTask
 from tasks.context import dataset_of, device_name, local_device, loss_of, prepare_worker, stack_of
-from tasks.path_ends import RESCALED, ConnectivityJob, Ends, Site, ends_of, possible
+from tasks.path_ends import RESCALED, ConnectivityJob, Ends, Site, ends_of, joinable, possible
 from tasks.record import Stopwatch
 from tasks.spectra import Row, finite
 
@@ -38,7 +38,8 @@ class Joined:
 def connect_runs(job: ConnectivityJob, device: torch.device | None = None) -> None:
     """Align, train, evaluate, publish the rows, and commit.
 
-    An architecture without the symmetry that an alignment or a rescaling needs has no rows of it.
+    An architecture without the symmetry that an alignment or a rescaling needs has no rows of it, nor has a
+    pair whose frozen parameters differ.
 
     Args:
         job: which runs.
@@ -51,10 +52,10 @@ def connect_runs(job: ConnectivityJob, device: torch.device | None = None) -> No
     dtype = getattr(torch, study.training.dtype)
     dataset = on_device(dataset_of(job.context, dtype), device)
     stack, _, _ = stack_of(job.pack, dataset, dtype=dtype, device=device)
-    site = Site(job, study.connectivity, stack, dataset)
+    site = joinable(Site(job, study.connectivity, stack, dataset))
     paths: list[Row] = []
     found: list[Row] = []
-    if possible(site):
+    if site.job.pairs and possible(site):
         ends = ends_of(site)
         for kind in ("line", "geometric") if job.aligned == RESCALED else study.connectivity.kinds:
             own = _rows(site, _joined(site, kind, ends))

@@ -1,7 +1,8 @@
 """The ends of paths between runs: read from their checkpoints, aligned or rescaled."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -20,6 +21,7 @@ from lossray.storage.checkpoints import read_checkpoint
 from lossray.storage.store import Store
 from lossray.study import Pack
 from lossray.training.datasets import Dataset
+from lossray.training.evaluation import CHUNK
 from tasks.context import Context
 from tasks.record import Attempt
 
@@ -80,14 +82,36 @@ class Ends:
 
 def possible(site: Site) -> bool:
     """Whether the architecture has the symmetry that the alignment or the rescaling needs."""
+    aligned, template = site.job.aligned, site.stack.template
+    scalable = partial(rescaling_symmetry, template, site.stack.layout)
+    permutable = partial(permutation_symmetry, template)
+    if aligned == "both":  # either is enough
+        return _exists(permutable) or _exists(scalable)
+    if aligned == "permutation":
+        return _exists(permutable)
+    return aligned == "none" or _exists(scalable)
+
+
+def _exists(symmetry: Callable[[], object]) -> bool:
     try:
-        if site.job.aligned in ("scale", RESCALED):
-            rescaling_symmetry(site.stack.template, site.stack.layout)
-        elif site.job.aligned != "none":
-            permutation_symmetry(site.stack.template)
+        symmetry()
     except ModelError:
         return False
     return True
+
+
+def joinable(site: Site) -> Site:
+    """The site with those pairs alone whose frozen parameters agree: a path moves the trainable ones."""
+    frozen = [name for name, own in site.stack.template.named_parameters() if not own.requires_grad]
+    if not frozen:
+        return site
+    ends = _as_they_are(site)
+    same = [
+        all(torch.equal(ends.buffers_a[name][p], ends.buffers_b[name][p]) for name in frozen)
+        for p in range(len(site.job.pairs))
+    ]
+    pairs = tuple(pair for pair, own in zip(site.job.pairs, same, strict=True) if own)
+    return replace(site, job=replace(site.job, pairs=pairs))
 
 
 def ends_of(site: Site) -> Ends:
@@ -129,17 +153,28 @@ def _rescaled(site: Site, ends: Ends) -> Ends:
     seeds = [stream(site.seed(run), "connectivity/rescaled") for _, run in site.job.pairs]
     sigma = torch.full((len(seeds),), site.settings.sigma, dtype=torch.float64)
     diagonal = symmetry.diagonal(random_factors(seeds, symmetry.units, sigma=sigma)).to(ends.b.device)
-    exact, scaled = ends.b.double(), ends.b.double() * diagonal
-    before, after = (_outputs(site, theta, ends.buffers_b) for theta in (exact, scaled))
-    change = (before - after).abs().amax(dim=1) / before.abs().amax(dim=1)
-    return replace(ends, b=scaled.to(ends.b.dtype), function_change=change)
+    scaled = ends.b.double() * diagonal
+    rounded = scaled.to(ends.b.dtype)
+    # The geometric path needs equal signs: what underflows becomes the smallest number instead of 0.
+    smallest = torch.nextafter(torch.zeros_like(rounded), ends.b)
+    return replace(
+        ends, b=rounded.where(rounded != 0, smallest), function_change=_function_change(site, ends, scaled)
+    )
 
 
 @torch.no_grad()
-def _outputs(site: Site, theta: Tensor, buffers: Mapping[str, Tensor]) -> Tensor:
-    """Outputs on the training inputs in float64, [P, N C]."""
-    exact = {name: _exact(tensor) for name, tensor in buffers.items()}
-    return site.stack.outputs(theta, exact, _exact(site.dataset.train.inputs)).flatten(1)
+def _function_change(site: Site, ends: Ends, scaled: Tensor) -> Tensor:
+    """Largest |f - f'| over largest |f| on the training inputs, in float64, [P]."""
+    buffers = {name: _exact(tensor) for name, tensor in ends.buffers_b.items()}
+    sizes = []
+    for chunk in site.dataset.train.inputs.split(max(1, CHUNK // len(scaled))):
+        inputs = _exact(chunk)
+        before, after = (
+            site.stack.outputs(theta, buffers, inputs).flatten(1) for theta in (ends.b.double(), scaled)
+        )
+        sizes.append(torch.stack([(before - after).abs().amax(dim=1), before.abs().amax(dim=1)]))
+    largest: Tensor = torch.stack(sizes).amax(dim=0)
+    return largest[0] / largest[1]
 
 
 def _exact(tensor: Tensor) -> Tensor:

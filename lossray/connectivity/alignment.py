@@ -30,7 +30,7 @@ Matching = Literal["weights", "activations"]
 LARGEST_CHANGE = 1e-9  # of the outputs, relative, in float64: rounding is some orders of magnitude below
 EXAMPLES_AT_ONCE = 1024  # in a forward pass
 NEEDED = "allowed: two models of one architecture"
-INPUTS = "allowed: inputs [B, ...], (inputs, targets), or a list of such batches"
+INPUTS = "allowed: inputs [B, ...], (inputs, targets), or a list of such pairs"
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def align(
     Args:
         model: left as it is.
         to: a model of the same architecture, left as it is.
-        data: inputs [B, ...], (inputs, targets), or a list of such batches: on them it is checked that the
+        data: inputs [B, ...], (inputs, targets), or a list of such pairs: on them it is checked that the
             function stays.
         kind: "permutation", "scale" (ReLU networks), or "both": what the architecture allows of the two.
         matching: units are matched by their "weights", or by their "activations" on the data.

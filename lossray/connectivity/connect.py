@@ -156,6 +156,10 @@ def connect(
     if kind not in KINDS:
         raise StudyError(f"connect, kind: {unknown_name(str(kind), KINDS)}")
     plan = _plan(steps, batch_size, optimizer, lr, weight_decay)
+    if not callable(loss):
+        raise ModelError(
+            f"connect, loss: found {type(loss).__name__}; allowed: a function of outputs, targets"
+        )
     _require_same_architecture(model_a, model_b)
     ends = (copy.deepcopy(uncompiled(model_a)), copy.deepcopy(uncompiled(model_b)))
     objectives = [ModuleObjective(end, loss, data) for end in ends]
@@ -209,7 +213,12 @@ def _trained(start: Connection, training: TrainingSettings, optimizer: Optimizer
     # The ends may have a loss of almost nothing; the middle of the line is what training starts from.
     highest = start.losses(STARTS).nan_to_num(nan=torch.inf).max()
     initial_loss = highest[None].to(start._examples.device)
-    curves = train_curves(task, start.path, start._buffers[0], initial_loss=initial_loss)
+    if torch.is_inference_mode_enabled():
+        raise ModelError(
+            "connect: inside torch.inference_mode() no curve can be trained; use torch.no_grad()"
+        )
+    with torch.enable_grad():
+        curves = train_curves(task, start.path, start._buffers[0], initial_loss=initial_loss)
     if not bool(curves.alive):
         raise ModelError(f"connect: the training of the curve diverged at lr = {optimizer.lr:g}; pass less")
     return curves.path
@@ -231,6 +240,10 @@ def _require_same_architecture(model_a: nn.Module, model_b: nn.Module) -> None:
     (less, few), (more, many) = sorted(sides.items(), key=lambda side: len(side[1]))
     if len(few) < len(many):
         raise ModelError(f"connect: {more} has {many[len(few)][0]} and {less} has not; {NEEDED}")
+    for side, model in (("model_a", a), ("model_b", b)):
+        for name, own in model.named_parameters():
+            if not bool(own.isfinite().all()):
+                raise ModelError(f"connect: parameter {name!r} of {side} has values that are not finite")
     frozen = {name: own for name, own in b.named_parameters() if not own.requires_grad}
     for name, own in a.named_parameters():
         if name in frozen and not torch.equal(own.cpu(), frozen[name].cpu()):

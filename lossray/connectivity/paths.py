@@ -180,12 +180,12 @@ def bent(kind: Kind, a: Tensor, b: Tensor, bends: int) -> Path:
         bends: control points between the ends, at least one.
 
     Raises:
-        StudyError: another kind, or no bend.
+        StudyError: another kind, or no whole number of bends from 1 on.
     """
     if kind not in CURVES:
         raise StudyError(f"a path with bends, kind: {unknown_name(str(kind), CURVES)}")
-    if bends < 1:
-        raise StudyError(f"bends: found {bends}; allowed: 1 or more")
+    if isinstance(bends, bool) or not isinstance(bends, int) or bends < 1:
+        raise StudyError(f"bends: found {bends!r}; allowed: a whole number, 1 or more")
     line = straight(a, b)
     return Path(kind, torch.stack([line.at(k / (bends + 1)) for k in range(bends + 2)]))
 

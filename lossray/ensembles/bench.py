@@ -129,7 +129,7 @@ class Bench:
         theta, buffers = problem.build(seeds)
         task = self._task(self._training(steps), problem.optimizer, seeds)
         pack = fresh(task, theta, buffers)
-        pack.initial_loss = self._initial()
+        pack.initial_loss = self.initial_loss()
         self._advance(task, pack, range(steps))
         self.pay(steps * problem.batch)
         return _point(pack)
@@ -172,7 +172,7 @@ class Bench:
             rates=rates or LearningRates(),
         )
         pack = fresh(task, start.theta, start.buffers)
-        pack.initial_loss = self._initial()
+        pack.initial_loss = self.initial_loss()
         pack.bury(start.alive, 0)
         points, done = [], 0
         for step in captures:
@@ -190,7 +190,7 @@ class Bench:
             rate=self.cosine(steps),
         )
         path = bent("bezier", a.theta, b.theta, self.bends)
-        found = train_curves(task, path, a.buffers, initial_loss=self._initial())
+        found = train_curves(task, path, a.buffers, initial_loss=self.initial_loss())
         self.pay(steps * problem.batch)
         healthy = found.alive & a.alive & b.alive
         inner = found.path.points.masked_fill(~healthy[:, None], torch.nan)
@@ -235,7 +235,7 @@ class Bench:
         buffers = {name: tensor[r] for name, tensor in point.buffers.items()}
         return self.problem.stack.module(point.theta[r], buffers)
 
-    def _initial(self) -> Tensor:
+    def initial_loss(self) -> Tensor:
         """The base runs' initial losses; read from their first checkpoint where no base was asked for."""
         if self._initial_loss is None:
             device = self.problem.dataset.train.targets.device

@@ -8,12 +8,12 @@ class Budget:
     """A budget in trainings of a run, the base run included.
 
     Half of it goes into the base run, which takes no more than its own training; the rest is divided into
-    cycles of retraining.
+    cycles of retraining. Nothing is without a step, so that the smallest budgets are exceeded.
     """
 
     trainings: float
     run_steps: int  # of one training
-    cycle: int  # steps of one retraining
+    cycle: int  # wanted steps of one retraining
 
     @property
     def base_steps(self) -> int:
@@ -32,8 +32,13 @@ class Budget:
 
     @property
     def cycles(self) -> int:
-        """Retrainings that the extra steps hold."""
+        """Retrainings for the extra steps, as near to the wanted length as can be."""
         return max(1, round(self.extra_steps / self.cycle))
+
+    @property
+    def cycle_steps(self) -> int:
+        """Steps of one retraining: those wanted, or fewer where the extra steps do not hold them."""
+        return min(self.cycle, self.extra_steps // self.cycles)
 
     @property
     def size(self) -> int:

@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lossray.connectivity.alignment import aligned
 from lossray.connectivity.paths import Path
@@ -21,7 +21,8 @@ from lossray.ensembles.budget import Budget
 from lossray.ensembles.rescaling import Gauges, Rescaling, equivalent_rates
 from lossray.ensembles.simplex import grow, uniform_shares
 from lossray.errors import ModelError
-from lossray.networks.layout import tensors_of
+from lossray.networks.layout import tensors_of, uncompiled
+from lossray.networks.permutations import permutation_symmetry
 from lossray.networks.symmetry import rescaling_symmetry
 from lossray.seeds import generator
 from lossray.training.steps import LearningRates
@@ -66,23 +67,24 @@ class Method:
         words: what it does.
         steps: of training beyond the base runs, by the budget.
         needs: "rescaling", a ReLU network whose units can be rescaled; "rates", also an optimizer with
-            learning rates that equal a rescaling.
+            learning rates that equal a rescaling; "alignment", units that can be permuted or rescaled.
     """
 
     build: Callable[[Bench, Options], Members]
     role: Literal["variant", "control"]
     words: str
     steps: Callable[[Budget], int] = lambda budget: budget.extra_steps
-    needs: Literal["rescaling", "rates"] | None = None
+    needs: Literal["rescaling", "rates", "alignment"] | None = None
 
     def refusal(self, problem: Problem) -> str | None:
         """Why the method cannot be applied to these runs; None where it can."""
+        model, optimizer = problem.stack.template, problem.optimizer
         if self.needs is not None:
             try:
-                rescaling_symmetry(problem.stack.template, problem.stack.layout)
+                rescaling_symmetry(model, problem.stack.layout)
             except ModelError as error:
-                return str(error)
-        optimizer = problem.optimizer
+                if self.needs != "alignment" or not _can_be_permuted(model):
+                    return str(error)
         if self.needs == "rates" and equivalent_rates(optimizer, torch.ones(1)) is None:
             return f"optimizer {optimizer.name!r}: no learning rates are equal to a rescaling"
         return None
@@ -139,10 +141,13 @@ def rescale_retrain_curve(bench: Bench, options: Options) -> Members:
     """C4: C1 with half of the cycles, and a curve through each pair of neighbours with the other half."""
     gauges = _gauges(bench, options)
     chain = max(1, bench.budget.cycles // 2)
-    points, costs = _chain(bench, chain, lambda point, k: _retrained(bench, gauges.draw(point), point, k))
+    steps = min(bench.budget.cycle_steps, max(1, bench.budget.extra_steps // (2 * chain)))
+    points, costs = _chain(
+        bench, chain, lambda point, k: _retrained(bench, gauges.draw(point), point, k, steps)
+    )
     middles, later = [], []
     for k, (a, b) in enumerate(pairwise(points)):
-        path = bench.curve(a, b, bench.budget.cycle, cycle=k)
+        path = bench.curve(a, b, steps, cycle=k)
         middles.append(bench.on_path(path, a, b, 0.5))
         later.append(bench.spent)
     return Members((*points, *middles), (*costs, *later), tuple(gauges.drawn))
@@ -160,7 +165,7 @@ def align_curve(bench: Bench, options: Options) -> Members:
 def snapshot(bench: Bench, options: Options) -> Members:
     """C1 without rescaling: a cosine cycle after the other (Snapshot Ensembles, 1704.00109)."""
     points, costs = _chain(
-        bench, bench.budget.cycles, lambda point, k: bench.retrain(point, bench.budget.cycle, cycle=k)
+        bench, bench.budget.cycles, lambda point, k: bench.retrain(point, bench.budget.cycle_steps, cycle=k)
     )
     return Members(points, costs)
 
@@ -171,7 +176,7 @@ def lr_equivalent(bench: Bench, options: Options) -> Members:
 
     def step(point: Point, k: int) -> Point:
         rates = _rates(bench, gauges.draw(point))
-        return bench.retrain(point, bench.budget.cycle, cycle=k, rates=rates)
+        return bench.retrain(point, bench.budget.cycle_steps, cycle=k, rates=rates)
 
     points, costs = _chain(bench, bench.budget.cycles, step)
     return Members(points, costs, tuple(gauges.drawn))
@@ -181,15 +186,15 @@ def fge(bench: Bench, options: Options) -> Members:
     """Fast geometric ensembling (1802.10026): triangular learning rates, a member at each minimum."""
     base, before = bench.base(), bench.spent
     high = bench.problem.optimizer.lr
-    half = max(1, bench.budget.cycle // 2)
+    half = bench.budget.cycle_steps // 2
+    period = max(1, 2 * half)  # a cycle of one step has no triangle
 
     def rate(step: int) -> float:
-        place = abs((step % (2 * half)) / half - 1)  # 1 at the ends of a cycle, 0 in its middle
+        place = abs((step % period) / half - 1) if half else 1.0  # 1 at the ends of a cycle, 0 in its middle
         return high * (LOWEST_RATE + (1 - LOWEST_RATE) * place)
 
-    captures = [
-        half + 1 + 2 * half * k for k in range(bench.budget.cycles)
-    ]  # the step at the lowest rate is made
+    # The step at the lowest rate is made.
+    captures = [half + 1 + period * k for k in range(bench.budget.cycles)]
     points = bench.course(base, bench.budget.extra_steps, captures, rate=rate)
     costs = [before + steps * bench.problem.batch for steps in captures]
     return Members((base, *points), (before, *costs))
@@ -202,7 +207,7 @@ def perturbed(bench: Bench, options: Options) -> Members:
 
     def step(point: Point, k: int) -> Point:
         moved = _displaced(bench, point, gauges.draw(base).distance, k)
-        return bench.retrain(moved, bench.budget.cycle, cycle=k)
+        return bench.retrain(moved, bench.budget.cycle_steps, cycle=k)
 
     points, costs = _chain(bench, bench.budget.cycles, step, base)
     return Members(points, costs, tuple(gauges.drawn))
@@ -278,7 +283,7 @@ def deep_ensemble_equal_total(bench: Bench, options: Options) -> Members:
 
 
 def independent(bench: Bench, options: Options) -> Members:
-    """As many independent runs in full as the budget holds."""
+    """As many independent runs as the budget holds in full, which share all of it."""
     count = max(1, int(bench.budget.trainings))
     return _independent(bench, count, bench.budget.total_steps // count)
 
@@ -314,7 +319,9 @@ METHODS: dict[str, Method] = {
     "rescale_retrain_curve": Method(
         rescale_retrain_curve, "variant", "C4: C1, and curves between neighbours", needs="rescaling"
     ),
-    "align_curve": Method(align_curve, "variant", "C5: a trained curve to another run, aligned"),
+    "align_curve": Method(
+        align_curve, "variant", "C5: a trained curve to another run, aligned", needs="alignment"
+    ),
     "snapshot": Method(snapshot, "control", "C1's schedule without rescaling"),
     "lr_equivalent": Method(
         lr_equivalent, "control", "C1's schedule with learning rates eta D^-2", needs="rates"
@@ -338,6 +345,7 @@ METHODS: dict[str, Method] = {
         deep_ensemble_equal_total,
         "control",
         "as many runs as the others have members, which share the budget",
+        _all,
     ),
 }
 
@@ -366,9 +374,20 @@ def _rates(bench: Bench, rescaling: Rescaling) -> LearningRates:
     return rates
 
 
-def _retrained(bench: Bench, rescaling: Rescaling, point: Point, cycle: int) -> Point:
-    """One cycle in another gauge, and back."""
-    return rescaling.undo(bench.retrain(rescaling.apply(point), bench.budget.cycle, cycle=cycle))
+def _can_be_permuted(model: nn.Module) -> bool:
+    try:
+        permutation_symmetry(uncompiled(model))
+    except ModelError:
+        return False
+    return True
+
+
+def _retrained(
+    bench: Bench, rescaling: Rescaling, point: Point, cycle: int, steps: int | None = None
+) -> Point:
+    """One cycle in another gauge, and back; of the budget's length by default."""
+    steps = bench.budget.cycle_steps if steps is None else steps
+    return rescaling.undo(bench.retrain(rescaling.apply(point), steps, cycle=cycle))
 
 
 def _chain(
@@ -443,7 +462,7 @@ def _aligned(bench: Bench, points: Point, to: Point) -> Point:
 def _iterates(bench: Bench) -> Sequence[Point]:
     """Points along a training with a constant learning rate, several a cycle."""
     base = bench.base()
-    every = max(1, bench.budget.cycle // AVERAGES_PER_CYCLE)
+    every = max(1, bench.budget.cycle_steps // AVERAGES_PER_CYCLE)
     captures = list(range(every, bench.budget.extra_steps + 1, every)) or [bench.budget.extra_steps]
     rate = AVERAGED_RATE * bench.problem.optimizer.lr
     return bench.course(base, bench.budget.extra_steps, captures, rate=lambda step: rate)

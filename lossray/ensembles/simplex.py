@@ -10,7 +10,7 @@ from lossray.ensembles.bench import Bench, Point
 from lossray.seeds import generator
 from lossray.training.batches import gradient_in_training, next_minibatch
 from lossray.training.optimizers import StackOptimizer
-from lossray.training.steps import all_finite
+from lossray.training.steps import all_finite, below_limit
 
 VOLUME = 1e-2  # weight of -log(volume) in the loss of a new vertex
 START = 0.1  # distance of a new vertex from the middle of the others, in norms of the base
@@ -38,6 +38,7 @@ def grow(bench: Bench, vertices: Sequence[Point], steps: int) -> Point:
     theta = middle + length[:, None] * away
     healthy = torch.stack([vertex.alive for vertex in vertices]).all(dim=0)
     seeds, rate = bench.seeds("vertex", number), bench.cosine(steps)
+    initial_loss = bench.initial_loss()
     optimizer = StackOptimizer(problem.optimizer, theta, problem.stack.layout)
     buffers = {name: tensor.clone() for name, tensor in vertices[0].buffers.items()}
     for step in range(steps):
@@ -47,7 +48,8 @@ def grow(bench: Bench, vertices: Sequence[Point], steps: int) -> Point:
         losses, gradient = gradient_in_training(
             problem.stack, here, buffers, problem.loss, batch, seeds, step
         )
-        healthy = healthy & torch.isfinite(losses) & all_finite(gradient)
+        bounded = below_limit(losses, initial_loss, problem.training.diverged_above, theta.dtype)
+        healthy = healthy & bounded & all_finite(gradient)
         pull = shares[:, -1:] * gradient - VOLUME * _growth(theta, fixed)
         optimizer.step(torch.where(healthy[:, None], pull, 0.0), rate(step), alive=healthy)
     bench.pay(steps * problem.batch)

@@ -188,7 +188,7 @@ def _rows_of(
             p_value=own.p_value,
             p_adjusted=p_adjusted,
             n=own.n,
-            verdict=_word(found.low, found.high),
+            verdict="the same" if own.same else _word(found.low, found.high),
             text=text,
         )
 

@@ -1,5 +1,6 @@
 """The decision rule of claim C: from contrasts to verdicts, pure functions."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -162,6 +163,8 @@ def _improvement(own: Contrast) -> str:
         lesson = ": rescaling is a change of learning rates" if LR_EQUIVALENT in own.control else ""
         return f"{text} (mean |difference| {own.spread:.1g} nats){lesson}"
     nats, share = own.difference, own.relative
+    if not math.isfinite(share.low):
+        return f"{nats.estimate:+.3g} nats, {100 * share.estimate:+.3g}%, without an interval"
     return (
         f"{nats.estimate:+.3g} nats ({nats.low:+.3g} to {nats.high:+.3g}), "
         f"{100 * share.estimate:+.3g}% ({100 * share.low:+.3g} to {100 * share.high:+.3g})"

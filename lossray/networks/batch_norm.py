@@ -1,6 +1,7 @@
 """Running statistics of batch norm, recomputed: averages of weights need those of their own activations."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,9 +25,9 @@ def has_statistics(model: nn.Module) -> bool:
 def refresh_statistics(stack: Stack, theta: Tensor, buffers: Members, inputs: Tensor) -> dict[str, Tensor]:
     """The buffers with the running statistics that ``inputs`` have at ``theta``.
 
-    Means and variances are averages over chunks of the inputs, each weighted by its number of examples: what
-    torch accumulates with ``momentum=None`` where all chunks have one size. Layers without running statistics
-    are in eval mode, so that dropout is not active.
+    Means and variances are averages over chunks of the inputs, each weighted by its number of examples, and
+    over the calls of a layer: what torch accumulates with ``momentum=None`` where all chunks have one size.
+    Layers without running statistics are in eval mode, so that dropout is not active.
 
     Args:
         stack: the architecture; its template is left as it was.
@@ -42,12 +43,9 @@ def refresh_statistics(stack: Stack, theta: Tensor, buffers: Members, inputs: Te
     if not layers:
         return own
     _reset(stack.template, layers, own)
-    seen = 0
-    with _refreshing(stack.template, layers):
+    with _refreshing(stack.template, layers), _averaging(stack.template, layers) as average:
         for chunk in torch.tensor_split(inputs, math.ceil(len(inputs) / CHUNK)):
-            seen += len(chunk)
-            for layer in layers:
-                layer.momentum = len(chunk) / seen  # a cumulative average; vmap cannot take momentum=None
+            average.begin(len(chunk))
             # The root's flag names the mode, so that the stack leaves the layers' own flags as they are.
             stack.losses(theta, own, chunk, chunk, _nothing, train=stack.template.training)
     return own
@@ -85,6 +83,43 @@ def _refreshing(template: nn.Module, layers: list[_NormBase]) -> Iterator[None]:
             module.training = mode
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
+
+
+class _Average:
+    """Momenta that make cumulative averages; vmap cannot take momentum=None.
+
+    A layer that a forward pass calls several times averages over all of its calls.
+    """
+
+    def __init__(self) -> None:
+        self.before, self.size = 0, 0  # examples of earlier chunks, and of this one
+        self.calls: Counter[_NormBase] = Counter()  # so far in this forward pass
+        self.each: Counter[_NormBase] = Counter()  # in one of an earlier chunk
+
+    def begin(self, size: int) -> None:
+        """The next chunk has so many examples."""
+        self.before, self.size, self.each = self.before + self.size, size, self.calls.copy()
+
+    def start(self, *_: object) -> None:
+        """A forward pass starts."""
+        self.calls.clear()
+
+    def weigh(self, layer: _NormBase, *_: object) -> None:
+        """A layer is about to be called."""
+        self.calls[layer] += 1
+        layer.momentum = self.size / (self.before * self.each[layer] + self.size * self.calls[layer])
+
+
+@contextmanager
+def _averaging(template: nn.Module, layers: list[_NormBase]) -> Iterator[_Average]:
+    average = _Average()
+    hooks = [template.register_forward_pre_hook(average.start)]
+    hooks += [layer.register_forward_pre_hook(average.weigh) for layer in layers]
+    try:
+        yield average
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _nothing(outputs: object, inputs: Tensor) -> Tensor:

@@ -141,7 +141,12 @@ MEMBERS = TableSchema(
         *ENSEMBLE_PARTS,
         number("disagreement", "1", "share of examples whose predicted classes differ"),
         number("kl", "nats", "(KL(p_i || p_j) + KL(p_j || p_i)) / 2, mean over examples"),
-        number("weight_distance", PARAMETER, "distance of their parameters, each in the base run's gauge"),
+        number(
+            "weight_distance",
+            PARAMETER,
+            "distance of their parameters as the method leaves them: `rescale_retrain` takes its members "
+            "back to the base run's gauge, `rescale_curve` does not",
+        ),
         number(
             "barrier", LOSS, "of the training loss on the straight line between them, at t = 1/4, 1/2 and 3/4"
         ),

@@ -21,7 +21,8 @@ class LearningRates:
     """Learning rates parameter by parameter, as multiples of the step's; [R, d] each, None for 1.
 
     A factor on the gradient, in front of the optimizer, is one for plain, heavy-ball and Nesterov descent,
-    and leaves their weight decay alone. Behind the optimizer it is one for the others.
+    and leaves their weight decay alone. Behind the optimizer it is one for the others, decoupled weight decay
+    included.
     """
 
     gradient: Tensor | None = None

@@ -196,6 +196,16 @@ def test_frozen_parameters_stay_and_float32_is_kept():
     assert curve.path.points.shape[2] == 4 * 8 + 8 * 3 + 3
 
 
+def test_gradients_that_are_switched_off_are_no_obstacle():
+    a, b = seeded(plain, 1), seeded(plain, 2)
+    points = lossray.connect(a, b, mse, examples(), steps=3).path.points
+    with torch.no_grad():
+        assert torch.equal(lossray.connect(a, b, mse, examples(), steps=3).path.points, points)
+        assert not torch.is_grad_enabled()
+    with torch.inference_mode(), pytest.raises(ModelError, match="inference_mode"):
+        lossray.connect(a, b, mse, examples(), steps=3)
+
+
 # ---- errors
 
 
@@ -237,6 +247,8 @@ def test_frozen_parameters_must_agree():
     [
         ({"kind": "beziers"}, "kind: found 'beziers'; .*did you mean 'bezier'"),
         ({"bends": 0}, "bends: found 0"),
+        ({"bends": 1.5}, "bends: found 1.5"),
+        ({"bends": "2"}, "bends: found '2'"),
         ({"steps": 0}, "steps: "),
         ({"batch_size": 0}, "batch_size: .*found 0"),
         ({"lr": -1.0}, "lr: "),
@@ -264,6 +276,13 @@ def test_data_and_losses_that_cannot_be_used():
         lossray.connect(a, b, lambda y, t: mse(y, t) * len(y), examples(), batch_size=16)
     with pytest.raises(ModelError, match="model: found int"):
         lossray.connect(a, 3, mse, examples())
+    with pytest.raises(ModelError, match="connect, loss: found NoneType"):
+        lossray.connect(a, b, None, examples())
+    broken = copy.deepcopy(b)
+    with torch.no_grad():
+        broken[0].weight[0, 0] = torch.nan
+    with pytest.raises(ModelError, match=r"parameter '0.weight' of model_b has values that are not finite"):
+        lossray.connect(a, broken, mse, examples())
     inputs, targets = examples()
     wide = [(torch.zeros(3, 2, 4).double(), torch.zeros(3, 2, 3).double()), (inputs, targets)]
     with pytest.raises(DataError, match=r"examples of the shapes \[2, 4\], \[4\]"):

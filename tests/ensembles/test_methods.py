@@ -39,11 +39,12 @@ def test_every_method_has_its_size_and_pays_for_its_steps(built, method):
     base = 0 if METHODS[method].steps(bench.budget) >= bench.budget.total_steps else bench.budget.base_steps
     steps = (base + METHODS[method].steps(bench.budget)) * bench.problem.batch
     slack = 4 * bench.problem.batch  # FGE ends at a minimum, SWA at its last average
-    if needs is None:
+    rescales = needs in ("rescaling", "rates")
+    if not rescales:
         assert ((steps - slack <= members.costs[-1]) & (members.costs[-1] <= steps)).all()
     else:
         assert (steps < members.costs[-1]).all()
-    assert bool(members.rescalings) == (needs is not None)
+    assert bool(members.rescalings) == rescales
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -96,7 +97,7 @@ def test_members_of_a_chain_follow_each_other(built):
     members, bench = built("snapshot")
     point = members.points[0]
     for k, member in enumerate(members.points[1:]):
-        point = bench.retrain(point, bench.budget.cycle, cycle=k)
+        point = bench.retrain(point, bench.budget.cycle_steps, cycle=k)
         assert torch.equal(point.theta, member.theta)
 
 
@@ -193,6 +194,36 @@ def test_methods_that_cannot_be_applied_say_why(make_problem):
     assert "muon" in METHODS["lr_equivalent"].refusal(muon)
     assert METHODS["rescale_retrain"].refusal(muon) is None
     assert {METHODS[name].refusal(smooth) for name in ("snapshot", "align_curve", "swag")} == {None}
+
+
+def test_nothing_is_aligned_without_hidden_units(make_problem):
+    linear = make_problem({"name": "mlp", "widths": []})
+    assert "no hidden layer" in METHODS["align_curve"].refusal(linear)
+    assert METHODS["curve_seeds"].refusal(linear) is None
+
+
+@pytest.mark.parametrize("cycle", [1, 2, 3, 5, 16])
+@pytest.mark.parametrize("trainings", [0.5, 1.0, 1.75])
+@pytest.mark.parametrize("method", ["snapshot", "fge", "rescale_retrain_curve"])
+def test_no_cycle_exceeds_the_budget(problem, bench_of, method, trainings, cycle):
+    bench, steps = bench_of(problem, trainings, cycle), []
+
+    def course(start, count, captures, **_):
+        steps.append(captures[-1])
+        return [start] * len(captures)
+
+    bench.course = course
+    bench.curve = lambda a, b, count, **_: steps.append(count)
+    bench.on_path = lambda path, a, b, t: a
+    METHODS[method].build(bench, OPTIONS)
+    assert 0 < sum(steps) <= bench.budget.extra_steps
+
+
+def test_a_vertex_that_diverges_is_not_a_member(problem, bench_of):
+    """Its loss is finite throughout, as in training where `diverged_above` decides."""
+    steep = replace(problem, optimizer=problem.optimizer.model_copy(update={"lr": 1e4}))
+    members = METHODS["simplex"].build(bench_of(steep), OPTIONS)
+    assert not any(point.alive.any() for point in members.points)
 
 
 NORMED = {"name": "mlp", "widths": [6], "norm": "batch"}

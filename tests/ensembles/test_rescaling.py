@@ -5,7 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lossray.ensembles.rescaling import Gauges, dead_units, equivalent_rates, largest_eigenvalue
+from lossray.ensembles.rescaling import (
+    LANCZOS_STEPS,
+    SHARPNESS_EXAMPLES,
+    Gauges,
+    dead_units,
+    equivalent_rates,
+    function_change,
+    largest_eigenvalue,
+)
 from lossray.networks.symmetry import rescaling_symmetry
 
 DESCENT = [
@@ -20,6 +28,7 @@ BY_SIGN = [
     {"name": "adamw", "lr": 0.01, "eps": 1e-30, "weight_decay": 0.0},
     {"name": "rmsprop", "lr": 0.01, "eps": 1e-30},
     {"name": "adamax", "lr": 0.01, "eps": 1e-30},
+    {"name": "radam", "lr": 0.01, "eps": 1e-30},  # its first five steps go by the gradient
     {"name": "lion", "lr": 0.001},
 ]
 
@@ -157,3 +166,36 @@ def test_what_halving_costs_is_the_run_s_own(make_problem, bench_of):
         Gauges(bench, sigma=3.0, powers_of_two=False).draw(bench.base())
         spent.append(bench.spent[-1])
     assert spent[0] == spent[1]
+
+
+def test_adaptive_methods_pay_for_no_estimate(make_problem, bench_of):
+    """They are not looked at to decide anything, but they are in the table."""
+    found = []
+    for optimizer in ({"name": "adam", "lr": 0.01}, {"name": "sgd", "lr": 1e-3}):
+        bench = bench_of(make_problem(optimizer=optimizer))
+        base, before = bench.base(), bench.spent
+        rescaling = Gauges(bench, sigma=0.5, powers_of_two=False).draw(base)
+        assert torch.isfinite(rescaling.lambda_max_after).all()
+        found.append((bench.spent - before - bench.problem.examples).tolist())
+    examples = min(SHARPNESS_EXAMPLES, bench.problem.examples)
+    assert found == [[0, 0], [(1 + 2 * LANCZOS_STEPS) * examples] * 2]
+
+
+def test_nesterov_has_a_limit_of_its_own(make_problem, bench_of):
+    """It is stable up to 3.8 / 2.8 = 1.36 only (SCIENCE 2.10)."""
+    for optimizer, limit in (("sgd", 1.5), ("momentum", 1.5), ("nesterov", 0.75 * 3.8 / 2.8)):
+        problem = make_problem(optimizer={"name": optimizer, "lr": 0.01})
+        gauges = Gauges(bench_of(problem), sigma=0.5, powers_of_two=False)
+        calm, edge = torch.zeros(2), torch.tensor([0.999, 1.001]) * limit / 0.01
+        assert gauges._too_steep(calm, edge).tolist() == [False, True]
+
+
+def test_the_examples_may_come_in_parts(problem, bench_of, monkeypatch):
+    bench = bench_of(problem)
+    base = bench.base()
+    gauges = Gauges(bench, sigma=1.0, powers_of_two=False)
+    copy = gauges.draw(base).apply(base)
+    whole = dead_units(bench, gauges.symmetry, base), function_change(bench, base, copy)
+    monkeypatch.setattr("lossray.ensembles.rescaling.CHUNK", 14)
+    assert torch.equal(dead_units(bench, gauges.symmetry, base), whole[0])
+    torch.testing.assert_close(function_change(bench, base, copy), whole[1], rtol=1, atol=1e-15)

@@ -33,7 +33,13 @@ def lone_norm() -> nn.Module:
     return nn.BatchNorm2d(1)
 
 
-BUILDS = {"net": net, "filters": filters, "lone_norm": lone_norm}
+def shared() -> nn.Module:
+    """One norm at two places, whose inputs differ: its statistics are averages over both."""
+    norm = nn.BatchNorm1d(6)
+    return nn.Sequential(nn.Flatten(), norm, nn.Linear(6, 6), nn.ReLU(), norm, nn.Linear(6, 2))
+
+
+BUILDS = {"net": net, "filters": filters, "lone_norm": lone_norm, "shared": shared}
 
 
 def make(name: str, executor: str) -> tuple[list[nn.Module], Stack, Tensor, dict[str, Tensor]]:

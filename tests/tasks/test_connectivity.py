@@ -14,7 +14,8 @@ from lossray.storage import checkpoints
 from lossray.storage.publish import assemble
 from lossray.storage.store import Store
 from tasks.connectivity import connect_runs, pairs_of
-from tasks.path_ends import ConnectivityJob
+from tasks.context import dataset_of, stack_of
+from tasks.path_ends import ConnectivityJob, Site, ends_of, possible
 from tasks.record import Attempt
 from tasks.training import train_pack
 
@@ -150,3 +151,83 @@ def test_added_packs_add_pairs_and_change_none(planned):
         own.needs for own, job in last.items() if isinstance(job, ConnectivityJob) and job.aligned == "none"
     ]
     assert {event.pack_id for event in needs[0]} == {pack.pack_id for pack in packs[1:]}
+
+
+# ---- what can be joined
+
+
+def replaced(plan, member, name, change):
+    """One tensor of one run's last checkpoint is another."""
+    store, pack = Store(plan.context.out), plan.packs[0].pack
+    path = store.checkpoint_path(pack.pack_id, 12)
+    checkpoint = checkpoints.loads(store.read_bytes(path))
+    change(checkpoint.parameters[name][member])
+    store.write_bytes(path, checkpoints.dumps(checkpoint))
+
+
+def site_of(plan, job):
+    dataset = dataset_of(job.context, torch.float32)
+    stack, _, _ = stack_of(job.pack, dataset, dtype=torch.float32, device=torch.device("cpu"))
+    return Site(job, plan.study.connectivity, stack, dataset)
+
+
+USERS = """
+from torch import nn
+
+
+def frozen(input_shape, n_outputs, *, alike):
+    first = nn.Linear(6, 5)
+    if alike:
+        nn.init.eye_(first.weight)
+        nn.init.zeros_(first.bias)
+    return nn.Sequential(first.requires_grad_(False), nn.ReLU(), nn.Linear(5, n_outputs))
+
+
+def grouped(input_shape, n_outputs):
+    hidden = nn.Sequential(nn.Unflatten(1, (6, 1)), nn.Conv1d(6, 6, 1, groups=3), nn.ReLU(), nn.Flatten())
+    return nn.Sequential(*hidden, nn.Linear(6, n_outputs))
+"""
+
+
+@pytest.fixture
+def users(tmp_path, monkeypatch):
+    (tmp_path / "joined_models.py").write_text(USERS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+@pytest.mark.parametrize(("alike", "expected"), [(True, {"none"}), (False, set())])
+def test_runs_whose_frozen_parameters_differ_are_not_joined(planned, users, alike, expected):
+    section = {"kinds": ["line"], "align": ["none", "permutation"], "points": 3, "rescaled": False}
+    models = [{"name": "joined_models:frozen", "alike": alike}]
+    plan = trained(planned, seeds=[3, 8], models=models, connectivity=section)
+    for job in jobs(plan).values():
+        connect_runs(job)
+    paths, _ = tables(plan)
+    assert set(paths["aligned"]) == expected  # with nothing to permute: the hidden layer is frozen
+
+
+def test_both_takes_what_the_architecture_has(planned, users):
+    section = {"kinds": ["line"], "align": ["permutation", "scale", "both"], "points": 3, "rescaled": False}
+    plan = trained(planned, seeds=[3, 8], models=[{"name": "joined_models:grouped"}], connectivity=section)
+    found = {name: possible(site_of(plan, job)) for name, job in jobs(plan).items()}
+    assert found == {"permutation": False, "scale": True, "both": True}
+    for job in jobs(plan).values():
+        connect_runs(job)
+    _, barriers = tables(plan)
+    assert set(barriers["aligned"]) == {"scale", "both"}
+    assert (barriers["endpoint_distance"] < barriers["distance_before"]).all()
+
+
+def test_a_weight_that_underflows_in_the_rescaled_copy_keeps_its_sign(planned):
+    plan = trained(planned, connectivity=SECTION)
+
+    def shrink(weight):
+        weight[:] = torch.tensor([[1e-45], [-1e-45], [0.0], [1e-45]])
+
+    replaced(plan, 1, "hidden1.weight", shrink)
+    job = jobs(plan)["rescaled"]
+    ends = ends_of(site_of(plan, job))
+    assert torch.equal(ends.a.sign(), ends.b.sign())
+    assert (ends.function_change < 1e-12).all()
+    connect_runs(job)
+    assert (tables(plan)[1]["status"] == "done").all()
