@@ -18,7 +18,8 @@ from torch import Tensor
 
 from lossray.ensembles.bench import Bench, Point, Problem
 from lossray.ensembles.diversity import pairwise
-from lossray.ensembles.methods import METHODS, Members, Options
+from lossray.ensembles.methods import METHODS
+from lossray.ensembles.recipes import Members, Options
 from lossray.ensembles.rescaling import Rescaling
 from lossray.ensembles.scores import PrefixScores, example_scores, prefix_scores
 from lossray.ensembles.settings import EnsemblesSettings

@@ -8,7 +8,8 @@ import torch
 
 from lossray.ensembles.averages import averaged, gaussian_samples
 from lossray.ensembles.bench import FORWARD
-from lossray.ensembles.methods import METHODS, Options, spread
+from lossray.ensembles.methods import METHODS
+from lossray.ensembles.recipes import Options, spread
 from lossray.ensembles.simplex import _growth, uniform_shares
 from lossray.training.evaluation import evaluate_split
 
