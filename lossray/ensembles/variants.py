@@ -100,13 +100,14 @@ def _retrained(
 
 def _aligned(bench: Bench, points: Point, to: Point) -> Point:
     """Permutation and scale of each run's point to another; the same functions."""
+    inputs = bench.problem.dataset.train.inputs  # on which it is checked that the function stays
     rows, buffers = [], []
     for r in range(len(points.theta)):
         if not bool(points.alive[r] & to.alive[r]):
             rows.append(points.theta[r])
             buffers.append({name: tensor[r] for name, tensor in points.buffers.items()})
             continue
-        model = aligned(bench.module(points, r), bench.module(to, r)).model
+        model = aligned(bench.module(points, r), bench.module(to, r), inputs).model
         parameters, others = tensors_of(model)
         rows.append(torch.cat([tensor.reshape(-1) for tensor in parameters.values()]).to(points.theta))
         buffers.append(others)
