@@ -126,6 +126,7 @@ def test_the_work_of_a_node_that_dies_is_done_by_another(
     assert tasks.set_index(["kind", "step"])["attempts"]["checkpoint", 5] == 2
 
 
+@pytest.mark.slow
 def test_a_stopped_job_resumes_as_a_job_and_grows_from_outside_and_the_dashboard_shows_it_all(
     cluster, gates, helpers, lossray_run, study_path, undisturbed, tmp_path
 ):

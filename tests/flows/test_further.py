@@ -219,6 +219,7 @@ def test_damaged_claims_are_made_again(whole, tmp_path, monkeypatch):
     assert Store(str(other)).exists("tables/claims.parquet")
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_on_ray_the_rows_are_those_without_it(session_ray, whole, tmp_path, helpers):
     path, out = whole

@@ -31,6 +31,7 @@ def kill_at(gates, pattern, run):
     gates.open()
 
 
+@pytest.mark.slow
 def test_killed_workers_are_replaced_and_the_rows_are_those_of_an_undisturbed_run(
     session_ray, gates, helpers, study_path, undisturbed, tmp_path
 ):
@@ -121,6 +122,7 @@ top = 3
 """
 
 
+@pytest.mark.slow
 def test_models_that_fail_or_kill_their_worker_are_recorded_and_the_others_are_done(
     session_ray, forget_modules, tmp_path, capfd, monkeypatch
 ):

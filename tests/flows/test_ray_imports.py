@@ -28,6 +28,7 @@ top = 3
 """
 
 
+@pytest.mark.slow
 def test_own_modules_are_found_and_decoys_are_not(lossray_run, tmp_path):
     """A model where the command is given, a loss and data beside the study, both with decoys."""
     here, studies = tmp_path / "here", tmp_path / "studies"

@@ -29,6 +29,7 @@ def assert_interrupted(run, out):
     assert not (out / "tables").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_an_interrupted_study_keeps_what_is_done_and_resumes(
     lossray_run, gates, ray_address, helpers, study_path, undisturbed, tmp_path

@@ -19,6 +19,7 @@ def is_agent(process):
     return any(agent in " ".join(process.cmdline()) for agent in AGENTS)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_driver_killed_three_times_ends_with_the_rows_of_an_undisturbed_run(
     lossray_run, gates, ray_address, helpers, study_path, undisturbed, tmp_path
