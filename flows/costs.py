@@ -29,6 +29,8 @@ from tasks.spectra import operators_asked
 TIMED_STEPS = (0, 1, 2, 3, 8, 13)  # checkpoints of the timed training; the first step warms up
 LONG_SEGMENT = 5  # steps between the last of them
 TIMED_PRODUCTS = 3
+# Time of paths and ensembles in that of their steps, as observed in `ensembles`.
+EVALUATIONS = 2.0
 # Time of an analysis in that of its products: the recurrences around them, rows and files, and other tasks
 # beside it. As observed in `paper`, `quick` and `edge-of-stability`, on two cores.
 OVERHEAD = 2.2
@@ -140,7 +142,7 @@ def _dense_cost(study: Study, pack: Pack, dim: int) -> tuple[int, float]:
 
 
 def _retraining_steps(pack_plan: PackPlan, study: Study) -> float:
-    """Steps of the pack's training in paths and ensembles; evaluations beside them take as long."""
+    """Steps of the pack's training in paths and ensembles, and as steps what is evaluated beside them."""
     steps = 0.0
     for job in pack_plan.further.values():
         if isinstance(job, ConnectivityJob) and study.connectivity is not None and job.aligned != RESCALED:
@@ -150,7 +152,7 @@ def _retraining_steps(pack_plan: PackPlan, study: Study) -> float:
         elif isinstance(job, EnsembleJob) and study.ensembles is not None:
             budgets = [study.ensembles.budget(b, study.training.steps) for b in study.ensembles.budgets]
             steps += sum(METHODS[job.method].steps(budget) for budget in budgets)
-    return 2 * steps
+    return EVALUATIONS * steps
 
 
 def _logit_bytes(pack_plan: PackPlan, study: Study, dataset: Dataset) -> int:

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from typing import Any
+from collections import Counter
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -15,6 +16,21 @@ class Settings(BaseModel):
     def plain(self) -> dict[str, Any]:
         """The settings as JSON-compatible values, defaults included, in declaration order."""
         return self.model_dump(mode="json")
+
+
+T = TypeVar("T")
+
+
+def each_once(values: tuple[T, ...]) -> tuple[T, ...]:
+    """The values as they are, for a validator.
+
+    Raises:
+        ValueError: one is there twice.
+    """
+    for value, count in Counter(values).items():
+        if count > 1:
+            raise ValueError(f"found {value!r} twice; allowed: each once")
+    return values
 
 
 def content_hash(value: Any, length: int = 16) -> str:

@@ -16,29 +16,28 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lossray.ensembles.bench import Bench, Point, Problem
+from lossray.ensembles.bench import Bench, Problem
 from lossray.ensembles.diversity import pairwise
+from lossray.ensembles.lines import pair_barriers
 from lossray.ensembles.methods import METHODS
 from lossray.ensembles.recipes import Members, Options
 from lossray.ensembles.rescaling import Rescaling
 from lossray.ensembles.scores import PrefixScores, example_scores, prefix_scores
 from lossray.ensembles.settings import EnsemblesSettings
-from lossray.networks.batch_norm import has_statistics, refresh_statistics
 from lossray.networks.models import build_model
 from lossray.networks.stack import build_stack
 from lossray.storage.checkpoints import Checkpoint, read_checkpoint
 from lossray.storage.store import Store
 from lossray.study import Pack
 from lossray.training.datasets import Dataset, Split, on_device
-from lossray.training.evaluation import CHUNK, evaluate_split
+from lossray.training.evaluation import CHUNK
 from tasks.context import Context, dataset_of, device_name, local_device, loss_of, prepare_worker, stack_of
 from tasks.record import Attempt, Stopwatch
 from tasks.spectra import Row, finite
 
 SPLITS = ("validation", "test")
 TABLES = ("ensembles", "members", "predictions", "rescalings", "logits")
-LINE = (0.25, 0.5, 0.75)  # where the barrier between two members is looked for
-BARRIER_EXAMPLES = 256  # training examples on which
+BARRIER_EXAMPLES = 256  # of the training split, on which barriers between members are looked for
 
 Array = NDArray[np.float64]
 
@@ -262,7 +261,9 @@ def _member_rows(built: Built, problem: Problem) -> Iterator[Row]:
     pairs = list(itertools.combinations(range(len(points)), 2))
     if not pairs:
         return
-    rises = _pair_barriers(problem, points, pairs).cpu().numpy()  # [R, pairs]
+    train = problem.dataset.train
+    some = Split(train.inputs[:BARRIER_EXAMPLES], train.targets[:BARRIER_EXAMPLES])
+    rises = pair_barriers(problem, points, some).cpu().numpy()  # [R, pairs]
     for r in range(len(built.job.pack.seeds)):
         diversity = pairwise(built.logits["test"][r])
         for n, (i, j) in enumerate(pairs):
@@ -277,26 +278,3 @@ def _member_rows(built: Built, problem: Problem) -> Iterator[Row]:
                 "weight_distance": finite(float(torch.linalg.vector_norm(apart))),
                 "barrier": finite(float(rises[r, n])),
             }
-
-
-def _pair_barriers(problem: Problem, points: Sequence[Point], pairs: Sequence[tuple[int, int]]) -> Tensor:
-    """Largest rise of the training loss above the chord on the lines between members, [R, pairs] float64."""
-    ends = torch.stack([_losses(problem, point, point, 0.0) for point in points])
-    rises = []
-    for i, j in pairs:
-        lines = torch.stack([_losses(problem, points[i], points[j], t) for t in LINE])
-        times = torch.tensor(LINE, dtype=lines.dtype, device=lines.device)[:, None]
-        chord = (1 - times) * ends[i] + times * ends[j]
-        rises.append((lines - chord).amax(dim=0).clamp(min=0))
-    return torch.stack(rises, dim=1)
-
-
-def _losses(problem: Problem, a: Point, b: Point, t: float) -> Tensor:
-    """Training losses of all runs at one place of a line, batch norm refreshed between the ends."""
-    train = problem.dataset.train
-    some = Split(train.inputs[:BARRIER_EXAMPLES], train.targets[:BARRIER_EXAMPLES])
-    theta, buffers = torch.lerp(a.theta, b.theta, t), a.buffers
-    if t > 0 and has_statistics(problem.stack.template):
-        buffers = refresh_statistics(problem.stack, theta, buffers, train.inputs)
-    losses, _ = evaluate_split(problem.stack, theta, buffers, problem.loss, some)
-    return losses

@@ -8,10 +8,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lossray.connectivity.alignment import aligned
+from lossray.connectivity.members import align_members
 from lossray.connectivity.settings import Alignment, ConnectivitySettings
 from lossray.errors import ModelError
-from lossray.networks.layout import tensors_of
 from lossray.networks.permutations import permutation_symmetry
 from lossray.networks.random_gauges import random_factors
 from lossray.networks.stack import Stack
@@ -21,13 +20,12 @@ from lossray.storage.checkpoints import read_checkpoint
 from lossray.storage.store import Store
 from lossray.study import Pack
 from lossray.training.datasets import Dataset
-from lossray.training.evaluation import CHUNK
+from lossray.training.evaluation import output_change
 from tasks.context import Context
 from tasks.record import Attempt
 
-RESCALED: Literal["rescaled"] = (
-    "rescaled"  # in place of an alignment: of a run with a rescaled copy of itself
-)
+# In place of an alignment: of a run with a rescaled copy of itself.
+RESCALED: Literal["rescaled"] = "rescaled"
 
 
 @dataclass(frozen=True)
@@ -157,24 +155,10 @@ def _rescaled(site: Site, ends: Ends) -> Ends:
     rounded = scaled.to(ends.b.dtype)
     # The geometric path needs equal signs: what underflows becomes the smallest number instead of 0.
     smallest = torch.nextafter(torch.zeros_like(rounded), ends.b)
-    return replace(
-        ends, b=rounded.where(rounded != 0, smallest), function_change=_function_change(site, ends, scaled)
-    )
-
-
-@torch.no_grad()
-def _function_change(site: Site, ends: Ends, scaled: Tensor) -> Tensor:
-    """Largest |f - f'| over largest |f| on the training inputs, in float64, [P]."""
     buffers = {name: _exact(tensor) for name, tensor in ends.buffers_b.items()}
-    sizes = []
-    for chunk in site.dataset.train.inputs.split(max(1, CHUNK // len(scaled))):
-        inputs = _exact(chunk)
-        before, after = (
-            site.stack.outputs(theta, buffers, inputs).flatten(1) for theta in (ends.b.double(), scaled)
-        )
-        sizes.append(torch.stack([(before - after).abs().amax(dim=1), before.abs().amax(dim=1)]))
-    largest: Tensor = torch.stack(sizes).amax(dim=0)
-    return largest[0] / largest[1]
+    inputs = _exact(site.dataset.train.inputs)
+    change = output_change(site.stack, ends.b.double(), scaled, buffers, inputs)
+    return replace(ends, b=rounded.where(rounded != 0, smallest), function_change=change)
 
 
 def _exact(tensor: Tensor) -> Tensor:
@@ -182,18 +166,17 @@ def _exact(tensor: Tensor) -> Tensor:
 
 
 def _aligned(site: Site, ends: Ends) -> Ends:
-    """Each pair as two modules, the second brought close to the first."""
+    """The second of each pair brought close to the first."""
     kind = site.job.aligned
     assert kind != "none"
     assert kind != RESCALED
-    rows, changes = list(ends.b), list(ends.function_change)
-    buffers = [{name: tensor[p] for name, tensor in ends.buffers_b.items()} for p in range(len(rows))]
-    for p in torch.nonzero(ends.alive)[:, 0].tolist():
-        to = site.stack.module(ends.a[p], {name: tensor[p] for name, tensor in ends.buffers_a.items()})
-        own = site.stack.module(ends.b[p], buffers[p])
-        found = aligned(own, to, site.dataset.train.inputs, kind=kind, matching=site.settings.matching)
-        parameters, buffers[p] = tensors_of(found.model)
-        rows[p] = torch.cat([tensor.reshape(-1) for tensor in parameters.values()])
-        changes[p] = torch.as_tensor(found.function_change, dtype=torch.float64, device=changes[p].device)
-    stacked = {name: torch.stack([own[name] for own in buffers]) for name in ends.buffers_b}
-    return replace(ends, b=torch.stack(rows), buffers_b=stacked, function_change=torch.stack(changes))
+    found = align_members(
+        site.stack,
+        (ends.b, ends.buffers_b),
+        (ends.a, ends.buffers_a),
+        site.dataset.train.inputs,
+        alive=ends.alive,
+        kind=kind,
+        matching=site.settings.matching,
+    )
+    return replace(ends, b=found.theta, buffers_b=found.buffers, function_change=found.function_change)

@@ -1,11 +1,10 @@
 """The [connectivity] section of a study file."""
 
-from collections import Counter
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from lossray.settings import Settings
+from lossray.settings import Settings, each_once
 
 Kind = Literal["line", "polychain", "bezier"]
 Alignment = Literal["none", "permutation", "scale", "both"]
@@ -49,7 +48,4 @@ class ConnectivitySettings(Settings):
     @field_validator("kinds", "align")
     @classmethod
     def _distinct(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        twice = [name for name, count in Counter(names).items() if count > 1]
-        if twice:
-            raise ValueError(f"found {twice[0]!r} twice; allowed: each name once")
-        return names
+        return each_once(names)

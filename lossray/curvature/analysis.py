@@ -1,6 +1,5 @@
 """The curvature of R members at one checkpoint: what [curvature] asks for, and the analysis itself."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, Protocol
@@ -30,7 +29,7 @@ from lossray.curvature.estimates import Estimate, MemberEstimate
 from lossray.curvature.lanczos import KrylovPass, capacity
 from lossray.curvature.pairs import EigenPairs, MemberPairs, PackedOperator, certify
 from lossray.curvature.quadrature import Probing
-from lossray.settings import Settings
+from lossray.settings import Settings, each_once
 
 Operator = Literal[
     "hessian",
@@ -82,10 +81,7 @@ class CurvatureSettings(Settings):
     @field_validator("operators")
     @classmethod
     def _distinct(cls, operators: tuple[str, ...]) -> tuple[str, ...]:
-        twice = [name for name, count in Counter(operators).items() if count > 1]
-        if twice:
-            raise ValueError(f"found {twice[0]!r} twice; allowed: each name once")
-        return operators
+        return each_once(operators)
 
 
 class CurvatureOperator(PackedOperator, Protocol):

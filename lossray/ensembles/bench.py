@@ -4,14 +4,13 @@ A method works on all base runs of a pack at once; every run depends on its own 
 counted here, in gradients of single examples of one run.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from lossray.connectivity.curves import train_curves
 from lossray.connectivity.paths import Path, bent
@@ -103,9 +102,9 @@ class Bench:
 
     # ---- training
 
-    def base(self, steps: int | None = None) -> Point:
-        """The base runs after some steps of their own training; by default those of the budget."""
-        steps = self.budget.base_steps if steps is None else steps
+    def base(self) -> Point:
+        """The base runs after those steps of their own training that the budget has for them."""
+        steps = self.budget.base_steps
         problem, found = self.problem, self.problem.checkpoint(steps)
         task = self._task(problem.training, problem.optimizer, problem.seeds)
         device = problem.dataset.train.targets.device
@@ -219,21 +218,9 @@ class Bench:
         settings = self.problem.optimizer.model_copy(update={"schedule": "cosine", "floor": 0.0})
         return lambda step: learning_rate(settings, step, steps)
 
-    @contextmanager
-    def unpaid(self) -> Iterator[None]:
-        """What is done inside costs nothing: measurements that no method chooses by."""
-        spent = self.spent
-        yield
-        self.spent = spent
-
     def seeds(self, purpose: str, number: int) -> tuple[int, ...]:
         """Seeds that depend on those of the base runs and a name."""
         return tuple(stream(seed, f"ensembles/{purpose}", number) for seed in self.problem.seeds)
-
-    def module(self, point: Point, r: int) -> nn.Module:
-        """One base run's point as a module in eval mode."""
-        buffers = {name: tensor[r] for name, tensor in point.buffers.items()}
-        return self.problem.stack.module(point.theta[r], buffers)
 
     def initial_loss(self) -> Tensor:
         """The base runs' initial losses; read from their first checkpoint where no base was asked for."""

@@ -29,17 +29,13 @@ class Method:
 
     Attributes:
         build: makes the members.
-        role: a variant of the paper's method, or a control.
-        words: what it does.
         steps: of training beyond the base runs, by the budget.
         needs: "rescaling", a ReLU network whose units can be rescaled; "rates", also an optimizer with
             learning rates that equal a rescaling; "alignment", units that can be permuted or rescaled.
     """
 
     build: Callable[[Bench, Options], Members]
-    role: Literal["variant", "control"]
-    words: str
-    steps: Callable[[Budget], int] = lambda budget: budget.extra_steps
+    steps: Callable[[Budget], int]
     needs: Literal["rescaling", "rates", "alignment"] | None = None
 
     def refusal(self, problem: Problem) -> str | None:
@@ -68,6 +64,10 @@ def _none(budget: Budget) -> int:
     return 0
 
 
+def _extra(budget: Budget) -> int:
+    return budget.extra_steps
+
+
 def _all(budget: Budget) -> int:
     return budget.total_steps
 
@@ -77,62 +77,27 @@ def _full(budget: Budget) -> int:
 
 
 METHODS: dict[str, Method] = {
-    "rescaled_copies": Method(
-        variants.rescaled_copies, "variant", "C0: rescaled copies of the base", _none, needs="rescaling"
-    ),
-    "rescale_retrain": Method(
-        variants.rescale_retrain, "variant", "C1: rescale and retrain, again and again", needs="rescaling"
-    ),
-    "points_geometric": Method(
-        variants.points_geometric, "variant", "C2: points on D^t theta", _none, needs="rescaling"
-    ),
-    "points_line": Method(
-        variants.points_line,
-        "variant",
-        "C2: points on the line from theta to D theta",
-        _none,
-        needs="rescaling",
-    ),
-    "rescale_curve": Method(
-        variants.rescale_curve,
-        "variant",
-        "C3: a trained curve from theta to polished D theta",
-        needs="rescaling",
-    ),
-    "rescale_retrain_curve": Method(
-        variants.rescale_retrain_curve, "variant", "C4: C1, and curves between neighbours", needs="rescaling"
-    ),
-    "align_curve": Method(
-        variants.align_curve, "variant", "C5: a trained curve to another run, aligned", needs="alignment"
-    ),
-    "snapshot": Method(controls.snapshot, "control", "C1's schedule without rescaling"),
-    "lr_equivalent": Method(
-        controls.lr_equivalent, "control", "C1's schedule with learning rates eta D^-2", needs="rates"
-    ),
-    "perturbed": Method(
-        controls.perturbed,
-        "control",
-        "C1's schedule after random displacements of the same length",
-        needs="rescaling",
-    ),
-    "curve": Method(controls.curve, "control", "C3 without rescaling"),
-    "curve_lr_equivalent": Method(
-        controls.curve_lr_equivalent, "control", "C3 with learning rates eta D^-2", needs="rates"
-    ),
-    "curve_seeds": Method(controls.curve_seeds, "control", "C5 without alignment"),
-    "fge": Method(controls.fge, "control", "fast geometric ensembling"),
-    "long_run": Method(controls.long_run, "control", "one run with all steps", _all),
-    "swa": Method(controls.swa, "control", "stochastic weight averaging"),
-    "swag": Method(controls.swag, "control", "draws from SWA-Gaussian"),
-    "simplex": Method(controls.simplex, "control", "draws from a low-loss simplex (ESPRO)"),
-    "independent": Method(controls.independent, "control", "as many full runs as the budget holds", _all),
-    "deep_ensemble": Method(
-        controls.deep_ensemble, "control", "as many full runs as the others have members", _full
-    ),
-    "deep_ensemble_equal_total": Method(
-        controls.deep_ensemble_equal_total,
-        "control",
-        "as many runs as the others have members, which share the budget",
-        _all,
-    ),
+    # C0 to C5
+    "rescaled_copies": Method(variants.rescaled_copies, _none, "rescaling"),
+    "rescale_retrain": Method(variants.rescale_retrain, _extra, "rescaling"),
+    "points_geometric": Method(variants.points_geometric, _none, "rescaling"),
+    "points_line": Method(variants.points_line, _none, "rescaling"),
+    "rescale_curve": Method(variants.rescale_curve, _extra, "rescaling"),
+    "rescale_retrain_curve": Method(variants.rescale_retrain_curve, _extra, "rescaling"),
+    "align_curve": Method(variants.align_curve, _extra, "alignment"),
+    # what else the budget would buy
+    "snapshot": Method(controls.snapshot, _extra),
+    "lr_equivalent": Method(controls.lr_equivalent, _extra, "rates"),
+    "perturbed": Method(controls.perturbed, _extra, "rescaling"),
+    "curve": Method(controls.curve, _extra),
+    "curve_lr_equivalent": Method(controls.curve_lr_equivalent, _extra, "rates"),
+    "curve_seeds": Method(controls.curve_seeds, _extra),
+    "fge": Method(controls.fge, _extra),
+    "long_run": Method(controls.long_run, _all),
+    "swa": Method(controls.swa, _extra),
+    "swag": Method(controls.swag, _extra),
+    "simplex": Method(controls.simplex, _extra),
+    "independent": Method(controls.independent, _all),
+    "deep_ensemble": Method(controls.deep_ensemble, _full),
+    "deep_ensemble_equal_total": Method(controls.deep_ensemble_equal_total, _all),
 }

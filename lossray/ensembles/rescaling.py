@@ -13,11 +13,13 @@ from torch.nn.functional import normalize
 
 from lossray.curvature.objectives import StackObjective
 from lossray.curvature.operators import PackedHessian
+from lossray.curvature.ritz import largest_ritz_values
 from lossray.ensembles.bench import PRODUCT, Bench, Point, Problem
+from lossray.ensembles.lines import line_barrier
 from lossray.networks.random_gauges import random_factors
 from lossray.networks.symmetry import RescalingSymmetry, rescaling_symmetry
 from lossray.seeds import generator
-from lossray.training.evaluation import CHUNK, evaluate_split
+from lossray.training.evaluation import CHUNK, output_change
 from lossray.training.optimizers import OPTIMIZERS, OptimizerSettings
 from lossray.training.steps import LearningRates
 
@@ -29,7 +31,6 @@ HALVINGS = 6
 LANCZOS_STEPS = 6
 NOISE = 0.1  # of its start, beside the gradient, which lies mostly in the leading eigenvectors
 SHARPNESS_EXAMPLES = 64  # on which the largest eigenvalue is estimated
-LINE = (0.25, 0.5, 0.75)  # where a straight line's barrier is looked for
 
 BY_GRADIENT = ("sgd", "momentum", "nesterov")  # D^-2 on the gradient
 BY_UPDATE = ("adagrad", "rmsprop", "adam", "amsgrad", "adamw", "adamax", "nadam", "lion")  # D^-1
@@ -83,6 +84,7 @@ class Gauges:
     def draw(self, point: Point) -> Rescaling:
         """The next rescaling, at ``point``."""
         bench = self.bench
+        stack, train = bench.problem.stack, bench.problem.dataset.train
         dead = self._dead_units(point)
         before = largest_eigenvalue(bench.problem, point)
         sigma = torch.full((len(bench.problem.seeds),), self.sigma, dtype=torch.float64)
@@ -103,9 +105,9 @@ class Gauges:
             sigma,
             before,
             after,
-            function_change(bench, point, scaled),
+            output_change(stack, point.theta, scaled.theta, point.buffers, train.inputs),
             torch.linalg.vector_norm(scaled.theta.double() - point.theta.double(), dim=1),
-            line_barrier(bench, point, scaled),
+            line_barrier(bench.problem, point, scaled, train),
             dead.sum(dim=1),
         )
         self.drawn.append(found)
@@ -214,54 +216,10 @@ def largest_eigenvalue(problem: Problem, point: Point) -> Tensor:
         for seed in problem.seeds
     ]
     noise = normalize(torch.stack(draws).to(point.theta.device), dim=1)
-    basis = [normalize(normalize(hessian.gradient, dim=1) + NOISE * noise, dim=1)]
-    projected = torch.zeros(len(problem.seeds), LANCZOS_STEPS, LANCZOS_STEPS, dtype=torch.float64)
-    for k in range(LANCZOS_STEPS):
-        image = hessian.apply(basis[k].to(point.theta.dtype)).double()
-        for _ in range(2):  # full reorthogonalisation, twice
-            for i, vector in enumerate(basis):
-                share = (vector * image).sum(dim=1)
-                projected[:, i, k] += share.cpu()
-                image = image - share[:, None] * vector
-        basis.append(normalize(image, dim=1))
-    symmetric = projected.triu() + projected.triu(1).transpose(1, 2)
-    finite = torch.isfinite(symmetric).all(dim=(1, 2))
-    values = torch.linalg.eigvalsh(torch.where(finite[:, None, None], symmetric, 0.0))[:, -1]
-    return torch.where(finite, values, torch.nan).to(point.theta.device)
-
-
-@torch.no_grad()
-def function_change(bench: Bench, before: Point, after: Point) -> Tensor:
-    """Largest difference of the outputs on the training examples over the largest output, [R] float64."""
-    stack, inputs = bench.problem.stack, bench.problem.dataset.train.inputs
-    changes, sizes = [], []
-    for some in inputs.split(_at_once(before)):
-        outputs, others = (
-            stack.outputs(point.theta, point.buffers, some).double().flatten(1) for point in (before, after)
-        )
-        changes.append((outputs - others).abs().amax(dim=1))
-        sizes.append(outputs.abs().amax(dim=1))
-    return torch.stack(changes).amax(dim=0) / torch.stack(sizes).amax(dim=0).clamp(min=1e-300)
+    start = normalize(hessian.gradient, dim=1) + NOISE * noise
+    return largest_ritz_values(hessian, start, LANCZOS_STEPS)
 
 
 def _at_once(point: Point) -> int:
     """Examples of one forward pass of all runs."""
     return max(1, CHUNK // len(point.theta))
-
-
-def line_barrier(bench: Bench, a: Point, b: Point) -> Tensor:
-    """Largest rise of the training loss above the chord at LINE on the straight line, [R] float64; unpaid."""
-    losses = {t: _loss(bench, a, b, t) for t in (0.0, *LINE, 1.0)}
-    rises = [losses[t] - ((1 - t) * losses[0.0] + t * losses[1.0]) for t in LINE]
-    return torch.stack([*rises, torch.zeros_like(losses[0.0])]).amax(dim=0)
-
-
-def _loss(bench: Bench, a: Point, b: Point, t: float) -> Tensor:
-    """The training loss at a point of the line, batch-norm statistics recomputed between the ends."""
-    problem = bench.problem
-    theta = torch.lerp(a.theta, b.theta, t)
-    point = Point(theta, b.buffers if t == 1 else a.buffers, a.alive & b.alive)
-    with bench.unpaid():
-        point = point if t in (0.0, 1.0) else bench.refreshed(point)
-    loss, _ = evaluate_split(problem.stack, point.theta, point.buffers, problem.loss, problem.dataset.train)
-    return loss

@@ -1,6 +1,5 @@
 """The [ensembles] section of a study file."""
 
-from collections import Counter
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, field_validator
@@ -8,7 +7,7 @@ from pydantic import BeforeValidator, Field, field_validator
 from lossray.ensembles.budget import Budget
 from lossray.ensembles.methods import METHODS
 from lossray.names import unknown_name
-from lossray.settings import Settings
+from lossray.settings import Settings, each_once
 
 Trainings = Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]
 
@@ -64,16 +63,9 @@ class EnsemblesSettings(Settings):
         for name in methods:
             if name not in METHODS:
                 raise ValueError(unknown_name(str(name), METHODS))
-        return _distinct(methods)
+        return each_once(methods)
 
     @field_validator("budgets")
     @classmethod
-    def _increasing(cls, budgets: tuple[float, ...]) -> tuple[float, ...]:
-        return _distinct(budgets)
-
-
-def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    twice = [value for value, count in Counter(values).items() if count > 1]
-    if twice:
-        raise ValueError(f"found {twice[0]!r} twice; allowed: each once")
-    return values
+    def _distinct(cls, budgets: tuple[float, ...]) -> tuple[float, ...]:
+        return each_once(budgets)

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import torch
 
-from lossray.connectivity.alignment import aligned
+from lossray.connectivity.members import align_members
 from lossray.connectivity.paths import Path
 from lossray.ensembles.bench import Bench, Point
 from lossray.ensembles.recipes import (
@@ -21,7 +21,6 @@ from lossray.ensembles.recipes import (
     spread,
 )
 from lossray.ensembles.rescaling import Rescaling
-from lossray.networks.layout import tensors_of
 
 
 def rescaled_copies(bench: Bench, options: Options) -> Members:
@@ -100,19 +99,12 @@ def _retrained(
 
 def _aligned(bench: Bench, points: Point, to: Point) -> Point:
     """Permutation and scale of each run's point to another; the same functions."""
-    inputs = bench.problem.dataset.train.inputs  # on which it is checked that the function stays
-    rows, buffers = [], []
-    for r in range(len(points.theta)):
-        if not bool(points.alive[r] & to.alive[r]):
-            rows.append(points.theta[r])
-            buffers.append({name: tensor[r] for name, tensor in points.buffers.items()})
-            continue
-        model = aligned(bench.module(points, r), bench.module(to, r), inputs).model
-        parameters, others = tensors_of(model)
-        rows.append(torch.cat([tensor.reshape(-1) for tensor in parameters.values()]).to(points.theta))
-        buffers.append(others)
-    stacked = {
-        name: torch.stack([own[name].to(tensor) for own in buffers])
-        for name, tensor in points.buffers.items()
-    }
-    return Point(torch.stack(rows), stacked, points.alive)
+    problem = bench.problem
+    found = align_members(
+        problem.stack,
+        (points.theta, points.buffers),
+        (to.theta, to.buffers),
+        problem.dataset.train.inputs,
+        alive=points.alive & to.alive,
+    )
+    return Point(found.theta, found.buffers, points.alive)

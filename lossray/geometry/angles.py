@@ -1,6 +1,5 @@
 """Angles of directions to the leading eigenspaces, beside those of random directions: the `angles` table."""
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -16,7 +15,7 @@ from lossray.geometry.gauges import Gauge
 from lossray.geometry.nulls import LayerNull, null_p_values
 from lossray.names import unknown_name
 from lossray.networks.layout import Layout
-from lossray.settings import Settings
+from lossray.settings import Settings, each_once
 from lossray.training.optimizers import OPTIMIZERS
 
 Direction = Literal[
@@ -56,10 +55,7 @@ class AnglesSettings(Settings):
     @field_validator("directions", "gauges", "shadow")
     @classmethod
     def _distinct(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        twice = [name for name, count in Counter(names).items() if count > 1]
-        if twice:
-            raise ValueError(f"found {twice[0]!r} twice; allowed: each name once")
-        return names
+        return each_once(names)
 
     @field_validator("shadow")
     @classmethod

@@ -4,7 +4,6 @@ The points of a grid are members of one stack, evaluated in batches.
 """
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -19,7 +18,7 @@ from lossray.networks.layout import Layout
 from lossray.networks.losses import Loss
 from lossray.networks.stack import Stack
 from lossray.seeds import generator
-from lossray.settings import Settings
+from lossray.settings import Settings, each_once
 from lossray.training.datasets import Split
 from lossray.training.evaluation import evaluate_split
 
@@ -69,10 +68,7 @@ class SurfacesSettings(Settings):
     @field_validator("kinds")
     @classmethod
     def _distinct(cls, kinds: tuple[str, ...]) -> tuple[str, ...]:
-        twice = [name for name, count in Counter(kinds).items() if count > 1]
-        if twice:
-            raise ValueError(f"found {twice[0]!r} twice; allowed: each name once")
-        return kinds
+        return each_once(kinds)
 
 
 @dataclass(frozen=True)

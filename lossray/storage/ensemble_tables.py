@@ -148,7 +148,10 @@ MEMBERS = TableSchema(
             "back to the base run's gauge, `rescale_curve` does not",
         ),
         number(
-            "barrier", LOSS, "of the training loss on the straight line between them, at t = 1/4, 1/2 and 3/4"
+            "barrier",
+            LOSS,
+            "of the loss on the first 256 training examples, on the straight line between them at t = 1/4, "
+            "1/2 and 3/4",
         ),
     ),
 )

@@ -51,3 +51,25 @@ def evaluate(
         own_loss, accuracy = evaluate_split(stack, theta, buffers, loss, getattr(dataset, name))
         evaluation[f"{name}_loss"], evaluation[f"{name}_accuracy"] = own_loss, accuracy
     return evaluation
+
+
+@torch.no_grad()
+def output_change(
+    stack: Stack, theta: Tensor, other: Tensor, buffers: Mapping[str, Tensor], inputs: Tensor
+) -> Tensor:
+    """Largest difference of the outputs at two sets of parameters over the largest output, [R] float64.
+
+    Args:
+        stack: the architecture; evaluated in eval mode and in the dtype of what it is given.
+        theta: parameters [R, d].
+        other: parameters [R, d].
+        buffers: of both, by name, [R, *shape].
+        inputs: [N, ...].
+    """
+    differences, sizes = [], []
+    for chunk in inputs.split(max(1, CHUNK // len(theta))):
+        one, two = (stack.outputs(own, buffers, chunk).double().flatten(1) for own in (theta, other))
+        differences.append((one - two).abs().amax(dim=1))
+        sizes.append(one.abs().amax(dim=1))
+    largest = torch.stack(sizes).amax(dim=0).clamp(min=torch.finfo(torch.float64).tiny)
+    return torch.stack(differences).amax(dim=0) / largest

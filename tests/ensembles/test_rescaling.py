@@ -11,7 +11,6 @@ from lossray.ensembles.rescaling import (
     Gauges,
     dead_units,
     equivalent_rates,
-    function_change,
     largest_eigenvalue,
 )
 from lossray.networks.symmetry import rescaling_symmetry
@@ -194,8 +193,6 @@ def test_the_examples_may_come_in_parts(problem, bench_of, monkeypatch):
     bench = bench_of(problem)
     base = bench.base()
     gauges = Gauges(bench, sigma=1.0, powers_of_two=False)
-    copy = gauges.draw(base).apply(base)
-    whole = dead_units(bench, gauges.symmetry, base), function_change(bench, base, copy)
+    whole = dead_units(bench, gauges.symmetry, base)
     monkeypatch.setattr("lossray.ensembles.rescaling.CHUNK", 14)
-    assert torch.equal(dead_units(bench, gauges.symmetry, base), whole[0])
-    torch.testing.assert_close(function_change(bench, base, copy), whole[1], rtol=1, atol=1e-15)
+    assert torch.equal(dead_units(bench, gauges.symmetry, base), whole)

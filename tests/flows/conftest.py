@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+import flows
 from lossray.study.toml import toml_text
 
 TABLE = {
@@ -44,6 +45,22 @@ def study_file(tmp_path, monkeypatch):
         return str(path)
 
     return write
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """``finished({section: ...})`` runs the small study with these sections: its file and its store."""
+
+    def run(sections):
+        folder = tmp_path_factory.mktemp("finished")
+        path = folder / "study.toml"
+        path.write_text(toml_text(TABLE | sections))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "path", list(sys.path))
+            assert flows.run(str(path), folder / "out", in_process=True) == 0
+        return path, folder / "out"
+
+    return run
 
 
 @pytest.fixture

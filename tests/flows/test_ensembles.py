@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,9 +12,12 @@ from scipy.special import log_softmax
 import flows
 import flows.serial
 import lossray
-from flows.estimate import dry_run
+from flows.costs import EVALUATIONS, _logit_bytes, _retraining_steps
+from flows.freeze import decide
+from flows.plan import make_plan
+from flows.study import check_request
 from lossray.errors import StoreError, StudyError
-from lossray.study.toml import toml_text
+from lossray.study import partition
 from tasks.ensembles import build_ensembles
 
 METHODS = ["snapshot", "rescale_retrain", "lr_equivalent", "rescale_curve", "curve", "curve_lr_equivalent"]
@@ -30,17 +34,9 @@ TABLES = ("paths", "barriers", "ensembles", "members", "predictions", "rescaling
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(finished):
     """The store of the study when nothing happens to it, and its study file."""
-    from tests.flows.conftest import TABLE
-
-    folder = tmp_path_factory.mktemp("whole")
-    path = folder / "study.toml"
-    path.write_text(toml_text(TABLE | SECTIONS))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", list(sys.path))
-        assert flows.run(str(path), folder / "out", in_process=True) == 0
-    return path, folder / "out"
+    return finished(SECTIONS)
 
 
 @pytest.fixture
@@ -144,23 +140,19 @@ def test_ensembles_of_a_regression_are_refused(whole, tmp_path, run):
         run(own, tmp_path / "out")
 
 
-def test_the_estimate_counts_their_training(whole):
+def test_the_estimate_counts_their_training_and_their_logits(whole):
+    """By hand: steps of a pack of two runs, and bytes of its members' outputs."""
     path, _ = whole
-
-    def seconds(*overrides):
-        line = next(
-            line for line in dry_run(str(path), None, overrides).splitlines() if line.startswith("time")
-        )
-        return line
-
-    both = seconds("training.steps=4000", "training.checkpoints={count=3}")
-    fewer = seconds(
-        "training.steps=4000",
-        "training.checkpoints={count=3}",
-        "connectivity.steps=1",
-        "ensembles.budgets=[0.01]",
-    )
-    assert both != fewer
+    request = check_request(str(path), "memory://estimate", ["seeds=2"])
+    study = request.loaded.study
+    packs = partition(study, (), partial(decide, study, request.dataset, "cpu"))
+    (pack,) = make_plan(request.context, packs, request.inputs).packs
+    curves = 2 * 12 / 2  # none and both: one Bezier curve of 12 steps each, one pair for two runs
+    ensembles = len(METHODS) * 6  # at a budget of one training: half of it beyond the base
+    assert _retraining_steps(pack, study) == EVALUATIONS * (curves + ensembles)
+    n = len(request.dataset.validation.targets) + len(request.dataset.test.targets)
+    members = len(METHODS) * 2 * 3  # two runs, the base and two cycles
+    assert _logit_bytes(pack, study, request.dataset) == 2 * 4 * members * n * 3
 
 
 @pytest.mark.ray

@@ -27,18 +27,9 @@ FURTHER = ("degeneracy", "trajectory", "separations", "surfaces")
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(finished):
     """The store of the study with all sections, when nothing happens to it; and its study file."""
-    from lossray.study.toml import toml_text
-    from tests.flows.conftest import TABLE
-
-    folder = tmp_path_factory.mktemp("whole")
-    path = folder / "study.toml"
-    path.write_text(toml_text(TABLE | SECTIONS))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", list(sys.path))
-        assert flows.run(str(path), folder / "out", in_process=True) == 0
-    return path, folder / "out"
+    return finished(SECTIONS)
 
 
 def run(path, out, *overrides):

@@ -1,0 +1,52 @@
+"""Barriers of the training loss on straight lines between the points of a method."""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lossray.ensembles.bench import Point, Problem
+from lossray.networks.batch_norm import has_statistics, refresh_statistics
+from lossray.training.datasets import Split
+from lossray.training.evaluation import evaluate_split
+
+PLACES = (0.25, 0.5, 0.75)  # of a line, where its barrier is looked for
+
+
+def line_barrier(problem: Problem, a: Point, b: Point, examples: Split) -> Tensor:
+    """Largest rise of the loss above the chord of its ends, at PLACES and at least 0; [R] float64."""
+    ends = [_losses(problem, point.theta, point, examples) for point in (a, b)]
+    return _rise(problem, (a, b), (ends[0], ends[1]), examples)
+
+
+def pair_barriers(problem: Problem, points: Sequence[Point], examples: Split) -> Tensor:
+    """`line_barrier` of every two points, in the order of `itertools.combinations`, [R, pairs]."""
+    ends = [_losses(problem, point.theta, point, examples) for point in points]
+    rises = [
+        _rise(problem, (points[i], points[j]), (ends[i], ends[j]), examples)
+        for i, j in itertools.combinations(range(len(points)), 2)
+    ]
+    return torch.stack(rises, dim=1)
+
+
+def _rise(
+    problem: Problem, points: tuple[Point, Point], ends: tuple[Tensor, Tensor], examples: Split
+) -> Tensor:
+    (a, b), (first, last) = points, ends
+    rises = []
+    for t in PLACES:
+        loss = _losses(problem, torch.lerp(a.theta, b.theta, t), a, examples, between=True)
+        rises.append(loss - ((1 - t) * first + t * last))
+    return torch.stack(rises).amax(dim=0).clamp(min=0)
+
+
+def _losses(
+    problem: Problem, theta: Tensor, point: Point, examples: Split, *, between: bool = False
+) -> Tensor:
+    """Losses [R] with the buffers of a point; between two, batch norm is refreshed on the training inputs."""
+    buffers = point.buffers
+    if between and has_statistics(problem.stack.template):
+        buffers = refresh_statistics(problem.stack, theta, buffers, problem.dataset.train.inputs)
+    losses, _ = evaluate_split(problem.stack, theta, buffers, problem.loss, examples)
+    return losses
