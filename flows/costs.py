@@ -30,7 +30,7 @@ TIMED_STEPS = (0, 1, 2, 3, 8, 13)  # checkpoints of the timed training; the firs
 LONG_SEGMENT = 5  # steps between the last of them
 TIMED_PRODUCTS = 3
 # Time of paths and ensembles in that of their steps, as observed in `ensembles`.
-EVALUATIONS = 2.0
+EVALUATIONS = 1.5
 # Time of an analysis in that of its products: the recurrences around them, rows and files, and other tasks
 # beside it. As observed in `paper`, `quick` and `edge-of-stability`, on two cores.
 OVERHEAD = 2.2
