@@ -4,7 +4,7 @@ Minibatches are drawn across batches, and inputs and targets may be any nest of 
 training, which know tensors alone, are given the numbers, and model and loss look the examples up.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from lossray.curvature.objectives import Batch, example_losses
 from lossray.errors import DataError
+from lossray.networks.functional import call_model
 from lossray.networks.losses import Loss
 
 
@@ -50,7 +51,7 @@ class Examples:
 
 
 class Indexed(nn.Module):
-    """A model as a function of the numbers [B] of examples; dict inputs become keywords."""
+    """A model as a function of the numbers [B] of examples."""
 
     def __init__(self, model: nn.Module, examples: Examples) -> None:
         super().__init__()
@@ -59,8 +60,7 @@ class Indexed(nn.Module):
 
     def forward(self, indices: Tensor) -> Any:
         """The model's outputs for these examples."""
-        inputs = _rows(self.examples.inputs, indices)
-        return self.model(**inputs) if isinstance(inputs, Mapping) else self.model(inputs)
+        return call_model(self.model, _rows(self.examples.inputs, indices))
 
 
 def joined(batches: Iterable[Batch]) -> Examples:

@@ -21,7 +21,7 @@ from lossray.curvature.objectives import (
 )
 from lossray.errors import DataError, LossrayError, ModelError
 from lossray.networks.ambient import seeded
-from lossray.networks.functional import call_with
+from lossray.networks.functional import call_model, call_with
 from lossray.networks.layout import layout_of, require_module, uncompiled
 from lossray.networks.losses import Loss
 from lossray.networks.weight_norm import twice_differentiable
@@ -43,7 +43,7 @@ class ModuleObjective:
     Args:
         model: any module; its trainable parameters are theta, in ``named_parameters()`` order.
         loss: ``loss(outputs, targets)``, the mean over the examples of a batch; None with a closure.
-        data: see `read_data`. Dict inputs become keywords of the model.
+        data: see `read_data`; how the model gets the inputs: `call_model`.
         closure: ``closure(model, batch) -> (mean loss, weight)``, in place of a loss.
         train: evaluate in train mode rather than in eval mode.
         dtype: of the products, float32 or float64; by default that of the parameters.
@@ -77,7 +77,7 @@ class ModuleObjective:
         }
         self.dead = torch.zeros(1, dtype=torch.bool, device=self.device)
         self._model = model
-        self._called = _Called(model, closure or _call)
+        self._called = _Called(model, closure or call_model)
         self._derivatives = twice_differentiable(model)
         self._state = {
             **{n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad},
@@ -322,10 +322,6 @@ class _Called(nn.Module):
 
     def forward(self, batch: Any) -> Any:
         return self.function(self.model, batch)
-
-
-def _call(model: nn.Module, inputs: Any) -> Any:
-    return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
 
 
 @contextmanager

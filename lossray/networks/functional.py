@@ -1,10 +1,25 @@
-"""A model called with other tensors in place of its own."""
+"""A model called with the user's inputs, and with other tensors in place of its own."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.func import functional_call
+
+
+def call_model(model: nn.Module, inputs: Any) -> Any:
+    """What the model returns for the inputs of a batch.
+
+    The entries of a mapping are keywords, those of a tuple or list the arguments in order; anything else is
+    the one argument. A model that takes a tuple as one argument needs ``(inputs,)``.
+
+    Args:
+        model: any module.
+        inputs: as the user's data hold them.
+    """
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
 
 
 def call_with(model: nn.Module, tensors: Mapping[str, Tensor], *args: Any) -> Any:

@@ -1,10 +1,12 @@
 """Calls with other tensors: every place of a tied one, and nothing left behind."""
 
+from collections import UserDict, namedtuple
+
 import torch
 from torch import nn
 
 import lossray
-from lossray.networks.functional import call_with
+from lossray.networks.functional import call_model, call_with
 
 
 class Twice(nn.Module):
@@ -59,3 +61,31 @@ def test_a_hessian_leaves_a_layer_with_two_names_as_it_was():
     hessian @ torch.ones(15)
     assert snapshot(model) == before
     assert hessian.shape == (15, 15)
+
+
+class Product(nn.Module):
+    """Two inputs of different widths."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Linear(3, 2), nn.Linear(5, 2)
+
+    def forward(self, user, item):
+        return self.left(user) * self.right(item)
+
+
+def test_mappings_are_keywords_and_tuples_and_lists_are_arguments():
+    torch.manual_seed(0)
+    model, user, item = Product(), torch.randn(7, 3), torch.randn(7, 5)
+    expected = model(user, item)
+    pair = namedtuple("Pair", "user item")(user, item)
+    for inputs in (
+        (user, item),
+        [user, item],
+        pair,
+        {"item": item, "user": user},
+        UserDict(user=user, item=item),
+    ):
+        assert torch.equal(call_model(model, inputs), expected)
+    assert torch.equal(call_model(model.left, user), model.left(user))
+    assert torch.equal(call_model(model.left, (user,)), model.left(user))
