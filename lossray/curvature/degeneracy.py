@@ -20,7 +20,8 @@ from lossray.curvature.objectives import Batch, StackObjective
 from lossray.curvature.pairs import PRODUCTS_AT_ONCE, PackedOperator
 from lossray.settings import Settings
 
-GAP = 1e3  # smallest ratio of neighbouring eigenvalues that supports a rank
+GAP = 1e3  # smallest ratio of neighbouring eigenvalues that supports a rank, whatever their rounding
+SHARP = 1e-3  # largest noise floor, as a share of |lambda|max, beside which there is a rank
 SAFETY = 10  # of the noise floor over the errors that were observed
 GRID = tuple(10.0**-power for power in range(1, 15))  # thresholds, as shares of |lambda|max
 FLOAT32_GRID = GRID[:6]  # what products in float32 can tell
@@ -140,14 +141,14 @@ def counts_of(spectrum: Spectrum) -> list[Count]:
 def _count(spectrum: Spectrum, tau: float, *, at_noise_floor: bool) -> Count:
     sizes = spectrum.values.abs()
     threshold = spectrum.noise_floor if at_noise_floor else tau * spectrum.scale
-    below = int((sizes <= threshold).sum())
+    # An eigenvalue that equals the threshold but for rounding counts as below it, on every machine.
+    below = int((sizes <= threshold + (0 if at_noise_floor else spectrum.noise_floor)).sum())
     # Where nothing lies below, the errors that make the floor stand in for it.
     lower = float(sizes[below - 1]) if below else spectrum.noise_floor / SAFETY
     upper = float(sizes[below]) if below < len(sizes) else math.nan
     gap = math.inf if lower == 0 and upper > 0 else upper / lower if lower else math.nan
     if below == len(sizes):
         gap = math.inf if at_noise_floor else math.nan  # nothing above the floor: the matrix is zero
-    supported = spectrum.dtype == torch.float64 and gap > GAP
     return Count(
         tau=tau,
         threshold=threshold,
@@ -155,9 +156,24 @@ def _count(spectrum: Spectrum, tau: float, *, at_noise_floor: bool) -> Count:
         nullity=float(below),
         stderr=0.0,
         gap=gap,
-        rank=len(sizes) - below if supported else None,
+        rank=len(sizes) - below if _is_gap(spectrum, lower, upper) else None,
         rank_at_least=len(sizes) - below,
     )
+
+
+def _is_gap(spectrum: Spectrum, lower: float, upper: float) -> bool:
+    """Whether two neighbouring sizes support a rank however they are rounded.
+
+    What lies below the noise floor is rounding: that it came out smaller than the errors that were observed
+    is luck, and another processor's differ. What lies above is known to within the noise floor.
+    """
+    noise = spectrum.noise_floor
+    if spectrum.dtype != torch.float64 or noise > SHARP * spectrum.scale:
+        return False
+    if spectrum.scale == 0:
+        return True  # of a matrix that is zero
+    below = lower + noise if lower > noise else max(lower, noise / SAFETY)
+    return upper - noise > GAP * below
 
 
 # ---- quadrature

@@ -170,7 +170,12 @@ DEGENERACY = TableSchema(
         number("excess", "1", "nullity minus structural_nullity; null where more might be forced"),
         number("gap", "1", "smallest |lambda| above the threshold over the largest below"),
         number("noise_floor", CURVATURE, "below it an eigenvalue cannot be told from 0"),
-        Column("rank", INTEGER, "1", "dim minus nullity where the gap exceeds 1e3, otherwise null"),
+        Column(
+            "rank",
+            INTEGER,
+            "1",
+            "dim minus nullity where the gap exceeds 1e3 whatever the rounding, otherwise null",
+        ),
         Column("rank_at_least", INTEGER, "1", "eigenvalues known to exceed the threshold (interlacing)"),
         Column("dim", INTEGER, "1", "order of the operator"),
         number("lambda_max", CURVATURE, "|lambda|max"),

@@ -122,8 +122,42 @@ def test_thresholds_count_and_the_last_is_the_noise_floor():
     assert (counts[-1].nullity, counts[-1].rank) == (2, 5)
     assert counts[-1].gap > 1e5
     assert by_tau[-4].gap == pytest.approx(1e3, rel=1e-3)
-    assert by_tau[-7].rank == 4  # above it 1e-6, below it 1e-9: a gap of a thousand and a bit is none
+    assert by_tau[-7].rank is None  # above it 1e-6, below it 1e-9: a thousand, give or take rounding
     assert [c.threshold for c in counts] == sorted((c.threshold for c in counts), reverse=True)
+
+
+@pytest.mark.parametrize("turn", range(6))
+@pytest.mark.parametrize("smaller", [1e-6, 1e-8, 1e-9, 1e-10])
+def test_a_gap_of_exactly_a_thousand_supports_no_rank_on_any_machine(smaller, turn):
+    """Each basis rounds the two values in its own way, as processors do."""
+    for ratio, rank in ((1e3, None), (1.1e3, 3)):
+        matrix, _ = symmetric([0.0, smaller, ratio * smaller, -0.3, 1.0], seed=turn)
+        counts = counts_of(spectrum_of(matrix, torch.float64))
+        assert {c.rank for c in counts if c.nullity == 2} == {rank}
+
+
+@pytest.mark.parametrize("turn", range(6))
+def test_eigenvalues_that_equal_a_threshold_count_below_it_on_any_machine(turn):
+    matrix, _ = symmetric([0.0, 1e-4, -1e-2, 0.1, 1.0], seed=turn)
+    counts = counts_of(spectrum_of(matrix, torch.float64))
+    assert [count.nullity for count in counts[:5]] == [4, 3, 2, 2, 1]
+
+
+def test_what_lies_below_the_noise_floor_supports_no_rank_by_its_luck():
+    """6e-14 of |lambda|max is far above rounding that came out at 1e-17, and not far above 2e-16."""
+    for null in (1e-17, 1e-16, 0.0):
+        matrix = torch.diag(torch.tensor([null, 6e-14, 0.5, 1.0], dtype=torch.float64))
+        assert counts_of(spectrum_of(matrix, torch.float64))[-1].rank is None
+
+
+@pytest.mark.parametrize("size", [1e-2, 1.0, 30.0])
+def test_a_noise_floor_of_the_size_of_the_spectrum_gives_no_rank(size):
+    """A vector that is taken for null and is not."""
+    matrix, basis = symmetric([0.0, 1e-3, size / 10, 0.7 * size, 1.0])
+    wrong = counts_of(spectrum_of(matrix, torch.float64, null_vectors=basis[:, 3:4].T))
+    assert all(count.rank is None for count in wrong)
+    right = counts_of(spectrum_of(matrix, torch.float64, null_vectors=basis[:, :1].T))
+    assert right[-1].rank == 4
 
 
 def test_no_gap_no_rank():
