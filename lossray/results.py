@@ -101,7 +101,7 @@ class StudyResults:
         return model.eval()
 
     def data(self, split: str = "train") -> tuple[Tensor, Tensor]:
-        """Inputs [N, ...] and targets [N] or [N, C] of a split; for "train" those of the analysis set.
+        """Inputs and targets [N, ...] of a split, as the loss gets them; for "train" the analysis set's.
 
         Raises:
             StudyError: there is no such split, or the source of the user's function has changed.

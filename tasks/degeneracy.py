@@ -87,7 +87,7 @@ def measure_degeneracy(job: DegeneracyJob, device: torch.device | None = None) -
                 rows += _polished_rows(job, point, examples, members)
         else:
             rows += _quadrature_rows(job, point, examples, members)
-            if len(examples.targets) * point.dataset.n_outputs <= limit:
+            if len(examples.targets) * _outputs_of_one(point, examples) <= limit:
                 rows += _gram_rows(job, point, examples, members)
     store.publish("degeneracy", job.key, rows)
     store.commit(watch.record(job.key, job.kind, pack_id=job.pack.pack_id, step=job.step))
@@ -104,6 +104,13 @@ def _chunks(job: DegeneracyJob, point: Point, examples: Split, at_once: int) -> 
     living = point.alive.nonzero().flatten().tolist()
     for start in range(0, len(living), at_once):
         yield [_member(job, point, examples, r) for r in living[start : start + at_once]]
+
+
+@torch.no_grad()
+def _outputs_of_one(point: Point, examples: Split) -> int:
+    """How many numbers the model returns for one example."""
+    first = {name: tensor[:1] for name, tensor in point.buffers.items()}
+    return point.stack.outputs(point.theta[:1], first, examples.inputs[:1]).numel()
 
 
 def _member(job: DegeneracyJob, point: Point, examples: Split, r: int) -> Member:

@@ -22,10 +22,15 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
         targets: classes [B], int64.
 
     Raises:
-        ModelError: the targets are not classes.
+        ModelError: the targets are not classes, or the shapes are others.
     """
     if targets.is_floating_point():  # torch would take them for class probabilities
         raise ModelError(f"loss 'cross_entropy' needs classes (int64), found {targets.dtype}; use 'mse'")
+    if outputs.ndim != 2 or targets.shape != outputs.shape[:1]:
+        raise ModelError(
+            f"loss 'cross_entropy': found outputs {list(outputs.shape)} and targets {list(targets.shape)}; "
+            "allowed: logits [B, C] and classes [B], or a function of your own as loss"
+        )
     return F.cross_entropy(outputs, targets)
 
 
@@ -33,20 +38,31 @@ def mse(outputs: Tensor, targets: Tensor) -> Tensor:
     """Half the squared error summed over outputs, mean over examples (SCIENCE 2.8).
 
     Args:
-        outputs: [B, C].
-        targets: [B, C] floats, or classes [B] (integers), which become one-hot vectors.
+        outputs: [B, ...]; [B, C] with classes as targets.
+        targets: floats of the outputs' shape, where [B] and [B, 1] are the same; or classes [B] (integers),
+            which become one-hot vectors.
 
     Raises:
-        ModelError: float targets of another shape than the outputs (broadcasting would hide it).
+        ModelError: targets of another shape than the outputs (broadcasting would hide it).
     """
+    found = f"outputs {list(outputs.shape)} and targets {list(targets.shape)}"
     if not targets.is_floating_point():
+        if outputs.ndim != 2 or targets.shape != outputs.shape[:1] or outputs.shape[1] < 2:
+            raise ModelError(
+                f"loss 'mse': found {found} of {targets.dtype}; allowed: classes [B] with outputs [B, C], "
+                "C at least 2, or float targets of the outputs' shape"
+            )
         classes = torch.arange(outputs.shape[-1], device=targets.device)
         targets = (targets.unsqueeze(-1) == classes).to(outputs.dtype)
+    outputs, targets = _as_rows(outputs), _as_rows(targets)
     if targets.shape != outputs.shape:
-        raise ModelError(
-            f"loss 'mse': targets {list(targets.shape)} do not match outputs {list(outputs.shape)}"
-        )
-    return 0.5 * (outputs - targets).square().sum(dim=-1).mean()
+        raise ModelError(f"loss 'mse': {found} do not match; allowed: targets of the outputs' shape")
+    return 0.5 * (outputs - targets).square().flatten(1).sum(dim=-1).mean()
+
+
+def _as_rows(values: Tensor) -> Tensor:
+    """One number for each example as a column: [B] as [B, 1]."""
+    return values.unsqueeze(-1) if values.ndim == 1 else values
 
 
 LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy, "mse": mse}

@@ -116,6 +116,16 @@ def check_model(settings: ModelSettings, inputs: Tensor, n_outputs: int) -> int:
             its outputs are not [B, n_outputs].
         StudyError: a user's function is not found.
     """
+    model, outputs = try_model(settings, inputs, n_outputs)
+    require_outputs(settings.name, outputs, len(inputs), n_outputs)
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def try_model(settings: ModelSettings, inputs: Tensor, n_outputs: int) -> tuple[nn.Module, Tensor]:
+    """A freshly initialised model in eval mode, and its outputs [B, ...], of any shape.
+
+    Arguments and errors as for `check_model`.
+    """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         model = build_model(settings, tuple(inputs.shape[1:]), n_outputs).eval()
         if inputs.is_floating_point():
@@ -126,10 +136,11 @@ def check_model(settings: ModelSettings, inputs: Tensor, n_outputs: int) -> int:
             raise ModelError(
                 f"model {settings.name!r} on inputs {list(inputs.shape)}: {failure(error)}"
             ) from error
-    wanted = [len(inputs), n_outputs]
-    found = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-    if found != wanted:
-        raise ModelError(f"model {settings.name!r} returns {found} where a tensor {wanted} is needed")
+    if not isinstance(outputs, Tensor) or outputs.shape[:1] != (len(inputs),):
+        found = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise ModelError(
+            f"model {settings.name!r} returns {found} where a tensor [{len(inputs)}, {n_outputs}] is needed"
+        )
     if not outputs.is_floating_point():
         raise ModelError(f"model {settings.name!r} returns {outputs.dtype} where floats are needed")
     if not torch.allclose(outputs, again, equal_nan=True):
@@ -137,7 +148,19 @@ def check_model(settings: ModelSettings, inputs: Tensor, n_outputs: int) -> int:
             f"model {settings.name!r} is random in eval mode: the same inputs gave outputs that differ by "
             f"{float((outputs - again).abs().max()):.2g}; its loss has no Hessian: draw only if self.training"
         )
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return model, outputs
+
+
+def require_outputs(name: str, outputs: Tensor, n_examples: int, n_outputs: int) -> None:
+    """Refuse outputs that are not [n_examples, n_outputs].
+
+    Raises:
+        ModelError: naming the model.
+    """
+    if outputs.shape != (n_examples, n_outputs):
+        raise ModelError(
+            f"model {name!r} returns {list(outputs.shape)} where a tensor {[n_examples, n_outputs]} is needed"
+        )
 
 
 def _build_user_model(settings: UserModelSettings, input_shape: tuple[int, ...], n_outputs: int) -> nn.Module:

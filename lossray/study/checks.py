@@ -1,19 +1,22 @@
 """What of a study can be checked only against its data, before anything is written."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lossray.curvature.objectives import example_losses
 from lossray.errors import LossrayError, ModelError, StudyError
 from lossray.networks.layout import tensors_of
-from lossray.networks.losses import get_loss
-from lossray.networks.models import build_model, check_model
+from lossray.networks.losses import LOSSES, get_loss
+from lossray.networks.models import build_model, require_outputs, try_model
 from lossray.plugins import failure
 from lossray.storage.recordings import Recording
 from lossray.study.problems import Problem
 from lossray.study.settings import Study
-from lossray.training.datasets import Dataset
+from lossray.training.datasets import Dataset, Split
+
+TRIED_EXAMPLES = 8  # on which models and the loss are tried
 
 
 def check_against_data(study: Study, dataset: Dataset, origin: str = "") -> None:
@@ -27,11 +30,12 @@ def check_against_data(study: Study, dataset: Dataset, origin: str = "") -> None
     Raises:
         StudyError: one line for each problem.
     """
+    outputs, unfit = _models(study, dataset)
     problems = [
         *_sizes(study, dataset),
-        *_loss(study, dataset),
-        *_models(study, dataset),
-        *_ensembles(study, dataset),
+        *_loss(study, dataset, outputs),
+        *unfit,
+        *_ensembles(study, dataset, outputs),
     ]
     if problems:
         raise StudyError("\n".join(problem.line(origin) for problem in problems))
@@ -100,47 +104,108 @@ def _sizes(study: Study, dataset: Dataset) -> list[Problem]:
     return problems
 
 
-def _loss(study: Study, dataset: Dataset) -> list[Problem]:
+def _loss(study: Study, dataset: Dataset, outputs: Mapping[int, Tensor]) -> list[Problem]:
+    """Try the loss on what the models return, or on numbers in place of it where none could be tried."""
     place, name = ("training", "loss"), study.training.loss
-    targets = dataset.train.targets[:2]
-    if name == "cross_entropy" and targets.is_floating_point():
-        text = "found 'cross_entropy', but the targets of the data are floats; allowed: 'mse' or a function"
-        return [Problem(place, text)]
+    targets = _few(dataset).targets
+    unfit = _targets_of_named(study, dataset)
+    if unfit is not None:
+        return [Problem(place, unfit)]
     size = len(targets) * dataset.n_outputs
-    outputs = torch.linspace(-1, 1, size, dtype=getattr(torch, study.training.dtype)).view(
-        -1, dataset.n_outputs
-    )
+    tried = {tuple(values.shape): values for values in outputs.values()}
+    for values in tried.values() or [torch.linspace(-1, 1, size).view(-1, dataset.n_outputs)]:
+        problem = _trial(name, values.to(getattr(torch, study.training.dtype)), targets)
+        if problem is not None:
+            return [Problem(place, problem)]
+    return []
+
+
+def _targets_of_named(study: Study, dataset: Dataset) -> str | None:
+    """Targets that a loss by name would read as something else."""
+    name, targets = study.training.loss, dataset.train.targets
+    if name not in LOSSES:
+        return None
+    if targets.is_floating_point():
+        if name != "cross_entropy":
+            return None
+        return "found 'cross_entropy', but the targets of the data are floats; allowed: 'mse' or a function"
+    found = f"found {name!r} and integer targets {list(targets.shape)}"
+    splits = (dataset.train, dataset.validation, dataset.test)
+    smallest = min(int(split.targets.min()) for split in splits)
+    largest = max(int(split.targets.max()) for split in splits)
+    if targets.ndim == 1 and smallest == 0:
+        return None
+    remedy = "a function of your own as loss, which reads them as you mean them"
+    if targets.ndim == 1 and smallest > 0:
+        remedy = f"subtract {smallest}, or {remedy}"
+    return f"{found} from {smallest} to {largest}; allowed: classes 0..C-1 of shape [N], or {remedy}"
+
+
+def _trial(name: str, outputs: Tensor, targets: Tensor) -> str | None:
+    """What is wrong with the loss on a few outputs [B, ...] and targets [B, ...]."""
+    shapes = f"outputs {list(outputs.shape)} and targets {list(targets.shape)}"
     try:
         loss = get_loss(name)
         once, twice = loss(outputs, targets), loss(torch.cat([outputs] * 2), torch.cat([targets] * 2))
+        columns = _one_column(outputs) and _one_column(targets) and outputs.ndim != targets.ndim
+        each = example_losses(loss, outputs, targets) if columns else once
     except LossrayError as error:
-        return [Problem(place, str(error))]
+        return str(error)
     except Exception as error:  # a user's loss may raise anything
-        text = (
-            f"{name!r} on outputs {list(outputs.shape)} and targets {list(targets.shape)}: {failure(error)}"
-        )
-        return [Problem(place, text)]
+        return f"{name!r} on {shapes}: {failure(error)}"
     if not torch.allclose(once, twice, rtol=1e-3, equal_nan=True):
-        text = (
+        return (
             f"{name!r} gives {float(once):.4g} for two examples and {float(twice):.4g} for the same examples "
             "twice; allowed: the mean over examples"
         )
-        return [Problem(place, text)]
-    return []
+    if not torch.allclose(once, each.mean(), rtol=1e-3, equal_nan=True):
+        return (
+            f"{name!r} on {shapes} gives {float(once):.4g}, but {float(each.mean()):.4g} on average over the "
+            "examples alone; where it subtracts one from the other, they broadcast to [B, B]: give both one "
+            "shape, such as outputs.squeeze(-1)"
+        )
+    return None
 
 
-def _models(study: Study, dataset: Dataset) -> list[Problem]:
-    problems = []
+def _one_column(values: Tensor) -> bool:
+    return values.ndim == 1 or (values.ndim == 2 and values.shape[1] == 1)
+
+
+def _few(dataset: Dataset) -> Split:
+    """A few training examples from all of the split: data are often sorted by their targets."""
+    n = len(dataset.train.targets)
+    few = min(n, TRIED_EXAMPLES)
+    index = torch.arange(few) * (n - 1) // max(1, few - 1)
+    return Split(dataset.train.inputs[index], dataset.train.targets[index])
+
+
+def _models(study: Study, dataset: Dataset) -> tuple[dict[int, Tensor], list[Problem]]:
+    """The outputs of every model on a few examples, by its place, and what is wrong with the others."""
+    examples, outputs, problems = _few(dataset), {}, []
     for i, model in enumerate(study.models):
         try:
-            check_model(model, dataset.train.inputs[:2], dataset.n_outputs)
+            _, found = try_model(model, examples.inputs, dataset.n_outputs)
+            if study.training.loss in LOSSES and found.shape != examples.targets.shape:
+                require_outputs(model.name, found, len(examples.inputs), dataset.n_outputs)
+            outputs[i] = found
         except (ModelError, StudyError) as error:
             problems.append(Problem(("models", i), str(error)))
-    return problems
+    return outputs, problems
 
 
-def _ensembles(study: Study, dataset: Dataset) -> list[Problem]:
-    if study.ensembles is not None and dataset.train.targets.is_floating_point():
-        text = "found targets that are floats; allowed: classes, whose probabilities an ensemble averages"
+def _ensembles(study: Study, dataset: Dataset, outputs: Mapping[int, Tensor]) -> list[Problem]:
+    if study.ensembles is None:
+        return []
+    targets = dataset.train.targets
+    if targets.is_floating_point() or targets.ndim != 1 or int(targets.min()) < 0:
+        kind = "floats" if targets.is_floating_point() else "no classes 0..C-1 of shape [N]"
+        text = f"found targets that are {kind}; allowed: classes, whose probabilities an ensemble averages"
         return [Problem(("ensembles",), text)]
-    return []
+    problems = []
+    for i, found in outputs.items():
+        try:
+            require_outputs(study.models[i].name, found, len(found), dataset.n_outputs)
+        except ModelError as error:
+            text = f"{error}: an ensemble averages the probabilities of classes"
+            problems.append(Problem(("ensembles",), text))
+    return problems

@@ -57,7 +57,7 @@ class Split:
     """Examples of one split."""
 
     inputs: Tensor  # [N, ...]
-    targets: Tensor  # [N] int64 (classes) or [N, C] floats (regression)
+    targets: Tensor  # [N, ...] int64 (classes) or floats, in the shape in which the source gave them
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Dataset:
     train: Split
     validation: Split
     test: Split
-    n_outputs: int  # classes, or regression outputs
+    n_outputs: int  # classes; of float targets [N, C, ...] it is C, of [N] it is 1
     fingerprint: (
         str  # sha256 of all splits in float64 after standardisation: the same for every training dtype
     )
@@ -228,11 +228,18 @@ def _split(examples: Examples, settings: DataSettings) -> Parts:
 
 
 def _n_outputs(parts: Parts, n_classes: int | None, source: str) -> int:
+    """Classes, one more than the largest id (ids below 0 are no classes); of floats [N, C, ...] it is C."""
     targets = [part.targets for part in (parts.train, parts.validation, parts.test)]
     if targets[0].dtype != np.int64:
-        return int(targets[0].shape[1])
-    largest, n = max(int(ids.max()) for ids in targets), sum(len(ids) for ids in targets)
+        return targets[0].shape[1] if targets[0].ndim > 1 else 1
+    largest, n = max(int(ids.max()) for ids in targets), sum(ids.size for ids in targets)
     n_outputs = n_classes if n_classes is not None else largest + 1
+    smallest = min(int(ids.min()) for ids in targets)
+    if n_outputs < 2 and smallest < 0:
+        raise DataError(
+            f"{source}: the targets are integers from {smallest} to {largest}; expected class ids 0..C-1, at "
+            "least two of them (ids below 0 are no classes), or floats"
+        )
     if n_outputs < 2:
         raise DataError(f"{source}: all {n} examples are of one class; a classifier needs at least two")
     if n_outputs > n:

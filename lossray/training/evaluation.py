@@ -22,10 +22,12 @@ def evaluate_split(
 ) -> tuple[Tensor, Tensor]:
     """Mean loss and accuracy in eval mode, both [R] float64.
 
-    Accuracy is NaN where the targets are not classes [N]; both are NaN on an empty split.
+    Accuracy is NaN where the targets are not classes [N] or the outputs not [N, C] with C > 1; ids below 0
+    are no classes and do not count. Both are NaN on an empty split.
     """
     members, n = len(theta), len(split.inputs)
     classes = split.targets.ndim == 1 and not split.targets.is_floating_point()
+    counted = int((split.targets >= 0).sum()) if classes else 0
     losses = torch.zeros(members, dtype=torch.float64, device=theta.device)
     correct = torch.zeros_like(losses)
     size = max(1, CHUNK // members)
@@ -36,10 +38,12 @@ def evaluate_split(
             continue  # an empty split has one empty chunk
         outputs = stack.outputs(theta, buffers, inputs)
         losses += len(targets) * torch.stack([loss(own, targets).double() for own in outputs])
-        if classes:
+        if outputs.ndim != 3 or outputs.shape[-1] < 2:
+            counted = 0
+        elif classes:
             correct += (outputs.argmax(dim=-1) == targets).sum(dim=1)
     nothing = torch.full_like(losses, torch.nan)
-    return losses / n if n else nothing, correct / n if n and classes else nothing
+    return losses / n if n else nothing, correct / counted if counted else nothing
 
 
 def evaluate(

@@ -72,7 +72,7 @@ def read_parquet(settings: ParquetSettings, base: Path | None) -> tuple[Examples
 
     Returns:
         Inputs [N, D] float64, or [N, C, H, W] in 0..1 with C = 1 where all images are gray and 3 otherwise;
-        targets [N] int64 class ids in the sorted order of the labels, or [N, 1] float64. And the number of
+        targets [N] int64 class ids in the sorted order of the labels, or [N] float64. And the number of
         classes, None for regression.
 
     Raises:
@@ -233,7 +233,7 @@ def _labels(column: Any, where: str) -> Array:
 
 def _targets(labels: Array) -> tuple[Array, int | None]:
     if labels.dtype.kind == "f":
-        return labels[:, None], None
+        return labels, None
     classes, ids = np.unique(labels, return_inverse=True)
     return ids.astype(np.int64), len(classes)
 

@@ -57,7 +57,7 @@ class Examples:
     """Examples as read, before splitting and standardising."""
 
     inputs: Array  # [N, ...] float64; int64 (token ids) only from a user's function
-    targets: Array  # [N] int64 class ids, or [N, C] float64
+    targets: Array  # [N, ...] int64 (classes) or float64, in the shape in which they came
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,8 @@ def read_function(settings: FunctionSettings, base: Path | None) -> tuple[Exampl
 
     It returns ``(inputs, targets)``, or a mapping of "train", "validation" and "test" to such pairs; tensors,
     NumPy arrays or nested lists. Inputs are [N, ...] floats, or integers (token ids) under
-    ``standardise = "none"``. Targets are [N] class ids 0..C-1, or floats [N] or [N, C].
+    ``standardise = "none"``. Targets are [N, ...] integers (classes; booleans are 0 and 1) or floats, and
+    reach the loss in the shape in which they come.
 
     Raises:
         DataError: the keywords or the returned value do not fit, or the function raises.
@@ -237,15 +238,6 @@ def _examples(settings: FunctionSettings, pair: object, name: str) -> Examples:
             f"{settings.source}: {name}inputs are integers, which standardise = '{settings.standardise}' "
             "cannot take; return floats, or set standardise = 'none' to keep integers (token ids)"
         )
-    if targets.dtype == np.int64 and (targets.ndim != 1 or targets.min() < 0):
-        raise DataError(
-            f"{settings.source}: {name}targets are {_describe(targets)} from {targets.min()} to "
-            f"{targets.max()}; expected class ids 0..C-1 of shape [N], or floats [N, C]"
-        )
-    if targets.dtype == np.float64 and targets.ndim == 1:
-        targets = targets[:, None]
-    if targets.ndim > 2:
-        raise DataError(f"{settings.source}: {name}targets are {_describe(targets)}; expected [N] or [N, C]")
     return Examples(inputs, targets)
 
 

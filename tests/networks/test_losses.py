@@ -1,3 +1,4 @@
+import re
 import sys
 
 import pytest
@@ -40,9 +41,39 @@ def test_mse_hessian_is_the_identity_over_examples():
     torch.testing.assert_close(hessian, torch.eye(12, dtype=torch.float64) / 4)
 
 
-def test_mse_refuses_to_broadcast():
-    with pytest.raises(ModelError, match=r"targets \[4\] do not match outputs \[4, 1\]"):
-        mse(draws(4, 1), draws(4))
+@pytest.mark.parametrize(
+    ("outputs", "targets"), [((4, 3), (4, 2)), ((4, 3), (4,)), ((4, 1, 2), (4, 2)), ((4, 2), (2, 4))]
+)
+def test_mse_refuses_to_broadcast(outputs, targets):
+    with pytest.raises(
+        ModelError, match=re.escape(f"outputs {list(outputs)} and targets {list(targets)} do not match")
+    ):
+        mse(draws(*outputs), draws(*targets))
+
+
+@pytest.mark.parametrize("outputs", [(5,), (5, 1)])
+@pytest.mark.parametrize("targets", [(5,), (5, 1)])
+def test_mse_of_one_output_is_right_in_both_shapes(outputs, targets):
+    errors = draws(5) - draws(5, seed=1)
+    value = mse(draws(5).reshape(outputs), draws(5, seed=1).reshape(targets))
+    torch.testing.assert_close(value, 0.5 * errors.square().mean())
+
+
+def test_mse_sums_over_all_axes_but_the_first():
+    outputs, targets = draws(4, 2, 3), draws(4, 2, 3, seed=1)
+    expected = 0.5 * (outputs - targets).square().sum() / 4
+    torch.testing.assert_close(mse(outputs, targets), expected)
+    torch.testing.assert_close(mse(outputs.flatten(1), targets.flatten(1)), expected)
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (4,), (4, 3, 2)])
+def test_classes_need_logits(shape):
+    outputs, classes = draws(*shape), torch.tensor([0, 1, 1, 0])
+    with pytest.raises(ModelError, match=re.escape(f"found outputs {list(shape)} and targets [4]")):
+        mse(outputs, classes)
+    if len(shape) != 2:
+        with pytest.raises(ModelError, match=re.escape(f"found outputs {list(shape)} and targets [4]")):
+            cross_entropy(outputs, classes)
 
 
 def test_cross_entropy_value_and_hessian():
