@@ -287,7 +287,7 @@ def test_a_function_that_changes_is_refused_with_the_number():
     ("data", "message"),
     [
         (None, "matching 'activations': found no data"),
-        ({"x": torch.ones(2)}, "found a dict; allowed: inputs"),
+        ({"x": torch.ones(2)}, "found a dict with x; allowed: inputs"),
         ((3, 4), "found a int"),
         (torch.ones(0, 64), r"found a tensor \[0, 64\]"),
         (iter([torch.ones(2, 64)]), "can be read once"),

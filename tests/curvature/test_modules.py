@@ -176,7 +176,7 @@ def test_closures_have_a_hessian_alone() -> None:
         (X, r"found a tensor \[12, 4\]"),
         ([(X,)], "found a tuple of 1"),
         ([(X, Y, None, 1)], "found a tuple of 4"),
-        ((X, Y[:5]), r"tensors of lengths \[12, 5\]"),
+        ((X, Y[:5]), r"inputs a tensor \[12, 4\] and targets a tensor \[5\]"),
         ((X[:0], Y[:0]), "no example"),
         ((X, Y, torch.ones(3)), r"weights of a batch: found a tensor \[3\]; needed: one for each of 12"),
         ((X, Y, -torch.ones(12)), "negative or non-finite"),
@@ -238,7 +238,7 @@ def test_outputs_of_any_form_have_a_hessian() -> None:
     loss = lambda outputs, targets: cross_entropy(outputs["logits"], targets)  # noqa: E731
     assert lossray.Hessian(_Pair(), loss, (X, Y)).shape == (15, 15)
     with pytest.raises(
-        ModelError, match=r"_Pair returns a dict where Gauss-Newton and Fisher need one tensor"
+        ModelError, match=r"_Pair returns a dict with logits where Gauss-Newton and Fisher need one tensor"
     ):
         lossray.GaussNewton(_Pair(), loss, (X, Y))
 
