@@ -7,7 +7,7 @@ examples, or by the weights of these: a mean over examples, never a mean of batc
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -282,6 +282,10 @@ def converted(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
     """The batch on ``device``, its floating tensors in ``dtype``."""
 
     def move(leaf: Any) -> Any:
+        if isinstance(leaf, MutableMapping):  # of a kind that pytree does not know, such as a UserDict
+            own = copy.copy(leaf)
+            own.update({key: tree_map(move, value) for key, value in leaf.items()})
+            return own
         if not isinstance(leaf, Tensor):
             return leaf
         return leaf.detach().to(device, dtype if leaf.is_floating_point() else leaf.dtype)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+import lossray
 from lossray.curvature.data import as_tensors, described, example_batch, read_data
 from lossray.errors import DataError
 
@@ -106,3 +107,24 @@ def test_values_are_described_by_shapes_keys_and_lengths():
     assert described([X, "text"]) == "a list of 2"
     assert described([X] * 5) == "a list of 5"
     assert described(1.5) == "a float"
+
+
+@pytest.mark.parametrize("kind", [dict, UserDict, OrderedDict])
+def test_batches_of_mappings_reach_a_closure_as_they_are_but_in_the_dtype(kind):
+    """Two of them are two batches, of the mean that a tuple of all examples gives."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 4)
+    inputs, labels = torch.randn(7, 3), torch.arange(7) % 4
+    batches = [kind(x=inputs[:5], y=labels[:5]), kind(x=inputs[5:], y=labels[5:])]
+    found = []
+
+    def closure(own, batch):
+        found.append(type(batch))
+        return torch.nn.functional.cross_entropy(own(batch["x"]), batch["y"]), float(len(batch["y"]))
+
+    one = lossray.Hessian(model, closure=closure, data=batches, dtype=torch.float64)
+    other = lossray.Hessian(model, torch.nn.functional.cross_entropy, (inputs, labels), dtype=torch.float64)
+    vector = torch.randn(16, dtype=torch.float64)
+    torch.testing.assert_close(one @ vector, other @ vector)
+    assert set(found) == {kind}
+    assert batches[0]["x"].dtype == torch.float32
