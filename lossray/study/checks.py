@@ -128,7 +128,9 @@ def _targets_of_named(study: Study, dataset: Dataset) -> str | None:
     if targets.is_floating_point():
         if name != "cross_entropy":
             return None
-        return "found 'cross_entropy', but the targets of the data are floats; allowed: 'mse' or a function"
+        whole = bool((targets == targets.round()).all()) and targets.ndim == 1
+        kind = "floats, though whole numbers: make them integers if they are classes" if whole else "floats"
+        return f"found 'cross_entropy', but the targets of the data are {kind}; allowed: 'mse' or a function"
     found = f"found {name!r} and integer targets {list(targets.shape)}"
     splits = (dataset.train, dataset.validation, dataset.test)
     smallest = min(int(split.targets.min()) for split in splits)

@@ -1,25 +1,27 @@
 """Parquet files as examples: columns of numbers, or images in the layout of Hugging Face data sets."""
 
 import difflib
-import io
+import fnmatch
 from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from PIL import Image, UnidentifiedImageError
 from pydantic import BeforeValidator, Field, model_validator
 
 from lossray.errors import DataError
 from lossray.names import unknown_name
-from lossray.training.sources import Array, DataSettings, Examples, as_tuple
-
-GRAY_MODES = {"1", "L", "LA"}
-COLOUR_MODES = {"RGB", "RGBA", "RGBX", "P", "PA", "CMYK", "YCbCr"}
+from lossray.training.arrow_columns import labels, numbers
+from lossray.training.images import images_of, pixels
+from lossray.training.parquet_files import WILDCARDS, ParquetFile, find_files, folder_values
+from lossray.training.sources import Array, DataSettings, Examples, Parts, as_tuple
+from lossray.training.splits import exact_sizes, partition
 
 
 def _size(value: object) -> object:
@@ -27,20 +29,28 @@ def _size(value: object) -> object:
 
 
 Pixels = Annotated[int, Field(ge=1)]
+Label = Annotated[str | Annotated[tuple[str, ...], Field(min_length=1)], BeforeValidator(as_tuple)]
 Names = Annotated[tuple[str, ...], BeforeValidator(as_tuple), Field(min_length=1)]
 
 
 class ParquetSettings(DataSettings):
-    """One file, or all files of a directory in the order of their names; either ``features`` or ``image``."""
+    """One file, or several in the order of their names; either ``features`` or ``image``.
+
+    Where names of files or folders say train, validation or test, the examples are so divided, and a
+    validation or test split that is missing is taken from the training files.
+    """
 
     source: Literal["parquet"] = "parquet"
-    # A local path, relative to the study file, or an fsspec URI (s3://, gs://, https://, ...).
+    # A local path, relative to the study file, or an fsspec URI (s3://, gs://, https://, ...); a file, a
+    # folder, or a pattern such as "part-*.parquet".
     path: str = Field(min_length=1)
-    # Integers, booleans or strings are classes, floats are regression targets.
-    label: str
-    # Columns of numbers, or of number lists of one length, side by side in this order.
+    # Integers, booleans or strings are classes, floats are regression targets; a column of lists, or several
+    # columns of numbers, are targets [N, C] as they are. A column may be the name of a hive folder.
+    label: Label
+    # Columns of numbers, or of number lists of one length, side by side in this order; "x*" are all whose
+    # names match, and "x.a" is a field of a struct. One column of nested lists or tensors keeps its shape.
     features: Names | None = None
-    # A column of struct<bytes, path>: encoded images.
+    # A column of encoded images (struct<bytes, path> or binary), or of arrays of pixels.
     image: str | None = None
     # Height and width in pixels (one number: square) to which every image is resized.
     image_size: Annotated[tuple[Pixels, Pixels], BeforeValidator(_size)] | None = None
@@ -54,7 +64,7 @@ class ParquetSettings(DataSettings):
             )
         if self.image_size is not None and self.image is None:
             raise ValueError("found 'image_size' without 'image'; allowed: with an 'image' column only")
-        columns = [*(self.features or [self.image]), self.label]
+        columns = [*(self.features or [self.image]), *self.labels]
         twice = [name for name, count in Counter(columns).items() if count > 1]
         if twice:
             raise ValueError(
@@ -62,8 +72,30 @@ class ParquetSettings(DataSettings):
             )
         return self
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The label's columns."""
+        return self.label if isinstance(self.label, tuple) else (self.label,)
 
-def read_parquet(settings: ParquetSettings, base: Path | None) -> tuple[Examples, int | None]:
+
+@dataclass(frozen=True)
+class Table:
+    """The columns that were asked for, of one file; at least one row."""
+
+    file: ParquetFile
+    columns: dict[str, Any]  # ChunkedArrays, by the name in the settings
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return len(next(iter(self.columns.values())))
+
+    def where(self, name: str) -> str:
+        """For messages."""
+        return f"{self.file.name}: column '{name}'"
+
+
+def read_parquet(settings: ParquetSettings, base: Path | None) -> tuple[Examples | Parts, int | None]:
     """Read all files.
 
     Args:
@@ -71,85 +103,89 @@ def read_parquet(settings: ParquetSettings, base: Path | None) -> tuple[Examples
         base: the folder to which a relative path refers; the current directory if None.
 
     Returns:
-        Inputs [N, D] float64, or [N, C, H, W] in 0..1 with C = 1 where all images are gray and 3 otherwise;
-        targets [N] int64 class ids in the sorted order of the labels, or [N] float64. And the number of
-        classes, None for regression.
+        Inputs [N, D] float64 (one column of tensors: [N, *shape]), or [N, C, H, W] in 0..1 with C = 1 where
+        all images are gray and 3 otherwise; targets [N] int64 class ids in the sorted order of the labels,
+        [N] float64, or [N, C] of either kind. And the number of classes, None where they are no such ids.
 
     Raises:
         DataError: naming the file, the column and the first row (counted from 0 in the file) that is wrong.
     """
-    filesystem, files = _files(settings.path, base)
-    tables = {file: _table(settings, filesystem, file) for file in files}
-    tables = {file: table for file, table in tables.items() if table.num_rows}
-    if not tables:
-        raise DataError(f"{settings.path} has no rows")
-    labels = {
-        file: _labels(table.column(settings.label), f"{file}: column '{settings.label}'")
-        for file, table in tables.items()
-    }
-    targets, n_classes = _targets(_join(labels, settings.label))
-    if settings.image is None:
-        features = {file: _features(settings, table, file) for file, table in tables.items()}
-        return Examples(_join(features, "features"), targets), n_classes
-    images = [image for file, table in tables.items() for image in _images(settings, table, file)]
-    return Examples(_pixels(images), targets), n_classes
+    tables = _tables(settings, base)
+    targets, n_classes = _targets(
+        _join({table.file.name: _labels(settings, table) for table in tables}, "/".join(settings.labels))
+    )
+    examples = Examples(_inputs(settings, tables), targets)
+    if tables[0].file.split is None:
+        return examples, n_classes
+    return _parts(
+        examples, settings, np.repeat([t.file.split for t in tables], [t.rows for t in tables])
+    ), n_classes
 
 
-# --- files
+def _parts(examples: Examples, settings: ParquetSettings, splits: Array) -> Parts:
+    """The splits that the files' names say [N]; what is missing comes from the training files."""
+    rows = {name: np.flatnonzero(splits == name) for name in ("train", "validation", "test")}
+    shares = dict(zip(rows, settings.split, strict=True))
+    if not len(rows["train"]):
+        raise DataError(f"{settings.path}: no file is of the training split; name one train...")
+    for name in ("validation", "test"):
+        train = rows["train"]
+        if len(rows[name]):
+            _check_labelled(examples.targets[train], examples.targets[rows[name]], f"{settings.path}: {name}")
+        else:
+            both = np.array([shares["train"], shares[name]]) / (shares["train"] + shares[name])
+            sizes = exact_sizes(len(train), both.tolist())
+            if 0 in sizes:
+                raise DataError(
+                    f"{settings.path}: {len(train)} training examples are too few to take {name} from"
+                )
+            kept, taken = partition(examples.targets[train], sizes, settings.split_seed)
+            rows["train"], rows[name] = train[kept], train[taken]
+    return Parts(*(Examples(examples.inputs[own], examples.targets[own]) for own in rows.values()))
 
 
-def _files(path: str, base: Path | None) -> tuple[Any, list[str]]:
-    """The file system, and the files in the order of their names (the order decides which row is which)."""
-    if "://" not in path:
-        path = str((base or Path()).absolute() / Path(path).expanduser())
-    try:
-        filesystem, root = fsspec.core.url_to_fs(path)
-        if filesystem.isfile(root):
-            return filesystem, [root]
-        if not filesystem.isdir(root):
-            raise DataError(f"{path} does not exist; [data] path is relative to the study file's folder")
-        found = [file for file in filesystem.find(root) if file.endswith((".parquet", ".pq"))]
-    except (ImportError, ValueError) as error:  # a missing driver, an unknown protocol
-        raise DataError(f"{path} cannot be opened: {error}") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    # Spark and others leave files such as _temporary/... and .part.crc beside their output.
-    files = sorted(file for file in found if not _hidden(file[len(root) :]))
-    if not files:
-        raise DataError(f"{path} holds no file that ends in .parquet or .pq")
-    return filesystem, files
+def _labels(settings: ParquetSettings, table: Table) -> Array:
+    """The label of one file: one column, or several of numbers side by side."""
+    found = [labels(table.columns[name], table.where(name)) for name in settings.labels]
+    if len(found) == 1:
+        return found[0]
+    for name, values in zip(settings.labels, found, strict=True):
+        if values.ndim > 1 or values.dtype.kind == "U":
+            kind = table.columns[name].type
+            raise DataError(
+                f"{table.where(name)} is {kind}; of several label columns each holds one number a row"
+            )
+    return np.stack(found, axis=1)
 
 
-def _hidden(relative: str) -> bool:
-    return any(part.startswith((".", "_")) for part in relative.strip("/").split("/"))
+def _targets(found: Array) -> tuple[Array, int | None]:
+    """Class ids [N] and the number of classes, or numbers as they are."""
+    if found.dtype.kind == "f" or found.ndim > 1:
+        return found.astype(np.float64 if found.dtype.kind == "f" else np.int64), None
+    classes, ids = np.unique(found, return_inverse=True)
+    return ids.astype(np.int64), len(classes)
 
 
-def _table(settings: ParquetSettings, filesystem: Any, file: str) -> Any:
-    columns = [*(settings.features or [settings.image]), settings.label]
-    try:
-        with filesystem.open(file, "rb") as handle:
-            parquet = pq.ParquetFile(handle)
-            present = parquet.schema_arrow.names
-            for name in columns:
-                if name not in present:
-                    raise DataError(f"{file} has no such column: {_unknown_column(name, present)}")
-                if present.count(name) > 1:
-                    raise DataError(f"{file} has {present.count(name)} columns named {name!r}; allowed: one")
-            return parquet.read(columns=columns)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file} cannot be read as Parquet: {error}") from error
+def _inputs(settings: ParquetSettings, tables: Sequence[Table]) -> Array:
+    if settings.image is not None:
+        name, size = settings.image, settings.image_size
+        own = (images_of(table.columns[name], size, table.where(name)) for table in tables)
+        return pixels([image for images in own for image in images])
+    return _join({table.file.name: _features(settings, table) for table in tables}, "features")
 
 
-def _unknown_column(name: str, present: list[str]) -> str:
-    """The nearest names first, and only a few: a table may have a column for every pixel."""
-    near = difflib.get_close_matches(name, present, n=20, cutoff=0.5)
-    shown = [*near, *(column for column in present if column not in near)][:20]
-    more = f" ({len(present) - len(shown)} more not shown)" if len(present) > len(shown) else ""
-    return unknown_name(name, shown) + more
+def _features(settings: ParquetSettings, table: Table) -> Array:
+    """The feature columns of one file side by side, [n, D] float64; one column alone in its own shape."""
+    names = [name for name in table.columns if name not in settings.labels]
+    found = [numbers(table.columns[name], table.where(name)) for name in names]
+    if len(found) == 1 and found[0].ndim > 1:
+        return found[0]
+    return np.concatenate([values.reshape(len(values), -1) for values in found], axis=1)
 
 
 def _join(arrays: dict[str, Array], what: str) -> Array:
     """Join the arrays of all files, refusing those that NumPy would join by changing their type."""
+    arrays = _with_whole_numbers(arrays)
     (first, expected), *others = arrays.items()
     for file, array in others:
         if array.dtype.kind != expected.dtype.kind or array.shape[1:] != expected.shape[1:]:
@@ -160,126 +196,126 @@ def _join(arrays: dict[str, Array], what: str) -> Array:
     return np.concatenate(list(arrays.values()))
 
 
-# --- columns of numbers
+def _with_whole_numbers(arrays: dict[str, Array]) -> dict[str, Array]:
+    """Whole numbers that some files hold as floats, or unsigned, as the integers that they are in others."""
+    kinds = {array.dtype.kind for array in arrays.values()}
+    if len(kinds) < 2 or "i" not in kinds or not kinds <= set("iuf"):
+        return arrays
+    whole = {file: array.astype(np.int64) for file, array in arrays.items()}
+    same = all((whole[file] == array).all() for file, array in arrays.items())
+    return whole if same else arrays
 
 
-def _features(settings: ParquetSettings, table: Any, file: str) -> Array:
-    """The feature columns of one file side by side, [n, D] float64."""
-    assert settings.features is not None
-    columns = [_feature(table.column(name), f"{file}: column '{name}'") for name in settings.features]
-    return np.concatenate(columns, axis=1)
-
-
-def _feature(column: Any, where: str) -> Array:
-    """One column as [n, width] float64: width 1 for numbers, the length of the lists for lists."""
-    _check_null(column, where)
-    array, width = pa.concat_arrays(column.chunks), 1
-    if _is_list(array.type):
-        lengths = pc.list_value_length(array).to_numpy(zero_copy_only=False)
-        width = int(lengths[0])
-        if (lengths != width).any():
-            row = int(np.flatnonzero(lengths != width)[0])
-            raise DataError(f"{where} has lists of {width} values, but {lengths[row]} in row {row}")
-        if width == 0:
-            raise DataError(f"{where} has empty lists")
-        array = array.flatten()
-    kind = array.type
-    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
-        raise DataError(f"{where} is {column.type}; expected numbers, or lists of numbers of one length")
-    if array.null_count:
-        raise DataError(f"{where} has a null in row {_first_null(array) // width}")
-    values: Array = array.to_numpy(zero_copy_only=False).astype(np.float64).reshape(-1, width)
-    bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
-    if len(bad):
-        raise DataError(f"{where} is not finite in {len(bad)} of {len(values)} rows, first in row {bad[0]}")
-    return values
-
-
-def _is_list(kind: Any) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
-
-
-def _first_null(array: Any) -> int:
-    return int(np.flatnonzero(pc.is_null(array).to_numpy(zero_copy_only=False))[0])
-
-
-def _check_null(column: Any, where: str) -> None:
-    if column.null_count:
-        raise DataError(f"{where} has {column.null_count} nulls, first in row {_first_null(column)}")
-
-
-# --- labels
-
-
-def _labels(column: Any, where: str) -> Array:
-    _check_null(column, where)
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    kind = column.type
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        return np.array(column.to_pylist(), dtype=np.str_)
-    if pa.types.is_integer(kind) or pa.types.is_boolean(kind):
-        return column.to_numpy().astype(np.int64)  # type: ignore[no-any-return]
-    if not pa.types.is_floating(kind):
+def _check_labelled(train: Array, other: Array, what: str) -> None:
+    if train.dtype.kind == "i" and not np.isin(other, train).any():
         raise DataError(
-            f"{where} has type {kind}; expected integers or strings (classes) or floats (regression)"
+            f"{what} files hold no label that the training files have: unlabelled files need a path that "
+            "leaves them out"
         )
-    values = column.to_numpy().astype(np.float64)
-    bad = np.flatnonzero(~np.isfinite(values))
-    if len(bad):
-        raise DataError(f"{where} is not finite in {len(bad)} of {len(values)} rows, first in row {bad[0]}")
-    return values  # type: ignore[no-any-return]
 
 
-def _targets(labels: Array) -> tuple[Array, int | None]:
-    if labels.dtype.kind == "f":
-        return labels, None
-    classes, ids = np.unique(labels, return_inverse=True)
-    return ids.astype(np.int64), len(classes)
+# --- reading columns
 
 
-# --- images
+def _tables(settings: ParquetSettings, base: Path | None) -> list[Table]:
+    filesystem, files = find_files(settings.path, base)
+    if settings.features is None:
+        names = [settings.image or ""]
+    else:
+        names = _expanded(settings.features, settings.labels, filesystem, files[0].name)
+    names += settings.labels
+    folders = {name: folder_values(files, name) for name in names}
+    tables = []
+    for i, file in enumerate(files):
+        own = {name: values[i] for name, values in folders.items() if values is not None}
+        columns = _columns(filesystem, file.name, names, own)
+        if len(columns[names[0]]):
+            tables.append(Table(file, columns))
+    if not tables:
+        raise DataError(f"{settings.path} has no rows")
+    return tables
 
 
-def _images(settings: ParquetSettings, table: Any, file: str) -> list[Array]:
-    """The decoded images of one file, each [H, W] or [H, W, 3] uint8."""
-    where = f"{file}: column '{settings.image}'"
-    column = table.column(settings.image)
-    _check_null(column, where)
-    kind = column.type
-    if not pa.types.is_struct(kind) or "bytes" not in [field.name for field in kind]:
-        raise DataError(f"{where} has type {kind}; expected struct<bytes, path>, encoded images")
-    encoded = (chunk.field("bytes")[row].as_py() for chunk in column.chunks for row in range(len(chunk)))
-    return [_decode(data, settings.image_size, f"{where}, row {row}") for row, data in enumerate(encoded)]
-
-
-def _decode(data: bytes | None, size: tuple[int, int] | None, where: str) -> Array:
-    if data is None:
-        raise DataError(f"{where} has no bytes; images must be embedded in the file, not named by path")
+@contextmanager
+def _opened(filesystem: Any, file: str) -> Iterator[Any]:
+    """A Parquet file; what goes wrong with it names it."""
     try:
-        with Image.open(io.BytesIO(data)) as opened:
-            if opened.mode not in GRAY_MODES | COLOUR_MODES:
-                raise DataError(f"{where} is an image of mode '{opened.mode}'; expected 8-bit gray or colour")
-            image = opened.convert("L" if opened.mode in GRAY_MODES else "RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{where} cannot be decoded as an image: {error}") from error
-    if size is not None:
-        image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-    return np.asarray(image)
+        with filesystem.open(file, "rb") as handle:
+            yield pq.ParquetFile(handle)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file} cannot be read as Parquet: {error}") from error
 
 
-def _pixels(images: list[Array]) -> Array:
-    """Images of one size as [N, C, H, W] float64 in 0..1; gray ones become colour where others are."""
-    sizes = Counter(image.shape[:2] for image in images)
-    if len(sizes) > 1:
-        common = [f"{height}x{width} ({count} images)" for (height, width), count in sizes.most_common(3)]
-        more = f" and {len(sizes) - 3} more" if len(sizes) > 3 else ""
-        height, width = sizes.most_common(1)[0][0]
-        raise DataError(
-            f"the images differ in size: {', '.join(common)}{more}; "
-            f"set image_size = [{height}, {width}] under [data] to resize them"
-        )
-    if any(image.ndim == 3 for image in images):
-        images = [image if image.ndim == 3 else np.stack([image] * 3, axis=2) for image in images]
-        return np.stack(images).transpose(0, 3, 1, 2).astype(np.float64) / 255
-    return np.stack(images)[:, None].astype(np.float64) / 255
+def _expanded(names: Sequence[str], taken: Sequence[str], filesystem: Any, file: str) -> list[str]:
+    """The names, patterns replaced by the columns of the first file that match, in the file's order."""
+    if not any(character in name for name in names for character in WILDCARDS):
+        return list(names)
+    with _opened(filesystem, file) as parquet:
+        schema = parquet.schema_arrow
+    index = (schema.pandas_metadata or {}).get("index_columns", [])
+    present = [name for name in schema.names if name not in {*taken, *map(str, index)}]
+    found: dict[str, None] = {}
+    for name in names:
+        if name in schema.names or not any(character in name for character in WILDCARDS):
+            found[name] = None
+            continue
+        matches = fnmatch.filter(present, name)
+        if not matches:
+            raise DataError(f"{file} has no column like that: {_unknown_column(name, present)}")
+        found |= dict.fromkeys(matches)
+    return list(found)
+
+
+def _columns(
+    filesystem: Any, file: str, names: Sequence[str], folders: Mapping[str, object]
+) -> dict[str, Any]:
+    """The columns of one file by name; ``folders`` holds those that its folders name."""
+    with _opened(filesystem, file) as parquet:
+        schema, rows = parquet.schema_arrow, parquet.metadata.num_rows
+        paths = {
+            name: _path(name, schema, file) for name in names if name in schema.names or name not in folders
+        }
+        table = parquet.read(columns=[".".join(path) for path in paths.values()])
+    columns = {}
+    for name in names:
+        if name not in paths:
+            columns[name] = pa.chunked_array([pa.repeat(pa.scalar(folders[name]), rows)])
+            continue
+        column = table.column(paths[name][0])
+        for field in paths[name][1:]:
+            column = pc.struct_field(column, field)
+        columns[name] = column
+    return columns
+
+
+def _path(name: str, schema: Any, file: str) -> tuple[str, ...]:
+    """The column of this name, or the field of a struct that it names: "x.a" as ("x", "a").
+
+    Raises:
+        DataError: there is none, or there are several.
+    """
+    present = schema.names
+    if present.count(name) > 1:
+        raise DataError(f"{file} has {present.count(name)} columns named {name!r}; allowed: one")
+    if name in present:
+        return (name,)
+    fields = {".".join(path): path for column in schema for path in _fields(column, ())}
+    if name not in fields:
+        raise DataError(f"{file} has no such column: {_unknown_column(name, [*present, *fields])}")
+    return fields[name]
+
+
+def _fields(column: Any, above: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """The paths of all fields in a struct, and in those within."""
+    if pa.types.is_struct(column.type):
+        for field in column.type:
+            yield (*above, column.name, field.name)
+            yield from _fields(field, (*above, column.name))
+
+
+def _unknown_column(name: str, present: list[str]) -> str:
+    """The nearest names first, and only a few: a table may have a column for every pixel."""
+    near = difflib.get_close_matches(name, present, n=20, cutoff=0.5)
+    shown = [*near, *(column for column in present if column not in near)][:20]
+    more = f" ({len(present) - len(shown)} more not shown)" if len(present) > len(shown) else ""
+    return unknown_name(name, shown) + more

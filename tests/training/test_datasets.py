@@ -664,9 +664,9 @@ def test_images_of_differing_sizes_name_the_remedy_which_works(tmp_path):
     assert read_images(tmp_path, image_size=5).input_shape == (1, 5, 5)
 
 
-def high_depth():
+def of_floats():
     buffer = io.BytesIO()
-    Image.fromarray(np.zeros((4, 6), dtype=np.uint16)).save(buffer, format="PNG")
+    Image.fromarray(np.zeros((4, 6), dtype=np.float32)).save(buffer, format="TIFF")
     return {"bytes": buffer.getvalue(), "path": None}
 
 
@@ -676,7 +676,7 @@ def high_depth():
         ({"bytes": b"no image", "path": None}, "row 1 cannot be decoded"),
         ({"bytes": encode(np.zeros((4, 6)))["bytes"][:40], "path": None}, "row 1 cannot be decoded"),
         ({"bytes": None, "path": "elsewhere.png"}, "row 1 has no bytes"),
-        (high_depth(), "row 1 is an image of mode 'I;16'"),
+        (of_floats(), "row 1 is an image of mode 'F'"),
         (None, "1 nulls, first in row 1"),
     ],
 )
