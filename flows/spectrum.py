@@ -22,8 +22,9 @@ from lossray.names import unknown_name
 from lossray.networks.losses import get_loss
 from lossray.networks.models import build_model, model_settings
 from lossray.networks.weights import load_weights
-from lossray.plugins import add_user_folders, failure, is_spec, source_hash
+from lossray.plugins import add_user_folders, failure, is_spec
 from lossray.seeds import stream
+from lossray.source_hash import source_hash
 from lossray.study.problems import problems_in
 from lossray.training.datasets import (
     Dataset,

@@ -23,7 +23,7 @@ from flows.session import capacity, has_gpus, ray_session
 from lossray.curvature.modes import ProductMode
 from lossray.errors import DataError, ModelError, StoreError, StudyError
 from lossray.imports import settle_imports
-from lossray.plugins import check_imported
+from lossray.source_hash import check_imported
 from lossray.storage.lease import Lease
 from lossray.storage.publish import publish_tables, tables_current
 from lossray.storage.recordings import FOLDER, read_recordings
@@ -124,9 +124,10 @@ def check_request(study: str, out: str, overrides: Sequence[str]) -> Request:
     recordings = read_recordings(store) if loaded.study.source == "checkpoints" else ()
     if loaded.study.source == "checkpoints":
         check_recordings(loaded.study, dataset, recordings, str(loaded.path), out=store.url)
-    inputs = study_inputs(loaded.study, dataset.fingerprint, recordings)
-    check_imported(inputs.sources)
     manifest = read_manifest(store, recorded=bool(recordings))
+    before = manifest.inputs.sources if manifest else None
+    inputs = study_inputs(loaded.study, dataset.fingerprint, recordings, recorded=before)
+    check_imported(inputs.sources)
     if manifest is not None:
         check_extension(manifest, loaded.study, inputs)
     context = Context(store.url, loaded.study, str(loaded.folder), dataset.fingerprint, inputs.sources)

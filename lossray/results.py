@@ -1,5 +1,6 @@
 """A store as pandas tables, modules and data: `open_study`, for a study finished or still being written."""
 
+import warnings
 from functools import cached_property
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from lossray.errors import DataError, ModelError, StoreError, StudyError
 from lossray.names import nearest, unknown_name
 from lossray.networks.models import build_model
-from lossray.plugins import add_user_folders, check_imported, source_hash
+from lossray.plugins import add_user_folders
+from lossray.source_hash import is_imported
 from lossray.storage.checkpoints import read_checkpoint
 from lossray.storage.publish import assemble, published_rows, tables_current
 from lossray.storage.store import Store
@@ -71,11 +73,11 @@ class StudyResults:
     def model(self, run_id: str, step: int) -> nn.Module:
         """The model of a run with its weights at a checkpoint: on the CPU, the study's dtype, eval mode.
 
-        Reads the data for their shape.
+        Reads the data for their shape. Warns where the source of the user's model function is not what the
+        study ran with: the weights are the checkpoint's, what is done with them is today's code.
 
         Raises:
-            StudyError: there is no such run, or it has no checkpoint at that step; or the source of a user's
-                function has changed.
+            StudyError: there is no such run, or it has no checkpoint at that step.
             StoreError: the checkpoint is damaged.
             ModelError: the user's model function now makes another model.
             DataError: the data cannot be read, or have changed.
@@ -87,7 +89,7 @@ class StudyResults:
             raise StudyError(f"run {run_id!r} has no checkpoint at step {step}; it has {steps}")
         checkpoint = read_checkpoint(self.store, pack.pack_id, step)
         input_shape, n_outputs = self._dataset.input_shape, self._dataset.n_outputs
-        self._check_source(pack.model.name)
+        self._warn_of_edits(pack.model.name)
         with torch.random.fork_rng(devices=[]):  # building draws an initialisation, which is then replaced
             model = build_model(pack.model, input_shape, n_outputs)
         model = model.to(getattr(torch, self.study.training.dtype))
@@ -104,7 +106,7 @@ class StudyResults:
         """Inputs and targets [N, ...] of a split, as the loss gets them; for "train" the analysis set's.
 
         Raises:
-            StudyError: there is no such split, or the source of the user's function has changed.
+            StudyError: there is no such split.
             DataError: the data cannot be read, or have changed since the study ran.
         """
         if split not in SPLITS:
@@ -120,7 +122,6 @@ class StudyResults:
         """The data of the study, read once; a data set never changes under a store."""
         manifest = self.manifest
         add_user_folders([Path.cwd(), manifest.folder])
-        self._check_source(self.study.data.source)
         dtype = getattr(torch, self.study.training.dtype)
         dataset = load_dataset(self.study.data, dtype=dtype, base=Path(manifest.folder))
         if dataset.fingerprint != manifest.inputs.data_key:
@@ -146,17 +147,15 @@ class StudyResults:
         n_examples, n_outputs = own[["n_examples", "n_outputs"]].iloc[0]
         return np.stack(rows).reshape(len(rows), int(n_examples), int(n_outputs))
 
-    def _check_source(self, name: str) -> None:
-        """Refuse a function of the user's that is not the one that the study ran with."""
+    def _warn_of_edits(self, name: str) -> None:
+        """Say it where a function of the user's is not the one that the study ran with."""
         expected = self.manifest.inputs.sources.get(name)
-        if expected is None:
-            return
-        if source_hash(name) != expected:
-            raise StudyError(
-                f"{name!r}: its source, or that of a module it imports, is not what the study ran with: "
-                "restore it, or start Python in the folder where the study was run"
+        if expected is not None and not is_imported(name, expected):
+            warnings.warn(
+                f"{name!r}: its source, or that of a module it imports, is not what the study ran with: the "
+                "model has the checkpoint's weights in today's code",
+                stacklevel=3,
             )
-        check_imported({name: expected})
 
     def _member(self, run_id: str) -> tuple[Pack, int]:
         """The pack of a run, and the run's index in it."""

@@ -12,7 +12,7 @@ from lossray.imports import worker_setup
 from lossray.networks.losses import get_loss
 from lossray.networks.models import build_model
 from lossray.networks.stack import Loss, Stack, build_stack, stack_models
-from lossray.plugins import check_imported
+from lossray.source_hash import check_imported
 from lossray.study import Pack, Study
 from lossray.training.datasets import Dataset, load_dataset
 

@@ -56,6 +56,17 @@ top = 3
 """
 
 
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A user's folder at the end of the path; what is imported from it is forgotten afterwards."""
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if name.startswith("lrt_"):
+            del sys.modules[name]
+
+
 def wait_for(condition, what, *, unless=lambda: None):
     """Poll until ``condition()`` is true, and return it; fail once ``unless()`` is not None, or at last."""
     deadline = time.monotonic() + PATIENCE

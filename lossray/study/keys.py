@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lossray.geometry import vectors
-from lossray.plugins import source_hash
+from lossray.plugins import load
 from lossray.settings import content_hash
+from lossray.source_hash import file_hash, source_hash
 from lossray.storage.recordings import Recording
 from lossray.storage.tables import TABLES
 from lossray.study.packs import Pack
@@ -51,19 +52,37 @@ class StudyInputs:
         return found[0] if found else {}
 
 
-def study_inputs(study: Study, data_key: str, recordings: Sequence[Recording] = ()) -> StudyInputs:
-    """Hash the source of every user module that the study names.
+def study_inputs(
+    study: Study,
+    data_key: str,
+    recordings: Sequence[Recording] = (),
+    *,
+    recorded: Mapping[str, str] | None = None,
+) -> StudyInputs:
+    """Hash what every function of the user's is made of that the study names.
+
+    All are imported first: a module may extend ``sys.path`` for what it imports.
 
     Args:
         study: the study.
         data_key: content hash of its data.
         recordings: the recorded runs of the store, where the study analyses those.
+        recorded: the hashes that the store was made with. Those of lossray 0.1 stay as they are where the
+            files still are what they were, so that keys stay.
 
     Raises:
-        StudyError: a module is not found.
+        StudyError: a module is not found, or its import raises.
     """
     names = sorted(set(study.user_functions().values()))
-    return StudyInputs(data_key, {name: source_hash(name) for name in names}, tuple(recordings))
+    for name in names:
+        load(name)
+    sources = {name: _unchanged(name, recorded or {}) or source_hash(name) for name in names}
+    return StudyInputs(data_key, sources, tuple(recordings))
+
+
+def _unchanged(name: str, recorded: Mapping[str, str]) -> str | None:
+    """The hash of lossray 0.1 that a store has of a function, if it is still that of the files."""
+    return recorded[name] if name in recorded and recorded[name] == file_hash(name) else None
 
 
 def training_key(pack: Pack, study: Study, inputs: StudyInputs) -> str:

@@ -11,6 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 import ray
+import torch
 
 import flows
 import flows.serial
@@ -460,10 +461,8 @@ def test_an_edited_module_of_the_users_is_refused(study_file, out, tmp_path, for
     assert run(study, out) == 0
     before = files(out)
     run_id = table(out, "runs")["run_id"][0]
-    assert lossray.open_study(out).model(run_id, 12)
     module.write_text("from torch import nn\ndef net():\n    return nn.Linear(6, 3, bias=False)\n")
-    with pytest.raises(StudyError, match=r"edited_nets:net': its source.* is not what the study ran with"):
-        lossray.open_study(out).model(run_id, 12)
+    assert lossray.open_study(out).model(run_id, 12)  # by the code that this process has imported
     with pytest.raises(StudyError, match="edited_nets:net': this Python process has imported other source"):
         run(study, str(tmp_path / "other"))  # numbers of the old source must not pass for those of the new
     assert not (tmp_path / "other").exists()
@@ -472,6 +471,44 @@ def test_an_edited_module_of_the_users_is_refused(study_file, out, tmp_path, for
         StoreError, match=r"edited_nets:net: its source.* has changed since the store was made"
     ):
         run(study, out)
+    assert files(out) == before
+
+
+def test_a_model_whose_source_has_changed_loads_with_a_warning(study_file, out, forget_modules, recwarn):
+    study = study_file(models=[{"name": "warned_nets:net"}], optimizers=[SGD])
+    module = Path(study).with_name("warned_nets.py")
+    source = "from torch import nn\ndef net():\n    return nn.Sequential(nn.Linear(6, 3), nn.Identity())\n"
+    module.write_text(source)
+    assert run(study, out) == 0
+    run_id = table(out, "runs")["run_id"][0]
+    weight = lossray.open_study(out).model(run_id, 12)[0].weight
+    assert not recwarn
+    forget_modules()
+    module.write_text(source.replace("nn.Identity", "nn.Tanh"))
+    with pytest.warns(UserWarning, match="'warned_nets:net': its source.* is not what the study ran with"):
+        edited = lossray.open_study(out).model(run_id, 12)
+    assert torch.equal(edited[0].weight, weight)
+    forget_modules()
+    module.write_text(source.replace("nn.Linear(6, 3)", "nn.Linear(6, 3, bias=False)"))
+    with (
+        pytest.warns(UserWarning, match="warned_nets:net"),
+        pytest.raises(ModelError, match=r"'warned_nets:net' has changed"),
+    ):
+        lossray.open_study(out).model(run_id, 12)
+
+
+def test_comments_and_other_functions_of_the_file_change_no_key(study_file, out, forget_modules):
+    study = study_file(models=[{"name": "kept_nets:net"}], optimizers=[SGD])
+    module = Path(study).with_name("kept_nets.py")
+    source = "from torch import nn\ndef net():\n    return nn.Linear(6, 3)\ndef later(): pass\n"
+    module.write_text(source)
+    assert run(study, out) == 0
+    before = files(out)
+    forget_modules()
+    module.write_text(
+        "# mine\n" + source.replace("def later(): pass", "def later():\n    return nn.Linear(1, 1)")
+    )
+    assert run(study, out) == 0
     assert files(out) == before
 
 
