@@ -523,7 +523,7 @@ def test_a_module_edited_while_the_study_runs_fails_what_is_left(
 
     def edit_before_the_second_pack(job):
         if job.pack.seeds == (1,):
-            module.write_text(source + "# edited\n")
+            module.write_text(source.replace("(6, 3)", "(6, 3, bias=False)"))
             forget_modules()  # as a worker that starts now has not imported it
         return train_pack(job)
 
