@@ -13,8 +13,8 @@ from torch import nn
 from flows.spectrum_store import Origin, open_store, publish
 from flows.spectrum_text import describe
 from lossray.curvature.analysis import MemberAnalysis, packed_analysis
+from lossray.curvature.example_mean import require_example_mean
 from lossray.curvature.modules import ModuleObjective
-from lossray.curvature.objectives import require_example_mean
 from lossray.curvature.operators import PackedFisher, PackedGaussNewton, PackedHessian
 from lossray.curvature.transforms import PointOperator
 from lossray.errors import DataError, ModelError, StudyError
@@ -155,8 +155,7 @@ def operator_at(request: Request, point: Point) -> PointOperator:
     examples = analysis_set(point.data, point.examples)
     data = (examples.inputs, examples.targets)
     objective = ModuleObjective(point.model, get_loss(request.loss), data)
-    for batch in objective.batches():
-        require_example_mean(objective, batch, purpose="the spectrum of the mean loss")
+    require_example_mean(objective, purpose="the spectrum of the mean loss")
     return OPERATORS[request.operator](objective)
 
 

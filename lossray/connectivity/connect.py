@@ -15,8 +15,8 @@ from lossray.connectivity.barriers import above_chord
 from lossray.connectivity.curves import points_along, train_curves
 from lossray.connectivity.examples import Examples, Indexed, joined
 from lossray.connectivity.paths import CURVES, KINDS, Kind, Path, bent, geometric, straight
+from lossray.curvature.example_mean import require_example_mean
 from lossray.curvature.modules import ModuleObjective
-from lossray.curvature.objectives import require_example_mean
 from lossray.errors import ModelError, StudyError
 from lossray.names import unknown_name
 from lossray.networks.layout import require_module, uncompiled
@@ -168,8 +168,7 @@ def connect(
     if kind not in CURVES:
         return start
     if not (objectives[0].coupled or takes_all(len(start._examples.indices), batch_size)):
-        for batch in objectives[0].batches():
-            require_example_mean(objectives[0], batch, purpose="a mean over minibatches")
+        require_example_mean(objectives[0], purpose="a mean over minibatches", anywhere=True)
     return replace(start, path=_trained(start, *plan, seed))
 
 

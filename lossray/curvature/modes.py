@@ -37,8 +37,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lossray.curvature.example_mean import is_example_mean
 from lossray.curvature.memory import readable_bytes, require_bytes
-from lossray.curvature.objectives import Batch, Objective, StackObjective, splits_exactly
+from lossray.curvature.objectives import Batch, Objective, StackObjective
 from lossray.curvature.precision import exact_products
 from lossray.curvature.products import PieceMaker, hessian_piece
 from lossray.networks.losses import Loss
@@ -92,7 +93,7 @@ def plan_products(objective: Objective, mode: str, make_piece: PieceMaker) -> Pr
     cost = graph_bytes(objective, first, make_piece)
     sizes = [size or 0 for size in objective.sizes]
     wanted = _piece_examples(cost, max(sizes), objective.device)
-    splits = not objective.coupled and max(sizes) > wanted and _all_split(objective, wanted)
+    splits = not objective.coupled and max(sizes) > wanted and is_example_mean(objective)
     piece = wanted if splits else None
     total = sum(cost.fixed + int(cost.example * size) for size in sizes)
     chosen = _choose(mode, total)
@@ -102,12 +103,6 @@ def plan_products(objective: Objective, mode: str, make_piece: PieceMaker) -> Pr
         objective, chosen, mode, total, cost.of(largest), f"batches of {max(1, fits)} examples would fit"
     )
     return ProductPlan(chosen, piece)
-
-
-def _all_split(objective: Objective, size: int) -> bool:
-    """Whether every batch that is too large may be split: seen in the losses of the very parts."""
-    large = (batch for batch in objective.batches() if (batch.size or 0) > size)
-    return all(splits_exactly(objective, batch, size) for batch in large)
 
 
 def graph_bytes(objective: Objective, batch: Batch, make_piece: PieceMaker) -> GraphBytes:

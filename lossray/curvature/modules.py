@@ -13,12 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter
 
 from lossray.curvature.data import described, example_batch, read_data
-from lossray.curvature.objectives import (
-    Batch,
-    converted,
-    example_losses,
-    require_example_mean,
-)
+from lossray.curvature.example_mean import require_example_mean
+from lossray.curvature.objectives import Batch, converted, example_losses
 from lossray.errors import DataError, LossrayError, ModelError
 from lossray.networks.ambient import seeded
 from lossray.networks.functional import call_model, call_with
@@ -73,7 +69,7 @@ class ModuleObjective:
         self.coupled = tuple(_coupled_layers(model, train=train))
         self.names: Mapping[str, str] = {
             "model": type(model).__name__,
-            "loss": getattr(loss or closure, "__name__", "loss"),
+            "loss": getattr(loss or closure, "__name__", type(loss or closure).__name__),
         }
         self.dead = torch.zeros(1, dtype=torch.bool, device=self.device)
         self._model = model
@@ -102,6 +98,10 @@ class ModuleObjective:
         other = copy.copy(self)
         other._convert(dtype)
         return other
+
+    def member(self, r: int) -> "ModuleObjective":
+        """Itself: there is one member."""
+        return self
 
     @property
     def sizes(self) -> list[int | None]:
@@ -264,9 +264,7 @@ class ModuleObjective:
         weighted = any(batch.weights is not None for batch in self._read())
         if not self.coupled and (weighted or len(self._sizes) > 1):
             purpose = "a weighted mean" if weighted else "the mean over several batches"
-            with torch.enable_grad():
-                for batch in self.batches():
-                    require_example_mean(self, batch, purpose=purpose)
+            require_example_mean(self, purpose=purpose, alone=weighted)
 
     def _survey(self) -> tuple[list[float], list[int | None], list[float]]:
         """Losses (over a few examples where that may be), sizes and weights of all batches, read once."""

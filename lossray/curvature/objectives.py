@@ -17,14 +17,11 @@ from torch import Tensor
 from torch.func import vmap
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lossray.errors import ModelError
 from lossray.networks.layout import Layout
 from lossray.networks.losses import Loss
 from lossray.networks.stack import Stack
 
 EXAMPLES_AT_ONCE = 4096  # in a forward pass without a graph
-SAMPLED_EXAMPLES = 64  # of a batch, to see whether its loss is a mean
-SAME_MEAN = 1e-4  # relative difference of two ways to take one mean, float32 rounding included
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ class Batch:
     @property
     def size(self) -> int | None:
         """Number of examples B; None where the tensors do not share one."""
-        sizes = {len(leaf) if leaf.ndim else -1 for leaf in _tensors((self.inputs, self.targets))}
+        sizes = {len(leaf) if leaf.ndim else -1 for leaf in leaves_of((self.inputs, self.targets))}
         size = sizes.pop() if len(sizes) == 1 else -1
         return size if size >= 0 else None
 
@@ -98,6 +95,9 @@ class Objective(Protocol):
 
     def to(self, dtype: torch.dtype) -> "Objective":
         """The same objective in another dtype, from the original parameters and data."""
+
+    def member(self, r: int) -> "Objective":
+        """The objective of one member alone."""
 
 
 class StackObjective:
@@ -239,45 +239,6 @@ def example_losses(loss: Loss, outputs: Tensor, targets: Any) -> Tensor:
     return values
 
 
-def is_example_mean(objective: Objective, batch: Batch) -> bool:
-    """Whether the loss over examples from all of the batch is the mean of those over its halves and thirds.
-
-    Only then do several batches make one mean, and has an example a loss of its own. A sum over examples is
-    not, nor one that is divided by class weights, nor a model that mixes the examples of a batch.
-    """
-    n = batch.size
-    if n is None or n < 2:
-        return n is not None
-    m = min(n, SAMPLED_EXAMPLES)
-    places = torch.arange(m, device=objective.device) * (n - 1) // (m - 1)
-    sample = replace(batch, weights=None).pick(places)
-    return all(splits_exactly(objective, sample, -(-m // parts)) for parts in (2, 3))
-
-
-def splits_exactly(objective: Objective, batch: Batch, size: int) -> bool:
-    """Whether the loss over the batch is the mean of those over its parts of ``size`` examples at most."""
-    with torch.no_grad():
-        whole = objective.losses(objective.theta, batch)
-        parts = batch.split(size)
-        mean = sum(part.share / batch.share * objective.losses(objective.theta, part) for part in parts)
-    return torch.allclose(whole, torch.as_tensor(mean), rtol=SAME_MEAN, atol=1e-12, equal_nan=True)
-
-
-def require_example_mean(objective: Objective, batch: Batch, *, purpose: str) -> None:
-    """Refuse an objective whose loss is no mean over examples.
-
-    Raises:
-        ModelError: it is not; the message says for which ``purpose`` it has to be.
-    """
-    if not is_example_mean(objective, batch):
-        model, loss = objective.names["model"], objective.names["loss"]
-        raise ModelError(
-            f"loss {loss!r} of model {model!r} is no mean over examples: over a few examples it differs from "
-            f"the mean over their parts, so that {purpose} would be wrong; return the mean over the "
-            "examples (reduction='mean'), or pass all of them as one batch"
-        )
-
-
 def converted(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
     """The batch on ``device``, its floating tensors in ``dtype``."""
 
@@ -294,5 +255,6 @@ def converted(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
     return Batch(inputs, targets, batch.share, weights)
 
 
-def _tensors(tree: Any) -> list[Tensor]:
+def leaves_of(tree: Any) -> list[Tensor]:
+    """The tensors in a nest."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lossray.curvature.example_mean import require_example_mean
 from lossray.curvature.modes import ProductMode, plan_products
-from lossray.curvature.objectives import Objective, StackObjective, require_example_mean
+from lossray.curvature.objectives import Objective, StackObjective
 from lossray.curvature.precision import exact_products
 from lossray.curvature.product_error import error_norms
 from lossray.curvature.products import (
@@ -205,8 +206,7 @@ class PackedFisher(ObjectiveOperator):
                 f"batch norm in train mode ({', '.join(self.objective.coupled)}) mixes the examples of a "
                 "batch, so that no example has a gradient of its own: the empirical Fisher needs train=False"
             )
-        first = next(iter(self.objective.batches()))
-        require_example_mean(self.objective, first, purpose="the gradient of each example")
+        require_example_mean(self.objective, purpose="the gradient of each example", alone=True)
 
 
 class StackHessian(PackedHessian):
