@@ -4,6 +4,7 @@ from functools import partial
 
 import torch
 
+from lossray.curvature.example_mean import require_example_mean
 from lossray.curvature.modes import ProductMode, choose_product_mode
 from lossray.curvature.objectives import StackObjective
 from lossray.errors import LossrayError, ModelError
@@ -63,6 +64,11 @@ def _decided(study: Study, dataset: Dataset, device: str, setting: Setting) -> t
             stack, theta, buffers = stack_models([build()], executor=executor, dtype=dtype)
     else:
         stack, theta, buffers = build_stack(build, study.seeds[:size], executor=executor, dtype=dtype)
+    for split in ("train", "validation", "test"):
+        own = getattr(dataset, split)
+        if len(own.targets):
+            whole = StackObjective(stack, theta, buffers, loss, [(own.inputs, own.targets)], dtype=dtype)
+            require_example_mean(whole, purpose=f"the loss over the {split} split", anywhere=True)
     n_examples = len(analysis_set(dataset, study.curvature.examples).targets)
     mode = choose_product_mode(stack, theta, buffers, loss, few, n_examples=n_examples, dtype=dtype)
     objective = StackObjective(stack, theta, buffers, loss, [few], dtype=dtype)

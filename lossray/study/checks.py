@@ -155,7 +155,7 @@ def _trial(name: str, outputs: Tensor, targets: Tensor) -> str | None:
         return str(error)
     except Exception as error:  # a user's loss may raise anything
         return f"{name!r} on {shapes}: {failure(error)}"
-    if not torch.allclose(once, twice, rtol=1e-3, equal_nan=True):
+    if not torch.allclose(once, twice, rtol=1e-3, atol=0, equal_nan=True):
         return (
             f"{name!r} gives {float(once):.4g} for two examples and {float(twice):.4g} for the same examples "
             "twice; allowed: the mean over examples"

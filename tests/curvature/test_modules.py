@@ -134,6 +134,17 @@ def test_batch_norm_over_several_batches_is_refused_in_train_mode() -> None:
         lossray.Hessian(without, cross_entropy, halves)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-9])
+def test_random_models_are_refused_at_any_scale_of_the_loss(scale: float) -> None:
+    class Noisy(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return scale * (super().forward(x) + torch.randn(len(x), 3, dtype=x.dtype))
+
+    targets = scale * torch.randn(12, 3)
+    with pytest.raises(ModelError, match="Noisy is random"):
+        lossray.Hessian(Noisy(4, 3), nn.MSELoss(), (X, targets))
+
+
 def test_losses_that_are_no_mean_are_refused_where_it_matters() -> None:
     total = nn.CrossEntropyLoss(reduction="sum")
     halves = [(X[:6], Y[:6]), (X[6:], Y[6:])]
