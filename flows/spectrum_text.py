@@ -82,8 +82,12 @@ def _pairs(pairs: MemberPairs) -> list[str]:
 
 
 def _estimate(estimate: MemberEstimate) -> str:
-    if estimate.stderr == 0:
+    if estimate.stderr == 0 and estimate.bound == 0:
         return f"{estimate.value:.5g} (exact)"
     if math.isnan(estimate.stderr):
         return f"{estimate.value:.5g} (error not known)"
-    return f"{estimate.value:.5g} +- {estimate.stderr:.2g}"
+    return f"{estimate.value:.5g} +- {estimate.stderr:.2g}{_quadrature(estimate.bound)}"
+
+
+def _quadrature(bound: float) -> str:
+    return f" (quadrature: up to {bound:.2g} off)" if bound > 0 else ""

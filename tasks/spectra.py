@@ -154,12 +154,13 @@ def curvature_rows(
 
 
 def _estimates(analysis: Analysis, r: int) -> Row:
-    """Each estimate of member r with its standard error."""
+    """Each estimate of member r with its standard error and bound."""
     found: dict[str, Estimate] = {name: getattr(analysis, name) for name in ESTIMATES}
     found["frobenius_norm"] = analysis.frobenius
     values = {name: finite(float(estimate.value[r])) for name, estimate in found.items()}
     errors = {f"{name}_stderr": finite(float(estimate.stderr[r])) for name, estimate in found.items()}
-    return values | errors
+    bounds = {f"{name}_bound": finite(float(e.bound[r])) for name, e in found.items() if name != "trace"}
+    return values | errors | bounds
 
 
 def finite(number: float) -> float | None:

@@ -12,9 +12,10 @@ from lossray.curvature.dense import dense_spectra
 from lossray.curvature.density import (
     Densities,
     SpectralDensity,
+    bracketed_densities,
     check_density,
-    densities,
     exact_densities,
+    frobenius_estimate,
     trace_estimate,
 )
 from lossray.curvature.eigensolver import (
@@ -25,10 +26,10 @@ from lossray.curvature.eigensolver import (
     most_matvecs,
 )
 from lossray.curvature.ends import Wanted
-from lossray.curvature.estimates import Estimate, MemberEstimate
+from lossray.curvature.estimates import Estimate, MemberEstimate, unit_of
 from lossray.curvature.lanczos import KrylovPass, capacity
 from lossray.curvature.pairs import EigenPairs, MemberPairs, PackedOperator, certify
-from lossray.curvature.quadrature import Probing
+from lossray.curvature.quadrature import Probing, Quadrature
 from lossray.settings import Settings, each_once
 
 Operator = Literal[
@@ -206,7 +207,7 @@ def packed_analysis(
         spectra = dense_spectra(operator, living)
         blocks = [spectra.blocks(end) for end in wanted]
         density = exact_densities(spectra)
-        trace = density.estimate(lambda nodes: nodes)
+        quadratures = None
     else:
         solver = KrylovPass(
             operator,
@@ -222,12 +223,11 @@ def packed_analysis(
         members = solver.run()
         blocks = [solver.blocks(end) for end in wanted]
         quadratures = [member.quadrature for member in members]
-        density = densities([[own] for own in quadratures], dim, operator.device)
-        trace = trace_estimate(quadratures, operator.device)
+        density = bracketed_densities(quadratures, dim, operator.device)
     largest = certify(operator, blocks[0], wanted[0], tolerance=tolerance)
     own = [replace(block, matvecs=0) for block in blocks[1]]  # the pass is counted once
     smallest = certify(operator, own, wanted[1], tolerance=tolerance)
-    return _summary(operator, largest, smallest, density, trace, analysed)
+    return _summary(operator, largest, smallest, density, quadratures, analysed)
 
 
 def _summary(
@@ -235,11 +235,18 @@ def _summary(
     largest: EigenPairs,
     smallest: EigenPairs,
     density: Densities,
-    trace: Estimate,
+    quadratures: Sequence[Quadrature | None] | None,
     analysed: Tensor,
 ) -> Analysis:
     """The results, with what follows from the density."""
-    regulariser = RESOLVED_SHARE * largest.scale
+    unit = unit_of(largest.scale)
+    relative = density.relative(unit)  # in which no square overflows or vanishes
+    if quadratures is None:
+        trace = relative.estimate(lambda nodes: nodes).times(unit)
+        frobenius = relative.estimate(torch.square, of=lambda means: means[..., 0].sqrt()).times(unit)
+    else:
+        trace = trace_estimate(quadratures, unit)
+        frobenius = frobenius_estimate(quadratures, density.dim, unit)
     gradient = operator.gradient.masked_fill(~analysed[:, None], float("nan"))
     leading = largest.vectors[:, 0]
     return Analysis(
@@ -251,15 +258,21 @@ def _summary(
         ),
         density=density,
         trace=trace,
-        frobenius=density.estimate(torch.square, of=lambda means: means[..., 0].sqrt()),
-        negative_mass=density.estimate(
-            lambda nodes: (-nodes).clamp(min=0), torch.abs, of=lambda means: means[..., 0] / means[..., 1]
+        frobenius=frobenius,
+        negative_mass=relative.estimate(
+            lambda nodes: (-nodes).clamp(min=0),
+            torch.abs,
+            of=lambda means: _ratio(means[..., 0], means[..., 1]),
+            slopes=(1, 1),
         ),
-        participation=density.estimate(
-            torch.abs, torch.square, of=lambda means: means[..., 0].square() / means[..., 1]
+        participation=relative.estimate(
+            torch.abs,
+            torch.square,
+            of=lambda means: _ratio(means[..., 0].square(), means[..., 1]),
+            slopes=(1, 2),
         ),
-        effective_dimension=density.estimate(lambda nodes: _effective(nodes, regulariser)),
-        regulariser=regulariser,
+        effective_dimension=relative.estimate(_effective, slopes=(1 / RESOLVED_SHARE,)),
+        regulariser=RESOLVED_SHARE * largest.scale,
         matvecs=largest.matvecs + smallest.matvecs,
         losses=operator.losses.masked_fill(~analysed, float("nan")),
         gradient=gradient,
@@ -268,7 +281,12 @@ def _summary(
     )
 
 
-def _effective(nodes: Tensor, regulariser: Tensor) -> Tensor:
-    """Lambda / (lambda + regulariser) of the positive nodes [R, probes, n]; 0 for the others."""
+def _ratio(part: Tensor, whole: Tensor) -> Tensor:
+    """Part of the whole; 0 of nothing: the operator is 0."""
+    return part / whole.masked_fill(whole == 0, 1)
+
+
+def _effective(nodes: Tensor) -> Tensor:
+    """Lambda / (lambda + regulariser) of the positive nodes, in units of |lambda|max; 0 for the others."""
     positive = nodes.clamp(min=0)
-    return positive / (positive + regulariser[:, None, None])
+    return positive / (positive + RESOLVED_SHARE)

@@ -7,13 +7,17 @@ spectrum alone, and the outliers have no error but their residual.
 Nodes and weights are kept as they are; smoothing is done when a curve is asked for.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from lossray.curvature.brackets import MOST_RULES, rules
 from lossray.curvature.dense import DenseSpectra, dense_spectra
 from lossray.curvature.eigensolver import living_members
 from lossray.curvature.estimates import Estimate, jackknife
@@ -22,6 +26,9 @@ from lossray.curvature.pairs import PackedOperator
 from lossray.curvature.quadrature import Probing, Quadrature
 from lossray.errors import StudyError
 from lossray.seeds import stream
+
+Array = NDArray[np.float64]
+_Rule = tuple[Quadrature, Array, Array]  # of whose products, nodes [m], weights [probes, m]
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,10 @@ class Densities:
     weights: Tensor  # [R, probes, n], each row sums to 1
     dim: int
     exact: bool
+    deflation_error: (
+        Tensor  # [R] bound of the sum of what the eigenvalues are off by, in `Quadrature`'s sense
+    )
+    others: tuple["Densities", ...] = ()  # from the same products, by other rules: see brackets.py
 
     def sums(self, *functions: Callable[[Tensor], Tensor]) -> Tensor:
         """Each probe's estimates of sum_i f(lambda_i), [R, probes, number of functions]."""
@@ -66,9 +77,38 @@ class Densities:
         self,
         *functions: Callable[[Tensor], Tensor],
         of: Callable[[Tensor], Tensor] = lambda means: means[..., 0],
+        slopes: Sequence[float] | None = None,
     ) -> Estimate:
-        """A function ``of`` the sums over all eigenvalues of the given functions."""
-        return jackknife(self.sums(*functions), of, exact=self.exact)
+        """A function ``of`` the sums over all eigenvalues of the given functions.
+
+        Its value is that of the mean of the Gauss rule and the one with a node at 0; all rules, and the error
+        of the deflation, lie within its bound.
+
+        Args:
+            functions: of the nodes.
+            of: of the sums [..., number of functions].
+            slopes: the largest of each function; 0 by default, for what the deflation does not change.
+        """
+        sums = self.sums(*functions)
+        means = [sums.mean(dim=1), *(other.sums(*functions).mean(dim=1) for other in self.others)]
+        if self.others:
+            sums = (sums + self.others[0].sums(*functions)) / 2
+        estimate = jackknife(sums, of, exact=self.exact)
+        off = torch.tensor(slopes or [0.0] * len(functions)).to(sums) * self.deflation_error[:, None]
+        signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=len(functions)))).to(sums)
+        means += [sums.mean(dim=1) + sign * off for sign in signs]
+        errors = torch.stack([(of(mean) - estimate.value).abs() for mean in means])
+        rules = errors[: -len(signs)].amax(dim=0)
+        return replace(estimate, bound=rules + errors[-len(signs) :].amax(dim=0))
+
+    def relative(self, unit: Tensor) -> "Densities":
+        """The densities of the operators divided by ``unit`` [R]."""
+        return replace(
+            self,
+            nodes=self.nodes / unit[:, None, None],
+            deflation_error=self.deflation_error / unit,
+            others=tuple(other.relative(unit) for other in self.others),
+        )
 
     def member(self, r: int) -> SpectralDensity:
         """The density of one member."""
@@ -130,7 +170,8 @@ def exact_densities(spectra: DenseSpectra) -> Densities:
     """All eigenvalues, each of weight 1/d."""
     nodes = spectra.values[:, None]
     dim = nodes.shape[2]
-    return Densities(nodes, torch.where(nodes.isnan(), nodes, 1 / dim), dim, exact=True)
+    weights = torch.where(nodes.isnan(), nodes, 1 / dim)
+    return Densities(nodes, weights, dim, exact=True, deflation_error=torch.zeros_like(nodes[:, 0, 0]))
 
 
 def densities(
@@ -143,39 +184,89 @@ def densities(
         dim: size of the operators.
         device: where the result is to live.
     """
-    members = [_measure(own, dim) for own in quadratures]
-    known = [nodes for nodes, _ in members if nodes is not None]
+    own = [[None if q is None else (q, q.nodes, q.weights) for q in member] for member in quadratures]
+    return _densities(own, dim, device)
+
+
+def bracketed_densities(
+    quadratures: Sequence[Quadrature | None], dim: int, device: torch.device
+) -> Densities:
+    """The densities of one block of probes for each member, with the other rules that its products allow."""
+    found = [[] if q is None else list(rules(q)) for q in quadratures]
+    others = []
+    for i in range(MOST_RULES):
+        members = [
+            [None if q is None else (q, *(own[i] if i < len(own) else (q.nodes, q.weights)))]
+            for q, own in zip(quadratures, found, strict=True)
+        ]
+        others.append(_densities(members, dim, device))
+    return replace(densities([[q] for q in quadratures], dim, device), others=tuple(others))
+
+
+def _densities(members: Sequence[Sequence[_Rule | None]], dim: int, device: torch.device) -> Densities:
+    """Of every member one rule, or several with the same vectors locked."""
+    measures = [_measure(own, dim) for own in members]
+    known = [nodes for nodes, _ in measures if nodes is not None]
     shape = (
         max((len(nodes) for nodes in known), default=1),
         max((nodes.shape[1] for nodes in known), default=1),
     )
-    rows = [_padded(nodes, weights, shape) for nodes, weights in members]
+    rows = [_padded(nodes, weights, shape) for nodes, weights in measures]
     nodes, weights = (torch.stack(tensors).to(device) for tensors in zip(*rows, strict=True))
-    return Densities(nodes, weights, dim, exact=False)
+    errors = [float("nan") if own[0] is None else own[0][0].deflation_error for own in members]
+    deflation_error = torch.tensor(errors, dtype=torch.float64, device=device)
+    return Densities(nodes, weights, dim, exact=False, deflation_error=deflation_error)
 
 
-def trace_estimate(quadratures: Sequence[Quadrature | None], device: torch.device) -> Estimate:
-    """The traces of R members from the quadratures of one probing round; None stands for a dead member."""
-    probes = max((len(own.traces) for own in quadratures if own is not None), default=1)
-    rows = [
-        torch.full((probes,), float("nan"), dtype=torch.float64)
-        if own is None
-        else torch.from_numpy(own.traces)
-        for own in quadratures
-    ]
-    return jackknife(torch.stack(rows).to(device)[:, :, None])
+def trace_estimate(quadratures: Sequence[Quadrature | None], unit: Tensor) -> Estimate:
+    """The traces of R members from the quadratures of one probing round; None stands for a dead member.
+
+    Args:
+        quadratures: one per member.
+        unit: [R] in which the estimates neither overflow nor vanish.
+    """
+    samples = _samples([None if own is None else own.traces for own in quadratures]).to(unit.device)
+    return jackknife((samples / unit[:, None])[:, :, None]).times(unit)
 
 
-def _measure(quadratures: Sequence[Quadrature | None], dim: int) -> tuple[Tensor | None, Tensor | None]:
+def frobenius_estimate(quadratures: Sequence[Quadrature | None], dim: int, unit: Tensor) -> Estimate:
+    """The Frobenius norms; arguments as in `trace_estimate`, and the size of the operators."""
+    rows: list[Array | None] = []
+    for own, size in zip(quadratures, unit.tolist(), strict=True):
+        if own is None:
+            rows.append(None)
+            continue
+        known = np.square(own.deflated / size).sum()
+        rows.append(known + (dim - len(own.deflated)) * own.squares * (own.unit / size) ** 2)
+    estimate = jackknife(_samples(rows).to(unit.device)[:, :, None], lambda means: means[..., 0].sqrt())
+    # At most 2 |lambda|max times what the eigenvalues are off by, in the squares.
+    errors = [float("nan") if own is None else own.deflation_error for own in quadratures]
+    off = 2 * torch.tensor(errors, dtype=torch.float64, device=unit.device) / unit
+    bound = off / (2 * estimate.value).masked_fill(estimate.value == 0, 1)
+    return replace(estimate, bound=bound).times(unit)
+
+
+def _samples(rows: Sequence[Array | None]) -> Tensor:
+    """[R, n]; NaN for what is missing."""
+    n = max((len(row) for row in rows if row is not None), default=1)
+    return torch.stack(
+        [
+            torch.full((n,), float("nan"), dtype=torch.float64) if row is None else torch.from_numpy(row)
+            for row in rows
+        ]
+    )
+
+
+def _measure(rules: Sequence[_Rule | None], dim: int) -> tuple[Tensor | None, Tensor | None]:
     """Nodes and weights [probes, n] of one member; None where it has none."""
     rows = []
-    for quadrature in quadratures:
-        if quadrature is None:
+    for rule in rules:
+        if rule is None:
             return None, None
-        known = torch.from_numpy(quadrature.deflated)
+        known = torch.from_numpy(rule[0].deflated)
         rest = (dim - len(known)) / dim
-        for weights in torch.from_numpy(quadrature.weights):
-            nodes = torch.cat([known, torch.from_numpy(quadrature.nodes)])
+        for weights in torch.from_numpy(rule[2]):
+            nodes = torch.cat([known, torch.from_numpy(rule[1])])
             rows.append((nodes, torch.cat([torch.full_like(known, 1 / dim), rest * weights])))
     longest = max(len(nodes) for nodes, _ in rows)
     padded = [_padded(nodes[None], weights[None], (1, longest)) for nodes, weights in rows]

@@ -31,7 +31,7 @@ from lossray.curvature.ends import Wanted
 from lossray.curvature.krylov import KrylovBases
 from lossray.curvature.members import MemberPass, Ritz
 from lossray.curvature.pairs import Block, PackedOperator, orthogonality_loss, row_norms
-from lossray.curvature.quadrature import Probing, Quadrature, Sketch, outside, quadratic_forms
+from lossray.curvature.quadrature import Probing, Quadrature, Sketch, forms_and_lengths, outside
 from lossray.seeds import generator
 
 Array = NDArray[np.float64]
@@ -248,7 +248,7 @@ class KrylovPass:
 
     def _note_quadrature(self, r: int, ritz: Ritz) -> None:
         """Keep the quadrature of the probing round, as of the largest basis before a compression."""
-        member = self.members[r]
+        member, size = self.members[r], len(ritz.values)
         if self.probing is None or self.round != self._probing_round or self.bases.compressed:
             return
         components = member.start.T @ ritz.rotation[: len(member.start)]  # [b, m]
@@ -258,7 +258,19 @@ class KrylovPass:
         traces = self.bases.dim * products
         if member.sketch is not None:
             traces = member.sketch.traces(products, self.bases.dim)
-        member.quadrature = Quadrature(ritz.values, weights, member.values, traces)
+        unit = member.scale if member.scale > 0 else 1.0
+        squares = [weights @ np.square(ritz.values / unit), np.square(member.trace_lengths / unit)]
+        member.quadrature = Quadrature(
+            ritz.values,
+            weights,
+            member.values,
+            2 * float(member.errors.sum()),  # what a locked value gains others lose
+            traces,
+            np.concatenate(squares),
+            unit,
+            member.projected[:size, :size].copy(),
+            member.start,
+        )
 
     def _trace_products(self, probing: Probing) -> None:
         """Of the probes for the trace alone, outside the locked vectors: one product each."""
@@ -269,8 +281,9 @@ class KrylovPass:
         for r in self._running():
             vectors[r] = outside(self._draws(r, self.round)[probing.probes :], self.bases.locked(r))
             self.members[r].matvecs += probing.traces
-        for member, forms in zip(self.members, quadratic_forms(self.operator, vectors), strict=True):
-            member.trace_products = forms.cpu().numpy()
+        found = (tensor.cpu().numpy() for tensor in forms_and_lengths(self.operator, vectors))
+        for member, forms, lengths in zip(self.members, *found, strict=True):
+            member.trace_products, member.trace_lengths = forms, lengths
 
     def _sketch(self, r: int, ritz: Ritz, indices: NDArray[np.intp]) -> Sketch:
         """Member r's, for the probes of its next run, outside the Ritz pairs to be locked."""

@@ -30,6 +30,7 @@ class MemberPass:
     orthogonality_loss: float = 0.0
     sketch: Sketch | None = None
     trace_products: Array = field(default_factory=lambda: np.zeros(0))  # [traces] u'Hu of `Probing.traces`
+    trace_lengths: Array = field(default_factory=lambda: np.zeros(0))  # [traces] |Hu| of the same
     quadrature: Quadrature | None = None
 
 
@@ -46,5 +47,6 @@ class Ritz:
         distances = np.abs(self.values[:, None] - self.values)
         np.fill_diagonal(distances, np.inf)
         gaps = np.maximum(distances.min(axis=1), self.residuals)
-        bounds: Array = np.divide(self.residuals**2, gaps, out=np.zeros_like(gaps), where=gaps > 0)
+        shares = np.divide(self.residuals, gaps, out=np.zeros_like(gaps), where=gaps > 0)
+        bounds: Array = self.residuals * shares  # no square, which would overflow or vanish
         return bounds

@@ -26,6 +26,7 @@ from lossray.networks.stack import Stack
 from lossray.plugins import failure
 from lossray.seeds import generator
 
+MULTIPLE = 0.7390851332151607  # no power of two, and no float32
 AGREEMENT = {torch.float32: 1e-4, torch.float64: 1e-9}  # with double backward, relative
 
 
@@ -97,11 +98,16 @@ class ObjectiveOperator:
         return self._masked(products.view(vectors.shape))
 
     def difference(self, vectors: Tensor) -> Tensor:
-        """Products minus those in float64 from double backward, [R, d] or [R, b, d]; counts no product."""
+        """Products minus those in float64 from double backward, [R, d] or [R, b, d]; counts no product.
+
+        Products in float64 are taken with multiples of the vectors: what a model computes in a lower
+        precision inside is rounded otherwise there.
+        """
         block = self._block(vectors)
         exact = self.objective.to(torch.float64)
+        multiple = MULTIPLE if self.dtype == torch.float64 else 1.0
         with _differentiating(exact):
-            found = self._sum(self._pieces(), block.to(self.device, self.dtype))
+            found = self._sum(self._pieces(), (multiple * block).to(self.device, self.dtype)) / multiple
             pieces = _pieces(exact, type(self).make_piece, self._size)
             expected = self._sum(pieces, block.to(self.device, torch.float64))
         return self._masked((found - expected).view(vectors.shape))
@@ -109,7 +115,8 @@ class ObjectiveOperator:
     def product_error(self, vectors: Tensor) -> Tensor:
         """|(A - A64) v| of every member for ``vectors`` [R, d], with a reference in float64: [R].
 
-        NaN where the model cannot be evaluated in float64.
+        Of products in float64 it is their rounding, with that of lower precisions inside the model. NaN where
+        the model cannot be evaluated in float64.
         """
         return error_norms(self, vectors)
 

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lossray.curvature.pairs import PRODUCTS_AT_ONCE, PackedOperator
+from lossray.curvature.pairs import PRODUCTS_AT_ONCE, PackedOperator, row_norms
 
 Array = NDArray[np.float64]
 
@@ -35,7 +35,12 @@ class Quadrature:
     nodes: Array  # [m], common to the probes of a block
     weights: Array  # [probes, m], each row sums to 1
     deflated: Array  # [n] Rayleigh quotients of the vectors that were locked before
+    deflation_error: float  # bound of the sum of what all eigenvalues are off by: those are no eigenvectors
     traces: Array  # [probes + traces] unbiased estimates of the trace
+    squares: Array  # [probes + traces] of the mean of lambda^2 outside ``deflated``, in ``unit``^2
+    unit: float  # of the squares, which would overflow or vanish
+    projected: Array  # [m, m] the Lanczos matrix
+    start: Array  # [b, probes] of the start vectors to the basis
 
 
 @dataclass(frozen=True)
@@ -68,5 +73,14 @@ def outside(draws: Tensor, space: Tensor) -> Tensor:
 
 def quadratic_forms(operator: PackedOperator, vectors: Tensor) -> Tensor:
     """The values u'Hu [R, n] of ``vectors`` [R, n, d]."""
-    parts = vectors.split(PRODUCTS_AT_ONCE, dim=1)
-    return torch.cat([(operator.apply(part) * part).sum(dim=2) for part in parts], dim=1)
+    return forms_and_lengths(operator, vectors)[0]
+
+
+def forms_and_lengths(operator: PackedOperator, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """The values u'Hu and |Hu|, both [R, n], of ``vectors`` [R, n, d]."""
+    forms, lengths = [], []
+    for part in vectors.split(PRODUCTS_AT_ONCE, dim=1):
+        products = operator.apply(part)
+        forms.append((products * part).sum(dim=2))
+        lengths.append(row_norms(products.flatten(0, 1)).view(part.shape[:2]))
+    return torch.cat(forms, dim=1), torch.cat(lengths, dim=1)

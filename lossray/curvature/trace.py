@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lossray.curvature.dense import dense_spectra
 from lossray.curvature.eigensolver import living_members
-from lossray.curvature.estimates import Estimate, jackknife
+from lossray.curvature.estimates import Estimate, jackknife, unit_of
 from lossray.curvature.lanczos import KrylovPass
 from lossray.curvature.pairs import PackedOperator
 from lossray.curvature.quadrature import Probing, outside, quadratic_forms
@@ -68,7 +68,8 @@ def packed_trace(
     rest = dim - torch.tensor([len(space) for space in spaces], device=forms.device)
     samples = torch.tensor(inside, device=forms.device)[:, None] + rest[:, None] * forms
     samples[[m.quadrature is None for m in members]] = float("nan")
-    return jackknife(samples[:, :, None])
+    unit = unit_of(torch.tensor([member.scale for member in members], device=forms.device))
+    return jackknife((samples / unit[:, None])[:, :, None]).times(unit)
 
 
 def _probes(space: Tensor, n: int, seed: int) -> Tensor:

@@ -19,7 +19,7 @@ from lossray.training.plan import checkpoint_steps
 
 KEY_VERSION = 1  # goes up when the same settings come to mean other numbers
 TRAINING_TABLES = ("runs", "training", "checkpoints")
-CURVATURE_VERSION = 3  # likewise, of an analysis
+CURVATURE_VERSION = 4  # likewise, of an analysis
 DEGENERACY_VERSION = 3
 CONNECTIVITY_VERSION = 1
 ENSEMBLES_VERSION = 1

@@ -187,6 +187,30 @@ def test_sizes_around_the_one_from_which_a_basis_fits(hidden: int, steps: int) -
     assert abs(report.frobenius.value - float(exact.norm())) <= 6 * report.frobenius.stderr + 1e-9 * size
 
 
+class _Softmax32(nn.Module):
+    """As language models have it: the softmax in float32 whatever the dtype of the rest."""
+
+    def __init__(self, pinned: bool) -> None:
+        super().__init__()
+        self.pinned = pinned
+        self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.first(inputs)
+        return self.last((hidden.float() if self.pinned else hidden).softmax(dim=-1).to(inputs.dtype))
+
+
+@pytest.mark.parametrize(("pinned", "least", "most"), [(True, 1e-10, 1e-5), (False, 0, 1e-14)])
+def test_the_product_error_shows_a_lower_precision_inside(pinned: bool, least: float, most: float) -> None:
+    torch.manual_seed(4)
+    model = _Softmax32(pinned).double()
+    inputs = torch.randn(30, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    matrix = lossray.Hessian(model, F.cross_entropy, (inputs, torch.arange(30) % 3), dtype=torch.float64)
+    for operator in (matrix, lossray.Scaled(matrix, torch.linspace(0.5, 2, matrix.shape[0]).double())):
+        report = lossray.analyse(operator, top=2)
+        assert least * report.pairs.scale <= report.product_error <= most * report.pairs.scale
+
+
 def test_a_model_that_pins_its_dtype_has_no_product_error() -> None:
     class Pinned(nn.Module):
         def __init__(self) -> None:
