@@ -12,6 +12,7 @@ import torch
 
 from flows.costs import Cost, estimate
 from flows.freeze import decide
+from flows.notes import notes_of
 from flows.plan import PackPlan, Plan, make_plan
 from flows.progress import duration
 from flows.study import Request, check_request
@@ -45,7 +46,8 @@ def dry_run(study: str, out: str | None, overrides: Sequence[str] = ()) -> str:
     plan = make_plan(request.context, packs, request.inputs)
     costs = _costs(plan, request.dataset)
     lines = [*_packs(plan, costs), "", *_totals(plan, costs), *_done(request, plan)]
-    return "\n".join([*lines, *settings.not_computed()])
+    notes = [f"note: {line}" for line in notes_of(settings, request.inputs.recordings)]
+    return "\n".join([*lines, *notes])
 
 
 def _costs(plan: Plan, dataset: Dataset) -> list[Cost]:

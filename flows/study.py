@@ -15,6 +15,7 @@ from flows.driver import WAIT_SECONDS, Driver
 from flows.freeze import decide, study_device
 from flows.interrupt import Interrupt
 from flows.ledger import Ledger
+from flows.notes import notes_of
 from flows.plan import Plan, make_plan
 from flows.progress import duration
 from flows.recorded import withdraw
@@ -75,7 +76,7 @@ def run_study(
     request = check_request(study, out, overrides)
     if not in_process and request.store.url.startswith("memory://"):
         raise StudyError(f"--out {out}: workers have memory of their own; allowed: with --in-process only")
-    for line in request.loaded.study.not_computed():
+    for line in notes_of(request.loaded.study, request.inputs.recordings):
         _say(f"note: {line}")
     if is_complete(request):
         if not is_recorded(request):

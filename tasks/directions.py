@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lossray.training.loop import step_gradient
-from lossray.training.optimizers import OPTIMIZERS, learning_rate
+from lossray.training.optimizers import OPTIMIZERS, StackOptimizer, learning_rate
 from lossray.training.replay import ReplayedStep
 from lossray.training.shadow import load_shadow_states, make_shadows
 from tasks.context import loss_of
@@ -27,7 +27,7 @@ class NextStep:
 def next_step(job: CheckpointJob, point: Point) -> NextStep | None:
     """The step after the checkpoint, not taken; None for a recorded run, whose next batch is not known."""
     pack, study = job.pack, job.context.study
-    if pack.recorded is not None or pack.optimizer is None or point.optimizer is None:
+    if pack.recorded is not None or pack.optimizer is None or not isinstance(point.optimizer, StackOptimizer):
         return None
     args = (point.stack, point.theta, point.buffers, loss_of(job.context), point.dataset)
     _, gradient = step_gradient(*args, study.training, pack.seeds, job.step)

@@ -8,11 +8,13 @@ from torch import Tensor
 
 from lossray.curvature.objectives import StackObjective
 from lossray.curvature.operators import PackedHessian
+from lossray.networks.layout import Layout
 from lossray.networks.stack import Stack
 from lossray.storage.checkpoints import Checkpoint
 from lossray.study import Pack
 from lossray.training.datasets import Dataset, analysis_set, on_device
 from lossray.training.optimizers import StackOptimizer
+from lossray.training.readings import ENTRIES, RecordedOptimizer
 from tasks.context import Context, dataset_of, loss_of, stack_of
 from tasks.recorded import converted
 
@@ -40,7 +42,7 @@ class Point:
     stack: Stack
     theta: Tensor  # [R, d]; diverged members at their last finite parameters
     buffers: dict[str, Tensor]  # name -> [R, *shape]
-    optimizer: StackOptimizer | None  # None: a recorded run's, which lossray does not know
+    optimizer: StackOptimizer | RecordedOptimizer | None  # None: a recorded run's that is not known
     alive: Tensor  # [R] bool
     dataset: Dataset
     checkpoint: Checkpoint  # as it was read
@@ -53,11 +55,21 @@ def locate(job: CheckpointJob, checkpoint: Checkpoint, device: torch.device) -> 
     stack, _, _ = stack_of(job.pack, dataset, dtype=dtype, device=device)
     theta = stack.layout.join(checkpoint.parameters).to(dtype)  # a recorded run may have had another
     buffers = converted(checkpoint.buffers, device, dtype)
-    optimizer = None
-    if job.pack.optimizer is not None:
-        optimizer = StackOptimizer(job.pack.optimizer, theta, stack.layout)
-        optimizer.load_state(checkpoint.optimizer)
+    optimizer = _optimizer(job, checkpoint, theta, stack.layout)
     return Point(stack, theta, buffers, optimizer, checkpoint.alive, dataset, checkpoint)
+
+
+def _optimizer(
+    job: CheckpointJob, checkpoint: Checkpoint, theta: Tensor, layout: Layout
+) -> StackOptimizer | RecordedOptimizer | None:
+    """As it was recorded; an older version has recorded the state of one that a study file can name."""
+    if job.pack.recorded is not None and set(checkpoint.optimizer) <= set(ENTRIES):
+        return RecordedOptimizer(checkpoint.optimizer) if checkpoint.optimizer else None
+    if job.pack.optimizer is None:
+        return None
+    optimizer = StackOptimizer(job.pack.optimizer, theta, layout)
+    optimizer.load_state(checkpoint.optimizer)
+    return optimizer
 
 
 def objective_at(job: CheckpointJob, point: Point) -> StackObjective:

@@ -1,5 +1,6 @@
 """Rows of the `sharpness` table at one checkpoint."""
 
+import math
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -16,6 +17,7 @@ from lossray.geometry.sharpness import batch_sharpness, critical_sharpness
 from lossray.seeds import generator, stream
 from lossray.training.batches import takes_all
 from lossray.training.optimizers import OPTIMIZERS
+from lossray.training.readings import RecordedOptimizer
 from tasks.context import loss_of
 from tasks.directions import NextStep
 from tasks.gauges import Ends
@@ -51,7 +53,7 @@ def sharpness_rows(
     critical: Tensor | None = None
     if following is not None and following.lr > 0:
         critical = critical_sharpness(objective_at(job, point), following.update, following.lr)
-    lr = following.lr if following is not None else None
+    lr = following.lr if following is not None else _recorded_rate(point)
     values = {
         "lambda_max": analysis.pairs.values[:, 0],
         "lambda_max_residual": analysis.pairs.residuals[:, 0],
@@ -63,12 +65,12 @@ def sharpness_rows(
     if preconditioned is not None:
         values["preconditioned_lambda_max"] = preconditioned.values[:, 0]
         values["preconditioned_lambda_max_residual"] = preconditioned.residuals[:, 0]
-    if lr is not None:
+    if lr is not None and _has_one_rate(point):
         values["lambda_max_lr"] = lr * values["lambda_max"]
-        if preconditioned is not None:
-            values["preconditioned_lr"] = lr * preconditioned.values[:, 0]
+    if lr is not None and preconditioned is not None:
+        values["preconditioned_lr"] = lr * preconditioned.values[:, 0]
     columns = {name: value.masked_fill(~point.alive, torch.nan).tolist() for name, value in values.items()}
-    shared: Row = {"step": job.step, "lr": lr, "batches": len(batches), "threshold": _threshold(job)}
+    shared: Row = {"step": job.step, "lr": lr, "batches": len(batches), "threshold": _threshold(job, point)}
     return [
         {"run_id": run_id, **shared, **{name: finite(column[r]) for name, column in columns.items()}}
         for r, run_id in enumerate(job.pack.run_ids)
@@ -123,7 +125,23 @@ def _batches(job: CheckpointJob, point: Point) -> Iterator[StackObjective]:
         )
 
 
-def _threshold(job: CheckpointJob) -> float | None:
+def _recorded_rate(point: Point) -> float | None:
+    """The rate of a recorded run's next step; the largest where its parameter groups differ in theirs."""
+    if isinstance(point.optimizer, RecordedOptimizer):
+        return point.optimizer.rate
+    rate = float(point.checkpoint.log["lr"][-1]) if "lr" in point.checkpoint.log else math.nan
+    return None if math.isnan(rate) else rate
+
+
+def _has_one_rate(point: Point) -> bool:
+    """Whether a rate times an eigenvalue of H means something: not where parameter groups differ."""
+    recorded = isinstance(point.optimizer, RecordedOptimizer)
+    return not recorded or not bool(torch.isnan(point.checkpoint.log["lr"]).any())
+
+
+def _threshold(job: CheckpointJob, point: Point) -> float | None:
+    if isinstance(point.optimizer, RecordedOptimizer):
+        return point.optimizer.threshold
     optimizer = job.pack.optimizer
     threshold = OPTIMIZERS[optimizer.name].threshold if optimizer else None
     return threshold(optimizer, job.step) if threshold else None

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lossray.curvature.analysis import Analysis
@@ -77,7 +76,7 @@ def _operator(name: str, objective: StackObjective, mode: str, scale: Tensor | N
     if name == "hessian":
         return PackedHessian(objective, mode=mode)
     alive = ~objective.dead[:, None]
-    if scale is None or not bool((torch.isfinite(scale) & (scale > 0) | ~alive).all()):
+    if scale is None or not bool(((scale > 0) | ~alive).all()):  # false for what is not a number
         return None
     return PackedPreconditioned(PackedHessian(objective, mode=mode), scale)
 

@@ -277,6 +277,13 @@ def _described_optimizer(pack: Pack) -> Row:
     """Of a recorded run the schedule is not known, and of an optimizer of the user's own only the name."""
     optimizer, recorded = pack.optimizer, pack.recorded
     row: Row = {"optimizer": recorded.optimizer, "lr": recorded.lr} if recorded else {}
+    if recorded and recorded.settings is not None:
+        decay = json.loads(recorded.settings).get("weight_decay")
+        return row | {
+            "weight_decay": decay if isinstance(decay, float) else None,
+            "optimizer_settings": recorded.settings,
+            "adaptive": recorded.adaptive,
+        }
     if optimizer is None:
         return row
     settings = optimizer.plain()

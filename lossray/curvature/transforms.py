@@ -91,14 +91,14 @@ class PackedPreconditioned(PackedScaled):
 
     Args:
         operator: A, R operators of size d.
-        scale: the diagonal of D, [R, d] or [d], above zero.
+        scale: the diagonal of D, [R, d] or [d], above zero; infinite where the optimizer moves nothing.
 
     Raises:
-        ValueError: another shape, or values of a living member that are not finite and above zero.
+        ValueError: another shape, or values of a living member that are not above zero.
     """
 
     def __init__(self, operator: PointOperator, scale: Tensor) -> None:
-        diagonal = _checked_scale(operator, scale)
+        diagonal = _filled_scale(operator, scale)
         if not bool((diagonal > 0).all()):
             raise ValueError(
                 f"scale: found {float(diagonal.min()):.3g}; allowed: above zero, as the diagonal of D is in "
@@ -191,6 +191,14 @@ def _positions(layout: Layout, chosen: Sequence[int]) -> Tensor:
 
 def _checked_scale(operator: PointOperator, scale: Tensor) -> Tensor:
     """``scale`` as [R, d] in float64, with ones for dead members."""
+    values = _filled_scale(operator, scale)
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError("scale: found values that are not finite; allowed: finite numbers")
+    return values
+
+
+def _filled_scale(operator: PointOperator, scale: Tensor) -> Tensor:
+    """Likewise, finite or not."""
     scale = torch.as_tensor(scale)
     if scale.shape != operator.shape and scale.shape != operator.shape[1:]:
         raise ValueError(
@@ -199,10 +207,7 @@ def _checked_scale(operator: PointOperator, scale: Tensor) -> Tensor:
         )
     alive = torch.isfinite(operator.losses)[:, None]
     values = scale.detach().to(operator.device, torch.float64).expand(operator.shape)
-    values = torch.where(alive, values, torch.ones_like(values))
-    if not bool(torch.isfinite(values).all()):
-        raise ValueError("scale: found values that are not finite; allowed: finite numbers")
-    return values
+    return torch.where(alive, values, torch.ones_like(values))
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -65,8 +65,13 @@ def adaptive(theta: Tensor) -> Gauge:
 
 
 def preconditioned(scale: Tensor) -> Gauge:
-    """S = P^-1/2 with P [R, d] the diagonal of an optimizer's preconditioner."""
-    return Gauge("preconditioned", _sound(scale).rsqrt())
+    """S = P^-1/2 with P [R, d] the diagonal of an optimizer's preconditioner.
+
+    An infinite P, of what no step moves, drops a coordinate.
+    """
+    values = scale.detach().double()
+    sound = ~torch.isnan(values).any(dim=1, keepdim=True)
+    return Gauge("preconditioned", torch.where(sound, values, 1).rsqrt())
 
 
 def _sound(values: Tensor) -> Tensor:

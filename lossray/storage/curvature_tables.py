@@ -115,10 +115,17 @@ SHARPNESS = TableSchema(
     (
         RUN,
         STEP,
-        number("lr", "1", "learning rate of the next step, after the schedule"),
+        number(
+            "lr",
+            "1",
+            "learning rate of the next step, after the schedule; of a recorded run whose parameter groups "
+            "have rates of their own the largest of them, to which its preconditioner belongs",
+        ),
         number("lambda_max", CURVATURE, "largest eigenvalue of the Hessian of the analysis set"),
         number("lambda_max_residual", CURVATURE, "its residual"),
-        number("lambda_max_lr", "1", "lambda_max times lr"),
+        number(
+            "lambda_max_lr", "1", "lambda_max times lr; null where parameter groups have rates of their own"
+        ),
         number(
             "preconditioned_lambda_max",
             "1/lr",

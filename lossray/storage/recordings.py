@@ -16,7 +16,8 @@ from lossray.storage.files import keyed
 from lossray.storage.store import Store
 
 FOLDER = "recorded"
-FORMAT = "recording/1"
+FORMAT = "recording/2"
+READABLE = ("recording/1", FORMAT)  # the first had no `kind`, `exact`, `adaptive` and `notes`
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,13 @@ class Recording:
     parameters: Mapping[str, list[int]]  # shapes of the trainable parameters, in the order of a stack
     buffers: Mapping[str, list[int]]  # of the buffers and the frozen parameters
     optimizer: str | None  # its name, or that of its class where lossray does not know it; None: not given
-    settings: Mapping[str, Any] | None  # its settings but for rate and schedule, where lossray knows it
+    settings: Mapping[str, Any] | None  # what decides its step but for rate and schedule, if known
     lr: float | None  # learning rate before any schedule, at the first checkpoint; None where groups differ
     steps: Mapping[int, str] = field(default_factory=dict)  # step -> sha256 of the checkpoint's content
+    kind: str | None = None  # the optimizer's class
+    exact: bool = True  # whether `settings` are those of an optimizer that a study file can name
+    adaptive: bool | None = None  # see `OptimizerEntry`
+    notes: tuple[str, ...] = ()  # what of the optimizer is not known, one line each
 
     @property
     def seed(self) -> int:
@@ -58,10 +63,11 @@ def read_recording(store: Store, run: str) -> Recording | None:
     if not store.exists(path):
         return None
     where, plain = f"{store.url}/{path}", store.read_json(path)
-    if not isinstance(plain, dict) or plain.get("format") != FORMAT:
+    if not isinstance(plain, dict) or plain.get("format") not in READABLE:
         raise StoreError(f"{where} is no recording of this version of lossray, {FORMAT}: record the run anew")
     try:
-        return Recording(**{key: value for key, value in plain.items() if key != "format"})
+        own = {key: value for key, value in plain.items() if key != "format"}
+        return Recording(**own | {"notes": tuple(own.get("notes", ()))})
     except TypeError as error:
         raise StoreError(f"{where} is damaged: {error}; record the run anew") from error
 

@@ -4,7 +4,7 @@ Equal keys mean equal rows. The study's name, [resources], [claims] and the plac
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from lossray.geometry import vectors
@@ -92,7 +92,7 @@ def training_key(pack: Pack, study: Study, inputs: StudyInputs) -> str:
     recorded run is not trained, but evaluated: its key holds the content of its checkpoints.
     """
     if pack.recorded is not None:
-        recorded = {"run": asdict(pack.recorded), "steps": list(inputs.recorded_steps(pack).items())}
+        recorded = {"run": pack.recorded.plain(), "steps": list(inputs.recorded_steps(pack).items())}
         return content_hash({"kind": "training", **recorded, **_recorded_content(pack, study, inputs)})
     return content_hash({"kind": "training", **_training_content(pack, study, inputs)})
 

@@ -1,8 +1,9 @@
 """From a study to its runs: settings (model x optimizer), and packs of seeds within each setting."""
 
+import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lossray.curvature.modes import ProductMode
@@ -35,6 +36,13 @@ class RecordedRun:
     run_id: str
     optimizer: str | None  # its name, or its class where lossray does not know it
     lr: float | None  # before any schedule
+    settings: str | None = None  # what decides its step, as JSON, where a study file could not say it
+    adaptive: bool | None = None  # see `OptimizerEntry`; with `settings`
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON-compatible values, those left out that only some recordings have."""
+        extra = {} if self.settings is None else {"settings": self.settings, "adaptive": self.adaptive}
+        return {"run_id": self.run_id, "optimizer": self.optimizer, "lr": self.lr, **extra}
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,7 @@ class Pack:
             "executor": self.executor,
             "product_mode": self.product_mode,
         }
-        return plain | ({"recorded": asdict(self.recorded)} if self.recorded else {})
+        return plain | ({"recorded": self.recorded.plain()} if self.recorded else {})
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> "Pack":
@@ -179,22 +187,29 @@ def _recorded_packs(
                 setting.optimizer,
                 (recording.seed,),
                 *decided[setting.setting_id],
-                RecordedRun(recording.run, recording.optimizer, recording.lr),
+                _recorded_run(recording),
             )
         )
     return tuple(packs)
+
+
+def _recorded_run(recording: Recording) -> RecordedRun:
+    run = RecordedRun(recording.run, recording.optimizer, recording.lr)
+    if recording.settings is None or recording.exact:
+        return run
+    return replace(run, settings=json.dumps(recording.settings), adaptive=recording.adaptive)
 
 
 def _recorded_setting(study: Study, recording: Recording) -> Setting:
     """The study's one model with the optimizer as it was recorded."""
     (model,) = study.models
     optimizer = None
-    if recording.settings is not None:
+    if recording.settings is not None and recording.exact:
         lr = {"lr": recording.lr} if recording.lr else {}  # a warm-up may start from 0
         optimizer = optimizer_settings({**recording.settings, **lr})
     content = {
         "model": model.plain(),
-        "optimizer": optimizer.plain() if optimizer else recording.optimizer,
+        "optimizer": optimizer.plain() if optimizer else recording.settings or recording.optimizer,
         "lr": recording.lr,
     }
     name = recording.optimizer or "unknown"

@@ -3,6 +3,7 @@
 import operator
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from lossray.networks.layout import tensors_of, uncompiled
 from lossray.storage.checkpoints import Checkpoint, dumps, loads
 from lossray.storage.recordings import FOLDER, Recording, read_recording, recording_path
 from lossray.storage.store import Store
-from lossray.training.optimizers import OptimizerSettings, optimizer_settings
-from lossray.training.recognise import base_rate, rate, recognised, same_meaning, stacked_state
-from lossray.training.schedules import ScheduleSettings
+from lossray.training.optimizers import OPTIMIZERS
+from lossray.training.readings import ENTRIES, RATE, Reading, read_optimizer
+from lossray.training.recognise import base_rate, rate
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}"  # becomes the name of a folder
 
@@ -37,10 +38,12 @@ def record(
     at. The model and the optimizer are left as they are. A model wrapped by torch.compile, DataParallel or
     DistributedDataParallel is recorded as the module inside.
 
-    The state of an optimizer that lossray knows (torch.optim's Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam,
-    RAdam, RMSprop and SGD, stepping by the rule that a study file can name, all parameter groups alike) is
-    recorded with its settings, so that momentum and preconditioner can be analysed. Of any other optimizer
-    only the name is; the directions that need its state are then missing.
+    Of an optimizer that lossray knows (torch.optim's Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam,
+    RMSprop and SGD, with all their options, and subclasses that leave the step alone) momentum, the diagonal
+    of the preconditioner, the threshold of stability and the rate are recorded, whatever its weight decay
+    and its parameter groups are. Groups with rates of their own are taken into the preconditioner (see
+    `lossray.training.readings`). Of any other optimizer only the name is; the directions that need its state
+    are then missing. What is not known is a line in the output of ``lossray run``.
 
     A script that is run again into the same store and comes to the same weights changes nothing. Other
     weights at a recorded step are an error, since rows of two trajectories would mix. `overwrite` takes them
@@ -68,13 +71,12 @@ def record(
     _check_model(model, optimizer)
     store = _opened(out)
     before = _before(store, run, step, overwrite=overwrite)
-    known = recognised(optimizer) if optimizer is not None else None
-    recording = _recording(run, model, optimizer, known)
-    state = {}
-    if optimizer is not None and _readable(before, known):
-        state = stacked_state(optimizer, [p for p in model.parameters() if p.requires_grad])
-    lr = rate(optimizer) if optimizer is not None else None
-    checkpoint = _checkpoint(recording, model, step, state, lr)
+    reading = None
+    if optimizer is not None:
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        reading = read_optimizer(optimizer, trainable, step)
+    recording = _recording(run, model, optimizer, reading)
+    checkpoint = _checkpoint(recording, model, step, optimizer, reading)
     _write(store, before, recording, checkpoint, overwrite=overwrite)
 
 
@@ -177,38 +179,36 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _recording(
-    run: str, model: nn.Module, optimizer: torch.optim.Optimizer | None, known: OptimizerSettings | None
+    run: str, model: nn.Module, optimizer: torch.optim.Optimizer | None, reading: Reading | None
 ) -> Recording:
     parameters, buffers = tensors_of(model)
-    name = known.name if known else type(optimizer).__name__ if optimizer is not None else None
+    known = reading is not None and reading.settings is not None
     return Recording(
         run=run,
         parameters={name: list(tensor.shape) for name, tensor in parameters.items()},
         buffers={name: list(tensor.shape) for name, tensor in buffers.items()},
-        optimizer=name,
-        settings=_rule(known) if known else None,
+        optimizer=reading.name if reading else None,
+        settings=reading.settings if reading else None,
         lr=base_rate(optimizer) if optimizer is not None else None,
+        kind=reading.kind if reading else None,
+        exact=reading is None or reading.exact,
+        adaptive=OPTIMIZERS[reading.name].adaptive if known and reading else None,
+        notes=reading.notes if reading else (),
     )
 
 
-def _rule(settings: OptimizerSettings) -> dict[str, Any]:
-    """The settings but for rate and schedule, of which the optimizer's own are recorded."""
-    return {key: value for key, value in settings.plain().items() if key not in ScheduleSettings.model_fields}
-
-
-def _readable(before: Recording | None, known: OptimizerSettings | None) -> bool:
-    """Whether an optimizer's state can be read with the settings that the run was recorded with."""
-    if known is None or before is None or before.optimizer is None:
-        return known is not None
-    return before.settings is not None and same_meaning(known, optimizer_settings(before.settings))
-
-
 def _checkpoint(
-    recording: Recording, model: nn.Module, step: int, state: dict[str, Tensor], lr: float | None
+    recording: Recording,
+    model: nn.Module,
+    step: int,
+    optimizer: torch.optim.Optimizer | None,
+    reading: Reading | None,
 ) -> Checkpoint:
     parameters, buffers = tensors_of(model)
     finite = all(bool(torch.isfinite(tensor).all()) for tensor in parameters.values())
-    rates = torch.tensor([torch.nan if lr is None else lr], dtype=torch.float64)
+    state = dict(reading.state) if reading else {}
+    lr = rate(optimizer) if optimizer is not None else None
+    rates = torch.tensor([torch.nan if lr is None else state.get(RATE, lr)], dtype=torch.float64)
     return Checkpoint(
         pack_id=recording.run,
         step=step,
@@ -232,7 +232,7 @@ def _write(
     path, data = store.checkpoint_path(run, step), dumps(checkpoint)
     if store.exists(path):
         there = store.read_bytes(path)
-        if there == data:
+        if _same(there, data, path):
             return
         if not overwrite:
             raise StoreError(f"{store.url}/{path}: {_difference(there, data, path)}")
@@ -241,9 +241,27 @@ def _write(
     for later in store.checkpoint_steps(run) if overwrite else ():
         if later >= step:
             store.delete(store.checkpoint_path(run, later))
-    if before is None or (before.optimizer is None and recording.optimizer is not None):
-        store.write_json(recording_path(run), recording.plain())
+    described = _described(before, recording)
+    if described != before:
+        store.write_json(recording_path(run), described.plain())
     store.write_bytes(path, data)
+
+
+def _described(before: Recording | None, now: Recording) -> Recording:
+    """The run's description once this checkpoint is there: notes of any of them are its notes."""
+    if before is None or (before.optimizer is None and now.optimizer is not None):
+        return now
+    notes = tuple(dict.fromkeys([*before.notes, *now.notes]))
+    return replace(before, notes=notes, kind=before.kind or now.kind) if notes != before.notes else before
+
+
+def _same(there: bytes, data: bytes, path: str) -> bool:
+    """Whether a recorded checkpoint is this one, as an older version wrote it, which kept the raw state."""
+    if there == data:
+        return True
+    old, new = loads(there, name=path), loads(data)
+    raw = bool(old.optimizer) and not set(old.optimizer) <= set(ENTRIES)
+    return raw and _equal(old.parameters, new.parameters) and _equal(old.buffers, new.buffers)
 
 
 def _difference(there: bytes, data: bytes, path: str) -> str:
@@ -279,5 +297,11 @@ def _check_same_run(store: Store, before: Recording, now: Recording) -> None:
                 f"{shape}" if shape is not None else "none" for shape in (new.get(name), old.get(name))
             )
             raise StoreError(f"{kind}: found {name} {found}, before {allowed}; {remedy}")
-    if None not in (before.optimizer, now.optimizer) and before.optimizer != now.optimizer:
+    if None not in (before.optimizer, now.optimizer) and not _of_one_kind(before, now):
         raise StoreError(f"optimizer: found {now.optimizer}, before {before.optimizer}; {remedy}")
+
+
+def _of_one_kind(before: Recording, now: Recording) -> bool:
+    """Whether both are of one class: what it is called may change, with its momentum or with lossray."""
+    same_name = before.optimizer in (now.optimizer, now.kind)
+    return same_name if before.kind is None else before.kind == now.kind

@@ -5,6 +5,7 @@ import re
 import runpy
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -18,7 +19,7 @@ import lossray
 from flows.estimate import dry_run
 from flows.study import run_study
 from lossray.errors import StoreError, StudyError
-from lossray.storage.checkpoints import read_checkpoint
+from lossray.storage.checkpoints import dumps, read_checkpoint
 from lossray.storage.store import Store
 from lossray.storage.tables import TABLES
 from lossray.training.datasets import data_settings, load_dataset
@@ -213,13 +214,18 @@ def test_models_are_read_back(own_study, out):
         study.model("run", 3)
 
 
-def test_what_only_the_optimizer_knows_is_missing_where_it_is_unknown(own_study, out):
+def test_what_only_the_optimizer_knows_is_missing_where_it_is_unknown(own_study, out, capsys):
     class Mine(torch.optim.SGD):
-        pass
+        def step(self, closure=None):
+            return super().step(closure)
 
     train_and_record(out, make=Mine, run="mine")
     lossray.record(out, net(), None, 0, run="none")
     assert run(own_study(), out) == 0
+    said = capsys.readouterr().err
+    assert "note: run mine: optimizer Mine is not known: no momentum, preconditioner, threshold\n" in said
+    assert "note: run none: no optimizer was recorded: no momentum, preconditioner, threshold\n" in said
+    assert "note: run mine: optimizer Mine is not known" in dry_run(own_study(), out)
     runs = table(out, "runs").set_index("run_id")
     assert runs["optimizer"]["mine"] == "Mine"
     assert pd.isna(runs["optimizer"]["none"])
@@ -459,3 +465,99 @@ def test_a_recorded_checkpoint_is_never_changed(own_study, out):
     run(own_study(), out)
     assert Path(out, "checkpoints/run/5.safetensors").read_bytes() == before
     assert read_checkpoint(Store(out), "run", 5).evaluation == {}
+
+
+# ---- parameter groups
+
+
+def by_decay(parameters):
+    """AdamW as it is mostly used, with no decay of biases; here with a rate of their own too."""
+    own = list(parameters)
+    matrices, biases = [p for p in own if p.ndim > 1], [p for p in own if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": biases, "lr": 0.02, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups)
+
+
+def test_groups_of_an_optimizer_have_momentum_preconditioner_and_threshold(own_study, out):
+    made = []
+
+    def make(parameters, lr):
+        made.append(by_decay(parameters))
+        made[-1].param_groups[0]["lr"] = lr
+        return made[-1]
+
+    train_and_record(out, make=make, run="adamw-0")
+    study = own_study(
+        training={**NO_TRAINING, "dtype": "float64"},
+        curvature={"top": 3, "tolerance": 1e-10, "dtype": "float64", "operators": ["preconditioned"]},
+    )
+    assert run(study, out) == 0
+    (row,) = table(out, "runs").to_dict("records")
+    assert (row["optimizer"], row["adaptive"]) == ("adamw", True)
+    assert json.loads(row["optimizer_settings"])["lr"] == [0.05, 0.02]
+    directions = set(table(out, "directions")["direction"])
+    assert directions == {"gradient", "momentum", "displacement"}
+    sharpness = table(out, "sharpness").set_index("step")
+    assert sharpness["threshold"].tolist() == pytest.approx([38.0] * 3)
+    assert sharpness["lr"].tolist() == [0.05] * 3
+    assert sharpness["lambda_max_lr"].isna().all()  # no one rate is the run's
+    for step in STEPS[1:]:  # at 0 there is no preconditioner yet
+        expected = stability(out, step, "adamw-0")
+        assert sharpness["preconditioned_lr"][step] == pytest.approx(expected, rel=1e-7)
+    spectra = table(out, "curvature").query("operator == 'preconditioned'").set_index("step")
+    assert spectra["lambda_max"][5] * 0.05 == pytest.approx(stability(out, 5, "adamw-0"), rel=1e-7)
+
+
+def stability(out, step, run_id):
+    """The largest eigenvalue of rate / P times H, from the recorded state and a dense Hessian."""
+    study = lossray.open_study(out)
+    inputs, targets = study.data("train")
+    model = study.model(run_id, step).double()
+    state = read_checkpoint(Store(out), run_id, step).optimizer
+    theta = nn.utils.parameters_to_vector(model.parameters()).detach()
+
+    def loss(theta):
+        named, start = {}, 0
+        for name, parameter in model.named_parameters():
+            named[name] = theta[start : start + parameter.numel()].view_as(parameter)
+            start += parameter.numel()
+        outputs = torch.func.functional_call(model, named, (inputs.double(),))
+        return nn.functional.cross_entropy(outputs, targets)
+
+    hessian = torch.autograd.functional.hessian(loss, theta)
+    rates = (state["rate"] / state["scale"][0].double()).sqrt()
+    return float(torch.linalg.eigvalsh(rates[:, None] * hessian * rates)[-1])
+
+
+def test_a_group_that_does_not_move_is_dropped_from_the_preconditioned_gauge(own_study, out):
+    def make(parameters, lr):
+        first, *others = list(parameters)
+        return torch.optim.Adam([{"params": [first], "lr": 0.0}, {"params": others}], lr=lr)
+
+    train_and_record(out, make=make)
+    assert run(own_study(), out) == 0
+    angles = table(out, "angles").query("gauge == 'preconditioned' and step == 2")
+    assert set(angles["dropped"]) == {6 * 4}
+    assert set(angles["dim"]) == {4 + 4 * 3 + 3}
+    assert angles["energy"].between(0, 1).all()
+
+
+def test_what_an_older_version_recorded_is_analysed_as_before(own_study, out):
+    train_and_record(out)
+    older = str(Path(out).parent / "older")
+    shutil.copytree(out, older)
+    store = Store(older)
+    plain = store.read_json("recorded/run.json")
+    own = {key: value for key, value in plain.items() if key not in ("kind", "exact", "adaptive", "notes")}
+    store.write_json("recorded/run.json", {**own, "format": "recording/1"})
+    moment = read_checkpoint(store, "run", 5).optimizer
+    square = (moment["scale"] - 1e-8).square() * (1 - 0.999**5)
+    state = {"exp_avg": moment["momentum"], "exp_avg_sq": square, "step": torch.tensor(5.0)}
+    checkpoint = replace(read_checkpoint(store, "run", 5), optimizer=state)
+    store.write_bytes("checkpoints/run/5.safetensors", dumps(checkpoint))
+    for where in (out, older):
+        assert run(own_study(), where) == 0
+    for name in ("angles", "sharpness", "directions"):
+        before, now = table(older, name), table(out, name)
+        numbers = now.select_dtypes("float").columns
+        pd.testing.assert_frame_equal(before[numbers], now[numbers], rtol=2e-3, atol=1e-5, obj=name)

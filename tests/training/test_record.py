@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 import lossray
 from lossray.errors import ModelError, StoreError, StudyError
 from lossray.networks.stack import stack_models
-from lossray.storage.checkpoints import read_checkpoint
+from lossray.storage.checkpoints import dumps, read_checkpoint
 from lossray.storage.recordings import read_recording, read_recordings
 from lossray.storage.store import Store
 
@@ -77,7 +78,9 @@ def test_a_checkpoint_holds_what_a_stack_of_the_model_would(out, trained):
     assert torch.equal(stack.layout.join(checkpoint.parameters), theta)
     assert list(checkpoint.buffers) == list(buffers)
     assert all(torch.equal(checkpoint.buffers[name], value) for name, value in buffers.items())
-    assert checkpoint.optimizer["exp_avg"].shape == theta.shape
+    assert checkpoint.optimizer["momentum"].shape == checkpoint.optimizer["scale"].shape == theta.shape
+    moments = [optimizer.state[p]["exp_avg"].flatten() for p in model.parameters() if p.requires_grad]
+    assert torch.equal(checkpoint.optimizer["momentum"][0], torch.cat(moments))
     assert (checkpoint.alive.tolist(), checkpoint.diverged_at.tolist()) == ([True], [-1])
     assert checkpoint.log["lr"].tolist() == [0.1]
     assert set(files(out)) == {"checkpoints/adam-0/3.safetensors", "recorded/adam-0.json"}
@@ -137,7 +140,8 @@ def test_an_optimizer_of_ones_own_is_named_and_its_state_is_left_out(out, traine
     model, _ = trained
 
     class Mine(torch.optim.Adam):
-        pass
+        def step(self, closure=None):
+            return super().step(closure)
 
     optimizer = Mine(model.parameters(), lr=0.2)
     model(torch.ones(4, 3)).sum().backward()
@@ -145,6 +149,7 @@ def test_an_optimizer_of_ones_own_is_named_and_its_state_is_left_out(out, traine
     lossray.record(out, model, optimizer, 1)
     recording = read_recording(Store(str(out)), "run")
     assert (recording.optimizer, recording.settings, recording.lr) == ("Mine", None, 0.2)
+    assert recording.notes == ("optimizer Mine is not known: no momentum, preconditioner, threshold",)
     assert read(out, 1).optimizer == {}
 
 
@@ -156,13 +161,61 @@ def test_an_optimizer_that_is_given_later_is_taken_on(out, trained):
     assert read_recording(Store(str(out)), "run").optimizer == "adam"
 
 
-def test_a_state_of_another_meaning_is_left_out(out, trained):
+def test_a_state_is_read_by_the_settings_of_its_step(out, trained):
     model, optimizer = trained
-    lossray.record(out, model, optimizer, 3)
-    for step, (betas, known) in enumerate([((0.5, 0.999), True), ((0.9, 0.5), False)], start=4):
+    found = {}
+    for step, betas in enumerate([(0.9, 0.999), (0.5, 0.999), (0.9, 0.5)], start=3):
         optimizer.param_groups[0]["betas"] = betas
         lossray.record(out, model, optimizer, step)
-        assert bool(read(out, step).optimizer) == known
+        found[step] = read(out, step).optimizer
+    assert torch.equal(found[3]["scale"], found[4]["scale"])
+    assert [float(own["threshold"]) for own in found.values()] == pytest.approx([38, 6, 38])
+    expected = found[3]["scale"] * ((1 - 0.999**3) / (1 - 0.5**3)) ** 0.5
+    torch.testing.assert_close(found[5]["scale"], expected, rtol=1e-4, atol=1e-7)
+
+
+def test_notes_of_any_checkpoint_are_the_runs(out, trained):
+    model, optimizer = trained
+    lossray.record(out, model, optimizer, 3)
+    assert read_recording(Store(str(out)), "run").notes == ()
+    for step in (4, 5):
+        optimizer.param_groups[0]["maximize"] = True
+        lossray.record(out, model, optimizer, step)
+    (note,) = read_recording(Store(str(out)), "run").notes
+    assert note.startswith("its optimizer maximises")
+
+
+def test_what_an_older_version_has_recorded_is_the_same_and_goes_on(out, trained):
+    model, optimizer = trained
+    lossray.record(out, model, optimizer, 3)
+    as_older(out, model, optimizer, 3)
+    before = files(out)
+    lossray.record(out, model, optimizer, 3)
+    assert files(out) == before
+    optimizer.param_groups[0]["maximize"] = True  # which it did not know, and would have called by its class
+    lossray.record(out, model, optimizer, 4)
+    assert read(out, 4).optimizer.keys() == {"momentum", "scale", "threshold", "rate"}
+    assert {name: files(out)[name] for name in before if "3" in name} == {
+        name: content for name, content in before.items() if "3" in name
+    }
+    recording = read_recording(Store(str(out)), "run")
+    assert (recording.optimizer, recording.kind, len(recording.notes)) == ("adam", "Adam", 1)
+    with pytest.raises(StoreError, match="optimizer: found sgd, before adam"):
+        lossray.record(out, model, torch.optim.SGD(model.parameters()), 5)
+
+
+def as_older(out, model, optimizer, step, run="run"):
+    """A checkpoint and its description as version 0.1 wrote them: the raw state, and no notes."""
+    store = Store(str(out))
+    names = ("exp_avg", "exp_avg_sq")
+    states = [optimizer.state[p] for p in model.parameters() if p.requires_grad]
+    state = {name: torch.cat([own[name].flatten() for own in states])[None] for name in names}
+    older = replace(read(out, step, run), optimizer={**state, "step": states[0]["step"].clone()})
+    store.write_bytes(store.checkpoint_path(run, step), dumps(older))
+    plain = store.read_json(f"recorded/{run}.json")
+    for key in ("kind", "exact", "adaptive", "notes"):
+        del plain[key]
+    store.write_json(f"recorded/{run}.json", {**plain, "format": "recording/1"})
 
 
 def test_parameters_that_are_not_finite_are_recorded_as_diverged(out, trained):
@@ -227,7 +280,7 @@ def test_overwriting_the_first_checkpoint_begins_the_run_anew(out, trained):
     for step in (3, 5):
         lossray.record(out, other, torch.optim.Adam(other.parameters(), eps=1.0), step)
     lossray.record(out, model, optimizer, 3, overwrite=True)
-    assert read(out, 3).optimizer.keys() == {"exp_avg", "exp_avg_sq", "step"}
+    assert read(out, 3).optimizer.keys() == {"momentum", "scale", "threshold", "rate"}
     (recording,) = read_recordings(Store(str(out)))
     assert next(iter(recording.parameters)) == "first.weight"
     assert recording.optimizer == "adam"
@@ -318,7 +371,7 @@ def test_a_damaged_description_is_named(out):
     for content, says in (
         ("{", "is damaged"),
         ("[]", "is no recording"),
-        (json.dumps(plain | {"format": "recording/2"}), "is no recording of this version"),
+        (json.dumps(plain | {"format": "recording/3"}), "is no recording of this version"),
         (json.dumps(plain | {"colour": 1}), "is damaged"),
     ):
         path.write_text(content)
