@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import pandas as pd
 import pyarrow as pa
 
+from flows.notes import kept_notes
 from lossray.findings.claims import CLAIMS_VERSION, TABLES_READ, claims_of, claims_text
 from lossray.results import StudyResults, open_study
 from lossray.settings import content_hash
@@ -31,13 +32,15 @@ def claims_current(store: Store, study: Study) -> bool:
 
 
 def describe(out: str) -> str:
-    """The verdicts with the numbers behind them, from what is committed so far.
+    """The verdicts with the numbers behind them, from what is committed so far; and what is missing, and why.
 
     Raises:
         StoreError: there is no store, or it is damaged.
     """
     study = open_study(out)
-    return claims_text(_claims(study, study.study.claims))
+    text = claims_text(_claims(study, study.study.claims))
+    notes = [f"  {note}" for note in kept_notes(study.store)]
+    return "\n".join([text, "", "Not computed:", *notes]) if notes else text
 
 
 def _claims(study: StudyResults, settings: ClaimsSettings) -> pd.DataFrame:

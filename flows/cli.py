@@ -103,7 +103,7 @@ def spectrum(
         str | None, typer.Option(help="A safetensors file, or a state dict of torch.save.")
     ] = None,
     loss: Annotated[
-        str, typer.Option(help="cross_entropy, mse, or package.module:function.")
+        str, typer.Option(help="cross_entropy, mse, mse_mean, or package.module:function.")
     ] = "cross_entropy",
     top: Annotated[int, typer.Option(min=1, help="How many of the largest eigenvalues.")] = 10,
     examples: Annotated[

@@ -46,7 +46,7 @@ def dry_run(study: str, out: str | None, overrides: Sequence[str] = ()) -> str:
     plan = make_plan(request.context, packs, request.inputs)
     costs = _costs(plan, request.dataset)
     lines = [*_packs(plan, costs), "", *_totals(plan, costs), *_done(request, plan)]
-    notes = [f"note: {line}" for line in notes_of(settings, request.inputs.recordings)]
+    notes = [f"note: {line}" for line in notes_of(settings, request.dataset, request.inputs.recordings)]
     return "\n".join([*lines, *notes])
 
 

@@ -16,6 +16,11 @@ from lossray.imports import USER_FOLDERS_VARIABLE
 from lossray.study import Resources, TaskResources
 
 DRIVER_VARIABLE = "LOSSRAY_DRIVER"  # in workers: which driver they belong to
+SCHEMES = {
+    "ray": "a Ray Client address",
+    "http": "the address of a dashboard, which takes jobs",
+    "https": "the address of a dashboard, which takes jobs",
+}
 CONNECT_SECONDS = 5.0  # Ray itself keeps trying for many minutes to reach a head that is not there
 
 
@@ -62,8 +67,9 @@ def ray_session(
     if ray.is_initialized():
         yield
         return
+    said = f"--address {address}" if address else f"RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}"
     address = address or os.environ.get("RAY_ADDRESS") or "local"
-    _check_reachable(address)
+    _check_reachable(address, said)
     own = {"include_dashboard": dashboard} if address == "local" else {}
     environment = {
         "env_vars": {USER_FOLDERS_VARIABLE: os.pathsep.join(user_folders)},
@@ -79,7 +85,7 @@ def ray_session(
             **own,
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise _no_ray(address, error) from error
+        raise _no_ray(address, said, error) from error
     try:
         yield
     finally:
@@ -122,12 +128,14 @@ def capacity(resources: Resources) -> Capacity:
     return Capacity(train, curvature, trainers=max(1, trainers), curvatures=max(1, curvatures))
 
 
-def _check_reachable(address: str) -> None:
+def _check_reachable(address: str, said: str) -> None:
     """Find out at once that nobody listens at HOST:PORT; other forms of address are Ray's to judge."""
-    if address.startswith("ray://"):
+    scheme, colons, _ = address.partition("://")
+    if colons:
+        kind = SCHEMES.get(scheme.lower(), f"a {scheme} address")
         raise StudyError(
-            f"--address {address}: found a Ray Client address; allowed: `auto`, or HOST:PORT of the head as "
-            "`ray start --head` prints it"
+            f"{said}: found {kind}; allowed: `auto`, or HOST:PORT of the head as `ray start --head` prints it"
+            + ("" if said.startswith("--") else "; or unset RAY_ADDRESS for a Ray of this machine")
         )
     host, colon, port = address.rpartition(":")
     if not (host and colon and port.isdecimal()):
@@ -135,15 +143,13 @@ def _check_reachable(address: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:
-        raise _no_ray(address, error) from error
+        raise _no_ray(address, said, error) from error
 
 
-def _no_ray(address: str, error: Exception) -> StudyError:
+def _no_ray(address: str, said: str, error: Exception) -> StudyError:
     if address == "local":
         return StudyError(f"Ray cannot start on this machine: {error}")
-    return StudyError(
-        f"--address {address}: no Ray cluster answers there ({error}); start one with `ray start --head`"
-    )
+    return StudyError(f"{said}: no Ray cluster answers there ({error}); start one with `ray start --head`")
 
 
 def _share(asked: TaskResources, gpus: float) -> Share:

@@ -15,7 +15,7 @@ from flows.driver import WAIT_SECONDS, Driver
 from flows.freeze import decide, study_device
 from flows.interrupt import Interrupt
 from flows.ledger import Ledger
-from flows.notes import notes_of
+from flows.notes import keep_notes, kept_notes, notes_of
 from flows.plan import Plan, make_plan
 from flows.progress import duration
 from flows.recorded import withdraw
@@ -47,6 +47,7 @@ from lossray.training.datasets import Dataset, load_dataset
 from tasks.context import Context
 from tasks.gather import gather
 
+PROBE = ".writable"
 DONE, SOME_FAILED, INTERRUPTED = 0, 1, 130
 Rule = Callable[[Setting], tuple[str, ProductMode]]  # executor and product mode
 
@@ -76,12 +77,14 @@ def run_study(
     request = check_request(study, out, overrides)
     if not in_process and request.store.url.startswith("memory://"):
         raise StudyError(f"--out {out}: workers have memory of their own; allowed: with --in-process only")
-    for line in notes_of(request.loaded.study, request.inputs.recordings):
+    notes = notes_of(request.loaded.study, request.dataset, request.inputs.recordings)
+    for line in notes:
         _say(f"note: {line}")
     if is_complete(request):
-        if not is_recorded(request):
+        if not is_recorded(request) or kept_notes(request.store) != notes:
             with Lease(request.store):
                 freeze(request, try_settings(request, "cpu"))
+                keep_notes(request.store, notes)
         _say(f"{request.store.url} is complete: nothing to do")
         return DONE
     with ExitStack() as stack:
@@ -91,8 +94,9 @@ def run_study(
             room = capacity(request.loaded.study.resources)
         rule = try_settings(request, study_device(request.loaded.study, gpus=has_gpus(in_process=in_process)))
         interrupt = stack.enter_context(Interrupt())
-        lease = stack.enter_context(Lease(request.store))  # the first thing that writes
+        lease = stack.enter_context(_lease(request.store))  # the first thing that writes
         plan = freeze(request, rule)
+        keep_notes(request.store, notes)
         _say(f"{request.loaded.study.name}: {len(plan.packs)} packs; results in {request.store.url}")
         ledger = Ledger(plan, request.store, request.store.committed(), guard=lease.check)
         with ledger.progress:
@@ -296,6 +300,20 @@ def _conclude(store: Store, ledger: Ledger, finished: bool) -> int:
             f"{len(ledger.failures)} tasks failed: `lossray status {store.url}`; the same command tries again"
         )
     return SOME_FAILED if ledger.failures else DONE
+
+
+def _lease(store: Store) -> Lease:
+    """A lease that can be taken; whether nobody else holds it shows when it is.
+
+    Raises:
+        StoreError: nothing can be written there.
+    """
+    try:
+        store.files.write(PROBE, b"")
+        store.files.delete(PROBE)
+    except OSError as error:
+        raise StoreError(f"--out {store.url}: cannot be written: {error.strerror or error}") from error
+    return Lease(store)
 
 
 def _say(text: str) -> None:

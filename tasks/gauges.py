@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lossray.curvature.eigensolver import packed_eigenpairs
@@ -94,7 +95,9 @@ def _gauge(name: str, point: Point) -> Gauge | None:
     if name == "balanced":
         return _balanced(point)
     scale = point.optimizer.scale() if point.optimizer else None
-    return None if scale is None else gauges.preconditioned(scale)
+    return (
+        None if scale is None else gauges.preconditioned(scale.masked_fill(~point.alive[:, None], torch.nan))
+    )
 
 
 def _balanced(point: Point) -> Gauge | None:

@@ -90,7 +90,7 @@ def _preconditioned(
     scale = point.optimizer.scale() if point.optimizer else None
     if scale is None:
         return None
-    gauge = gauges.preconditioned(scale)
+    gauge = gauges.preconditioned(scale.masked_fill(~point.alive[:, None], torch.nan))
     if gauge.identity:
         return analysis.pairs
     (pairs,) = packed_eigenpairs(

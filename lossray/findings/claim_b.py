@@ -70,9 +70,10 @@ def claim_b_rows(tables: Mapping[str, pd.DataFrame], settings: ClaimsSettings) -
         & (degeneracy["method"] == "dense")
     ]
     floor = floor.assign(gap=floor["rank"].notna())
+    coarse = degeneracy[degeneracy["method"] != "dense"]
     return [
-        *_singular_rows(EXACT, floor, "nullity", settings),
-        *_singular_rows(BEYOND, floor, "excess", settings),
+        *_singular_rows(EXACT, floor, "nullity", settings, coarse),
+        *_singular_rows(BEYOND, floor, "excess", settings, coarse),
         *_low_rank_rows(degeneracy, settings),
     ]
 
@@ -81,7 +82,7 @@ def claim_b_rows(tables: Mapping[str, pd.DataFrame], settings: ClaimsSettings) -
 
 
 def _singular_rows(
-    statement: str, floor: pd.DataFrame, column: str, settings: ClaimsSettings
+    statement: str, floor: pd.DataFrame, column: str, settings: ClaimsSettings, coarse: pd.DataFrame
 ) -> Iterator[ClaimRow]:
     """The verdict over runs after step 0, then first and last checkpoints by model and optimizer."""
     # Where nothing is null no gap is needed; a positive count without a gap may be rounding.
@@ -89,7 +90,7 @@ def _singular_rows(
     marked = floor.assign(yes=known & (floor[column] > 0), unknown=~known)
     checkpoints = marked[marked["point"] == "checkpoint"]
     trained = checkpoints[checkpoints["step"] > 0]
-    yield _singular_verdict(statement, trained, column, settings)
+    yield _singular_verdict(statement, trained, column, settings, coarse)
     polished = marked[marked["point"] == "polished"]
     if len(polished):
         yield _share_row(f"B/{statement}", "polished to a critical point", polished, column, settings)
@@ -128,11 +129,11 @@ def _with_no(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _singular_verdict(
-    statement: str, trained: pd.DataFrame, column: str, settings: ClaimsSettings
+    statement: str, trained: pd.DataFrame, column: str, settings: ClaimsSettings, coarse: pd.DataFrame
 ) -> ClaimRow:
     count = _count(_with_no(trained))
     if count.n == 0:
-        text = "no dense spectrum after step 0 ([degeneracy] of the study switches them on)"
+        text = "no dense spectrum after step 0" + _why_none(coarse)
         return ClaimRow("B", statement, "verdict", n=0, verdict=UNDECIDED, text=text)
     low, high = count.interval(settings.alpha)
     values = trained[column].dropna()
@@ -152,6 +153,14 @@ def _singular_verdict(
         verdict=count.verdict(settings.alpha),
         text=text + (_forced(trained) if statement == EXACT else ""),
     )
+
+
+def _why_none(coarse: pd.DataFrame) -> str:
+    """What would give one: the section, or a limit above d."""
+    if coarse.empty:
+        return " ([degeneracy] of the study switches them on)"
+    sizes = sorted({int(dim) for dim in coarse["dim"].dropna()})
+    return f": d = {', '.join(map(str, sizes))} is above degeneracy.dense_up_to"
 
 
 def _forced(trained: pd.DataFrame) -> str:

@@ -37,6 +37,8 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
 def mse(outputs: Tensor, targets: Tensor) -> Tensor:
     """Half the squared error summed over outputs, mean over examples (SCIENCE 2.8).
 
+    `torch.nn.MSELoss` is `mse_mean`.
+
     Args:
         outputs: [B, ...]; [B, C] with classes as targets.
         targets: floats of the outputs' shape, where [B] and [B, 1] are the same; or classes [B] (integers),
@@ -60,12 +62,21 @@ def mse(outputs: Tensor, targets: Tensor) -> Tensor:
     return 0.5 * (outputs - targets).square().flatten(1).sum(dim=-1).mean()
 
 
+def mse_mean(outputs: Tensor, targets: Tensor) -> Tensor:
+    """The squared error as `torch.nn.MSELoss` has it: mean over examples and outputs.
+
+    Its Hessian is that of `mse` times 2/C for C outputs. Arguments and errors as of `mse`.
+    """
+    per_example = outputs[:1].numel()
+    return mse(outputs, targets) * (2 / max(per_example, 1))
+
+
 def _as_rows(values: Tensor) -> Tensor:
     """One number for each example as a column: [B] as [B, 1]."""
     return values.unsqueeze(-1) if values.ndim == 1 else values
 
 
-LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy, "mse": mse}
+LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy, "mse": mse, "mse_mean": mse_mean}
 
 
 def get_loss(name: str) -> Loss:

@@ -14,6 +14,7 @@ from lossray.plugins import failure
 from lossray.storage.recordings import Recording
 from lossray.study.problems import Problem
 from lossray.study.settings import Study
+from lossray.study.sizes import allocations_that_fit, require_memory
 from lossray.training.datasets import Dataset, Split
 
 TRIED_EXAMPLES = 8  # on which models and the loss are tried
@@ -186,7 +187,9 @@ def _models(study: Study, dataset: Dataset) -> tuple[dict[int, Tensor], list[Pro
     examples, outputs, problems = _few(dataset), {}, []
     for i, model in enumerate(study.models):
         try:
-            _, found = try_model(model, examples.inputs, dataset.n_outputs)
+            require_memory(model, dataset.input_shape, dataset.n_outputs)
+            with allocations_that_fit(model.name):
+                _, found = try_model(model, examples.inputs, dataset.n_outputs)
             if study.training.loss in LOSSES and found.shape != examples.targets.shape:
                 require_outputs(model.name, found, len(examples.inputs), dataset.n_outputs)
             outputs[i] = found

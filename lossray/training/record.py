@@ -13,6 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from lossray.errors import ModelError, StoreError, StudyError
 from lossray.networks.layout import tensors_of, uncompiled
+from lossray.plugins import failure
 from lossray.storage.checkpoints import Checkpoint, dumps, loads
 from lossray.storage.recordings import FOLDER, Recording, read_recording, recording_path
 from lossray.storage.store import Store
@@ -63,13 +64,28 @@ def record(
     Raises:
         StudyError: `model`, `optimizer`, `step` or `run` is not what it must be.
         ModelError: the model has no trainable parameter, or is not the one that the optimizer steps.
-        StoreError: the store belongs to a study that trains, or has the run with other parameters, another
-            optimizer, or other weights at this step.
+        StoreError: nothing can be written there; the store belongs to a study that trains, or has the run
+            with other parameters, another optimizer, or other weights at this step.
     """
     step, run = _checked_step(step), _checked_name(run)
     model = _unwrapped(model)
     _check_model(model, optimizer)
     store = _opened(out)
+    try:
+        _record(store, model, optimizer, step, run, overwrite=overwrite)
+    except OSError as error:
+        raise StoreError(f"{store.url}: cannot be written: {error.strerror or error}") from error
+
+
+def _record(
+    store: Store,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    step: int,
+    run: str,
+    *,
+    overwrite: bool,
+) -> None:
     before = _before(store, run, step, overwrite=overwrite)
     reading = None
     if optimizer is not None:
@@ -91,7 +107,9 @@ def _opened(out: Any) -> Store:
     try:
         store.paths()
     except OSError as error:
-        raise StoreError(f"{store.url}: cannot be a store: {error.strerror}") from error
+        raise StoreError(f"{store.url}: cannot be a store: {error.strerror or error}") from error
+    except Exception as error:  # an object store's own: no credentials, no such bucket
+        raise StoreError(f"{store.url}: cannot be a store: {failure(error)}") from error
     return store
 
 

@@ -127,8 +127,17 @@ def test_tiny_parameters_do_not_overflow_and_a_dead_member_spoils_nobody():
     gauge = gauges.adaptive(theta)
     assert torch.isfinite(gauge.vector(torch.ones(2, 2))).all()
     assert gauge.scale[1].tolist() == [1.0, 1.0]
-    scale = torch.tensor([[4.0, 9.0], [float("inf"), 1.0]])
+    scale = torch.tensor([[4.0, 9.0], [float("nan"), 1.0]])
     assert gauges.preconditioned(scale).scale.tolist() == [[0.5, 1 / 3], [1.0, 1.0]]
+
+
+def test_what_no_step_moves_is_dropped_from_the_preconditioned_gauge():
+    gauge = gauges.preconditioned(torch.tensor([[4.0, float("inf"), 16.0]]))
+    assert gauge.scale.tolist() == [[0.5, 0.0, 0.25]]
+    assert gauge.dropped.tolist() == [1]
+    moved = gauge.transform({"gradient": torch.ones(1, 3), "displacement": torch.ones(1, 3)})
+    assert moved["gradient"].tolist() == [[0.5, 0.0, 0.25]]
+    assert moved["displacement"].tolist() == [[2.0, 0.0, 4.0]]
 
 
 def test_slope_and_curvature_are_the_same_with_coordinates_dropped():

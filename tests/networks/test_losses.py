@@ -1,3 +1,4 @@
+import math
 import re
 import sys
 
@@ -27,6 +28,14 @@ def test_mse_is_half_the_sum_over_outputs_averaged_over_examples():
     outputs = torch.tensor([[1.0, 2.0], [0.0, 1.0]])
     targets = torch.tensor([[0.0, 0.0], [0.0, 3.0]])
     assert mse(outputs, targets).item() == pytest.approx(((1 + 4) / 2 + 4 / 2) / 2)
+
+
+@pytest.mark.parametrize("shape", [(7,), (7, 1), (7, 4), (7, 2, 3)])
+def test_mse_mean_is_that_of_torch_and_twice_mse_over_the_outputs(shape):
+    outputs, targets = torch.linspace(-1, 2, 42)[: math.prod(shape)].view(shape), torch.ones(shape)
+    found = LOSSES["mse_mean"](outputs, targets)
+    torch.testing.assert_close(found, torch.nn.MSELoss()(outputs, targets))
+    torch.testing.assert_close(found, 2 / math.prod(shape[1:]) * mse(outputs, targets))
 
 
 def test_mse_takes_classes_as_one_hot():

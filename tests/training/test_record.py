@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 from torch import nn
 
 import lossray
@@ -306,6 +307,27 @@ def test_a_run_has_one_architecture_and_one_optimizer(out, trained, overwrite):
     with pytest.raises(StoreError, match=r"parameters: found first\.bias none, before \[3\]"):
         lossray.record(out, model, optimizer, 1, overwrite=overwrite)
     assert Store(str(out)).checkpoint_steps("run") == [0, 9]
+
+
+@pytest.mark.parametrize("place", ["file", "file/deeper", "/proc/lossray-out", "/dev/null", "nobody://x/y"])
+def test_a_place_that_cannot_be_written_is_named_in_a_line(tmp_path, trained, place):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match=r"cannot (be a store|be written|open the store)") as caught:
+        lossray.record(place if "//" in place else tmp_path / place, *trained, 3)
+    assert "\n" not in str(caught.value)
+    assert place in str(caught.value)
+
+
+def test_an_object_store_that_says_no_is_named_in_a_line(monkeypatch, trained):
+    class NoCredentials(Exception):
+        pass
+
+    def refuse(self, path):
+        raise NoCredentials("Unable to locate credentials")
+
+    monkeypatch.setattr(MemoryFileSystem, "find", refuse)
+    with pytest.raises(StoreError, match="memory://mine: cannot be a store: NoCredentials: Unable to locate"):
+        lossray.record("memory://mine", *trained, 3)
 
 
 @pytest.mark.parametrize("step", [-1, 1.0, "3", None, True, torch.tensor(0.5)])
