@@ -76,7 +76,7 @@ class _Guard(TorchDispatchMode):
     """Sees the sizes of tensors that are made from nothing before they are allocated."""
 
     def __init__(self, name: str) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.name, self.free = name, int(SHARE * available_bytes("cpu"))
 
     def __torch_dispatch__(
