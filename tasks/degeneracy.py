@@ -3,7 +3,6 @@
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -22,7 +21,7 @@ from lossray.curvature.degeneracy import (
     quadrature_counts,
     spectrum_of,
 )
-from lossray.curvature.floor import StructuralFloor, shift_vectors, structural_floor
+from lossray.curvature.floor import StructuralFloor, beside, null_vectors, structural_floor
 from lossray.curvature.memory import fitting
 from lossray.curvature.objectives import StackObjective
 from lossray.curvature.operators import PackedGaussNewton, PackedHessian
@@ -61,6 +60,7 @@ class Member:
     index: int  # in the pack
     theta: Tensor  # [d] float64
     floor: StructuralFloor | None
+    note: str | None  # why there is none
     null_vectors: Tensor | None  # [n, d] that are null for certain
 
 
@@ -117,12 +117,14 @@ def _member(job: DegeneracyJob, point: Point, examples: Split, r: int) -> Member
     assert job.context.study.degeneracy is not None
     limit = job.context.study.degeneracy.dense_up_to
     model, data = model_of(point, r), (examples.inputs, examples.targets)
-    floor, vectors = None, None
-    with suppress(ModelError, TypeError, ValueError, RuntimeError):  # a user's model that cannot be traced
-        floor = structural_floor(model, data, loss_of(job.context), dense_up_to=limit)
-    if floor is not None and floor.by_cause.get("softmax shift"):
-        vectors = shift_vectors(model).to(point.theta.device)
-    return Member(r, point.theta[r].double(), floor, vectors)
+    loss = loss_of(job.context)
+    floor, note, vectors = None, None, None
+    try:
+        floor = structural_floor(model, data, loss, dense_up_to=limit)
+        vectors = null_vectors(model, data, loss).to(point.theta.device)
+    except (ModelError, TypeError, ValueError, RuntimeError) as error:  # a user's model that cannot be traced
+        note = str(error)
+    return Member(r, point.theta[r].double(), floor, note, vectors)
 
 
 def model_of(point: Point, r: int) -> nn.Module:
@@ -219,9 +221,11 @@ def _adaptive_rows(job: DegeneracyJob, member: Member, matrix: Tensor, extra: Ro
     scaled = scale[:, None] * matrix[kept][:, kept] * scale
     vectors = member.null_vectors / scale if member.null_vectors is not None and whole else None
     counts = _counts(spectrum_of(scaled, torch.float64, vectors))
-    rows = _rows(job, member, "adaptive", "dense", counts, extra)
-    # With coordinates that drop out goes the meaning of the floor.
-    return rows if whole else [row | {"structural_nullity": None, "excess": None} for row in rows]
+    if not whole:
+        member = replace(
+            member, floor=None, note="coordinates that are zero drop out, and the floor's with them"
+        )
+    return _rows(job, member, "adaptive", "dense", counts, extra)
 
 
 def _counts(spectrum: Spectrum | None) -> list[Count]:
@@ -297,9 +301,11 @@ def _rows(
     What is forced on the Hessian is null for the Gauss-Newton matrix too, which has more at every point:
     mixing and rescaling. There it is a lower bound, and an excess is not known.
     """
-    floor = member.floor
-    return [
-        {
+    noise_floor = next((count.threshold for count in counts if count.at_noise_floor), None)
+    rows: list[Row] = []
+    for count in counts:
+        compared = beside(member.floor, count, member.note)
+        row: Row = {
             "run_id": job.pack.run_ids[member.index],
             "step": job.step,
             "operator": operator,
@@ -310,18 +316,18 @@ def _rows(
             "at_noise_floor": count.at_noise_floor,
             "nullity": count.nullity,
             "nullity_stderr": finite(count.stderr),
-            "structural_nullity": floor.dimension if floor else None,
-            "excess": floor.excess(count.nullity) if floor and operator != "ggn" else None,
+            "structural_nullity": compared.structural_nullity,
+            "structural_note": compared.note,
+            "excess": compared.excess if operator != "ggn" else None,
             "gap": finite(count.gap),
-            "noise_floor": next((c.threshold for c in counts if c.at_noise_floor), None),
-            "rank": count.rank,
+            "noise_floor": noise_floor,
+            "rank": compared.rank,
             "rank_at_least": count.rank_at_least,
             "dim": dim if dim is not None else int(count.nullity) + count.rank_at_least,
             "lambda_max": count.threshold / count.tau if count.tau else None,
-            **extra,
         }
-        for count in counts
-    ]
+        rows.append(row | extra)
+    return rows
 
 
 def _symmetry_residuals(point: Point, members: Sequence[Member], matrices: Tensor) -> list[float | None]:

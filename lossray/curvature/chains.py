@@ -5,7 +5,7 @@ one after the other, such as lossray's linear, mlp and cnn without norm.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from lossray.networks.functional import call_with
 from lossray.networks.layout import layout_of, uncompiled
 
 STRAIGHT = 1e-12  # second difference of a straight line, at steps of 0.01; gelu's at -4 is a million times it
+AT_KINK = 1e-13  # share of its terms that a sum is told from zero by
 SAME_OUTPUTS = 1e-9  # relative difference of a model's outputs and those of its chain
 
 
@@ -45,12 +46,14 @@ class Pattern:
     """The activation pattern of one network on the data."""
 
     gates: dict[str, Tensor] = field(default_factory=dict)  # node -> slope of each activation, [N, C, ...]
+    sharp: bool = True  # False: some unit is at its kink but for rounding, which decides on its gate
     needed: dict[str, Tensor] = field(default_factory=dict)  # layer -> what of its output counts, [N, C, ...]
 
     def pick(self, index: Tensor) -> "Pattern":
         """That of some examples."""
         return Pattern(
             {name: gate[index] for name, gate in self.gates.items()},
+            self.sharp,
             {name: needed[index] for name, needed in self.needed.items()},
         )
 
@@ -124,11 +127,23 @@ def _bends(node: Node) -> bool:
 def _is_plain(node: Node, places: Counter[int]) -> bool:
     """A layer whose weights act once, on zero-padded inputs, and are all trained."""
     module = node.module
+    if not is_bare(module):
+        return False
     if not all(p.requires_grad and places[id(p)] == 1 for p in module.parameters()):  # type: ignore[union-attr]
         return False
     if node.kind == "linear":
         return True
     return isinstance(module, nn.Conv2d) and module.groups == 1 and module.padding_mode == "zeros"
+
+
+def is_bare(module: nn.Module | None) -> bool:
+    """Whether a layer's weights are its own parameters and it does nothing else: no hook, no other form."""
+    if module is None or module._forward_hooks or module._forward_pre_hooks:
+        return False
+    return {name for name, _ in module.named_parameters()} <= {
+        "weight",
+        "bias",
+    } and "weight" in module._parameters
 
 
 def places_of(nodes: Sequence[Node]) -> Counter[int]:
@@ -164,9 +179,18 @@ def _run(layers: Sequence[Layer], inputs: Tensor, pattern: Pattern) -> Tensor:
             for node in layer.channelwise:
                 if node.kind == "homogeneous":
                     pattern.gates[node.name] = _slope(node, z)
+                    terms = _terms(layer, weights, x) if node is layer.channelwise[0] else z.abs()
+                    pattern.sharp &= not bool(((z.abs() <= AT_KINK * terms) & (terms > 0)).any())
                 z = node.function(z)
             x = through(layer.reshaping, z)
     return x
+
+
+def _terms(layer: Layer, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """The sums of the sizes of what is added up to the layer's results."""
+    sizes = {name: weight.abs() for name, weight in weights.items()}
+    found: Tensor = call_with(layer.module, sizes, shaped(layer, x.abs()))
+    return found
 
 
 def _slope(node: Node, z: Tensor) -> Tensor:

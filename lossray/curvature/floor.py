@@ -1,18 +1,22 @@
-"""The structural floor: null directions of the Hessian that architecture and data force (SCIENCE 2.2, 2.3).
+"""The structural floor: null directions of the Hessian that architecture, data and loss force.
 
 Two kinds. A direction that leaves the function unchanged for *all* weights with the same activation pattern
 is null, off the kinks, at every such point. In a chain of layers such a direction belongs to one unit: a
 change of its incoming weights that no example can see. Which ones these are follows from a network whose
 gates are fixed at the present activation pattern and whose earlier layers are random: what vanishes there
-vanishes for all weights, and for generic weights nothing else does.
+vanishes for all weights, and for generic weights nothing else does. In the last layer it is also what changes
+the outputs in a way that the loss ignores: output_loss.py.
 
 The other kind, "mixing", combines the weights of several units and turns with them: more units of one
 activation pattern than the next layer tells apart, features that depend on each other, fewer examples than
 weights. Its dimension is what a generic point with the same activation pattern has in addition: mixing.py.
+
+Either way the floor is a lower bound for the nullity of every point with this pattern. A loss that is
+analytic only in pieces (L1, Huber's, a hinge) is replaced by the quadratic that agrees with it at the model's
+own outputs, whose Hessian is the same there.
 """
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,40 +24,95 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lossray.curvature.chains import Layer, Pattern, chain_of, pattern_of, places_of, shaped, through
-from lossray.curvature.data import example_batch, read_data
+from lossray.curvature.chains import Layer, chain_of, is_bare, pattern_of, places_of
+from lossray.curvature.data import described, example_batch, read_data
+from lossray.curvature.degeneracy import Count
+from lossray.curvature.loss_pieces import in_one_piece, taylor_loss
 from lossray.curvature.mixing import generic_nullity
+from lossray.curvature.output_loss import (
+    MOST_OUTPUTS,
+    Ignored,
+    OutputLoss,
+    ignored_directions,
+    natural_scale,
+    random_outputs,
+)
+from lossray.curvature.unit_conditions import (
+    DOUBTFUL,
+    RANK_TOLERANCE,
+    first_basis,
+    layer_nullity,
+    measured_rank,
+)
 from lossray.errors import DataError, ModelError
 from lossray.networks.architecture import Node, graph_of
 from lossray.networks.functional import call_with
 from lossray.networks.losses import Loss
 from lossray.plugins import failure
-from lossray.seeds import generator
 
-RANK_TOLERANCE = 1e-9  # of the largest singular value; what is forced to vanish is at rounding, 1e-16
-SAME_LOSS = 1e-9  # relative change of the loss under a shift of all outputs
+SAME_OUTPUTS = 1e-9  # relative difference of a model's outputs and those of its last layer
 TESTED_EXAMPLES = 32
+AT_ONCE = 4096  # examples in a forward pass
 
 
 @dataclass(frozen=True)
 class StructuralFloor:
-    """How many null directions are forced."""
+    """How many null directions are forced.
+
+    Attributes:
+        dimension: their number, a lower bound for the nullity of every point with this activation pattern.
+        by_cause: "first layer", "later layers", "softmax shift" (of all outputs alike), "ignored outputs"
+            (other changes of the outputs that the loss ignores), "mixing", "linear network".
+        complete: whether these are all: whether a generic point with this pattern has no others. False for
+            an architecture that is not understood, where "mixing" is not counted, and wherever in doubt.
+    """
 
     dimension: int
-    by_cause: Mapping[str, int]  # "first layer", "later layers", "softmax shift", "mixing", "linear network"
-    complete: bool  # False: a lower bound, "mixing" or an architecture that we do not understand left out
+    by_cause: Mapping[str, int]
+    complete: bool
 
     def excess(self, nullity: float) -> float | None:
-        """What a nullity has beyond the floor; None where more might be forced."""
+        """What a nullity has beyond the floor; None where more might be forced, or less than it was found."""
         found = nullity - self.dimension
-        return found if self.complete or found == 0 else None
+        return found if found == 0 or (self.complete and found > 0) else None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A counted nullity beside the floor."""
+
+    structural_nullity: int | None
+    excess: int | None  # where the count has a rank, and the floor is complete
+    rank: int | None
+    note: str | None  # why there is no structural nullity
+
+
+def beside(floor: StructuralFloor | None, count: Count, note: str | None = None) -> Comparison:
+    """What is reported of a floor beside a count, and of the count beside the floor.
+
+    A nullity that a gap supports and that is below the floor refutes one of the two: neither is reported.
+
+    Args:
+        floor: None where there is none.
+        count: at the noise floor, or below a threshold.
+        note: why there is none.
+    """
+    if floor is None:
+        return Comparison(None, None, count.rank, note)
+    if count.rank is None:
+        return Comparison(floor.dimension, None, None, None)
+    if count.nullity < floor.dimension:
+        found = f"{floor.dimension} null directions were derived and {count.nullity:.0f} found: one is wrong"
+        return Comparison(None, None, None, found)
+    excess = floor.excess(count.nullity)
+    return Comparison(floor.dimension, None if excess is None else int(excess), count.rank, None)
 
 
 def structural_floor(model: nn.Module, data: Any, loss: Loss, *, dense_up_to: int = 2500) -> StructuralFloor:
-    """Count the null directions that architecture and data force on the Hessian of a model's mean loss.
+    """Count the null directions that architecture, data and loss force on the Hessian of the mean loss.
 
-    Known are chains of layers; see chains.py. Of other models the softmax shift alone is counted. Losses are
-    told by trying: one that a shift of all outputs leaves alone is a softmax loss.
+    Known are chains of layers; see chains.py. Of other models what the loss ignores of the outputs is
+    counted, in the last layer. Losses are told by trying: nothing is assumed of them.
 
     Args:
         model: evaluated in eval mode, in float64, and left as it was.
@@ -68,50 +127,61 @@ def structural_floor(model: nn.Module, data: Any, loss: Loss, *, dense_up_to: in
         ResourceError: that matrix does not fit.
     """
     nodes = graph_of(model)
-    inputs, targets = _examples(data)
-    outputs = _outputs(model, inputs[:TESTED_EXAMPLES])
-    shift = _ignores_shifts(loss, outputs, targets[:TESTED_EXAMPLES])
-    layers = chain_of(model, inputs[:TESTED_EXAMPLES], outputs)
-    if layers is None:
-        return _of_unknown(nodes, shift)
-    if _is_linear_network(layers):
-        return _of_linear_network(layers, inputs, shift)
-    pattern = pattern_of(layers, inputs)
-    nullities = [_nullity(layers, i, inputs, pattern) for i in range(len(layers))]
+    inputs, own = _examples(data, loss)
+    outputs = _outputs(model, inputs)
+    ignored = ignored_directions(own, outputs)
+    layers = chain_of(model, inputs[:TESTED_EXAMPLES], outputs[:TESTED_EXAMPLES])
+    pattern = None if layers is None else pattern_of(layers, inputs)
+    if layers is None or pattern is None or not pattern.sharp:
+        return _of_unknown(model, nodes, inputs, outputs, ignored)
+    smooth = in_one_piece(own, outputs, random_outputs(own, outputs))
+    if smooth and _is_linear_network(layers) and _is_full(own, outputs, ignored):
+        return _of_linear_network(layers, inputs, ignored)
+    nullities = [layer_nullity(layers, i, inputs, pattern) for i in range(len(layers))]
     causes = {"first layer": nullities[0][0], "later layers": sum(total for total, _ in nullities[1:])}
-    if shift:
-        causes["softmax shift"] = nullities[-1][1]
+    causes |= _ignored_causes(ignored, features=nullities[-1][1], bias=False)
     known = sum(causes.values())
-    generic = None
+    whole, sure = None, False
     if sum(layer.columns * len(layer.module.weight) for layer in layers) <= dense_up_to:
-        generic = generic_nullity(layers, pattern, inputs, targets, loss, at_least=known)
-    if generic is None:
+        basis, certain = first_basis(layers, inputs, pattern)
+        analytic, exact = (own, True) if smooth else _surrogate(own, outputs)
+        if analytic is not None:
+            scale = natural_scale(analytic, outputs)
+            whole = generic_nullity(layers, pattern, basis, analytic, scale=scale, at_least=known)
+            sure = certain and exact
+    if whole is None:
         return StructuralFloor(known, causes, False)
-    return StructuralFloor(generic, causes | {"mixing": generic - known}, True)
+    return StructuralFloor(whole, causes | {"mixing": whole - known}, sure)
 
 
-def shift_vectors(model: nn.Module) -> Tensor:
-    """The softmax shifts [n, d], float64: one change of all output biases, or of all weights of a feature.
+def null_vectors(model: nn.Module, data: Any, loss: Loss) -> Tensor:
+    """Directions of the last layer along which the loss provably does not change: [n, d], float64.
 
-    None, n = 0, where the last layer is no linear one.
+    Under cross entropy one change of all output biases, and of all weights of a feature. None, n = 0, where
+    the last layer is no linear one, or the loss ignores nothing. Arguments and errors as for
+    `structural_floor`.
     """
+    inputs, own = _examples(data, loss)
+    outputs = _outputs(model, inputs)
+    ignored = ignored_directions(own, outputs)
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     dim = sum(p.numel() for _, p in trainable)
     last = _last_linear(graph_of(model))
-    rows: list[Tensor] = []
+    rows = [torch.zeros(0, dim, dtype=torch.float64)]
+    if last is None or not _gives(model, last, inputs, outputs):
+        return rows[0]
     start = 0
     for _, parameter in trainable:
-        if last is not None and parameter is last.bias:
-            row = torch.zeros(dim, dtype=torch.float64)
-            row[start : start + parameter.numel()] = 1
-            rows.append(row)
-        elif last is not None and parameter is last.weight:
-            for column in range(parameter.shape[1]):
-                row = torch.zeros(dim, dtype=torch.float64)
-                row[start : start + parameter.numel()].view(parameter.shape)[:, column] = 1
-                rows.append(row)
+        if parameter is last.bias:
+            found = ignored.common.cpu()
+        elif parameter is last.weight:
+            features = torch.eye(parameter.shape[1], dtype=torch.float64)
+            found = torch.einsum("uc,ij->uicj", ignored.each.cpu(), features).reshape(-1, parameter.numel())
+        else:
+            found = rows[0][:, : parameter.numel()]
+        rows.append(F.pad(found, (start, dim - start - parameter.numel())))
         start += parameter.numel()
-    return torch.stack(rows) if rows else torch.zeros(0, dim, dtype=torch.float64)
+    return torch.cat(rows)
 
 
 def _last_linear(nodes: Sequence[Node]) -> nn.Linear | None:
@@ -122,22 +192,57 @@ def _last_linear(nodes: Sequence[Node]) -> nn.Linear | None:
         if len(node.inputs) != 1:
             return None
         node = by_name[node.inputs[0]]
-    if not isinstance(node.module, nn.Linear):
+    if not isinstance(node.module, nn.Linear) or not is_bare(node.module):
         return None
     places = places_of(nodes)
     return node.module if all(places[id(p)] == 1 for p in node.module.parameters()) else None
 
 
+def _gives(model: nn.Module, last: nn.Linear, inputs: Tensor, outputs: Tensor) -> bool:
+    """Whether the outputs are this layer's own, hooks of the model and of its parts included."""
+    seen: list[Tensor] = []
+    handle = last.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        some = _outputs(model, inputs[:TESTED_EXAMPLES])
+    finally:
+        handle.remove()
+    if len(seen) != 1 or some.shape[-1] != last.out_features:
+        return False
+    bias = None if last.bias is None else last.bias.detach().double()
+    own = F.linear(seen[0], last.weight.detach().double(), bias)
+    return own.shape == some.shape and bool((own - some).abs().max() <= SAME_OUTPUTS * some.abs().max())
+
+
 # ---- special cases
 
 
-def _of_unknown(nodes: Sequence[Node], shift: bool) -> StructuralFloor:
-    """The softmax shift by itself: of the bias and of every feature, whether they vanish or not."""
+def _of_unknown(
+    model: nn.Module, nodes: Sequence[Node], inputs: Tensor, outputs: Tensor, ignored: Ignored
+) -> StructuralFloor:
+    """What the loss ignores by itself: of the bias and of every feature, whether they vanish or not."""
     last = _last_linear(nodes)
-    causes = {}
-    if shift and last is not None and all(p.requires_grad for p in last.parameters()):
-        causes["softmax shift"] = last.in_features + (last.bias is not None)
+    causes: dict[str, int] = {}
+    if last is not None and _gives(model, last, inputs, outputs):
+        features = last.in_features if last.weight.requires_grad else 0
+        bias = last.bias is not None and last.bias.requires_grad
+        causes = _ignored_causes(ignored, features=features, bias=bias)
     return StructuralFloor(sum(causes.values()), causes, False)
+
+
+def _ignored_causes(ignored: Ignored, *, features: int, bias: bool) -> dict[str, int]:
+    """Null directions of the last layer: a change of the outputs times a feature, and of the bias."""
+    shift = features * ignored.equal_shift(ignored.each) + bias * ignored.equal_shift(ignored.common)
+    total = features * len(ignored.each) + bias * len(ignored.common)
+    found = {"softmax shift": shift, "ignored outputs": total - shift}
+    return {cause: count for cause, count in found.items() if count}
+
+
+def _surrogate(own: OutputLoss, outputs: Tensor) -> tuple[OutputLoss | None, bool]:
+    """The quadratic in place of a loss made of pieces, and whether the loss is that quadratic nearby."""
+    quadratic = taylor_loss(own, outputs)
+    if quadratic is None:
+        return None, False
+    return OutputLoss(quadratic, quadratic.targets), quadratic.quadratic
 
 
 def _is_linear_network(layers: Sequence[Layer]) -> bool:
@@ -145,143 +250,48 @@ def _is_linear_network(layers: Sequence[Layer]) -> bool:
     return matrices and len(layers) > 1 and not any(layer.channelwise for layer in layers)
 
 
-def _of_linear_network(layers: Sequence[Layer], inputs: Tensor, shift: bool) -> StructuralFloor:
+def _is_full(own: OutputLoss, outputs: Tensor, ignored: Ignored) -> bool:
+    """Whether every example curves the loss in all that it does not ignore, as the formula below takes it."""
+    classes = outputs.shape[1]
+    if classes > MOST_OUTPUTS:
+        return False
+    values = torch.linalg.eigvalsh(own.blocks(random_outputs(own, outputs))).abs()
+    seen = values.sort(dim=1).values[:, len(ignored.each) :]
+    return bool((seen > RANK_TOLERANCE * values.max()).all()) and seen.numel() > 0
+
+
+def _of_linear_network(layers: Sequence[Layer], inputs: Tensor, ignored: Ignored) -> StructuralFloor:
     """At generic parameters, d minus the rank 2 q M - L q^2 + q (r + k) of Singh et al., arXiv 2106.16225."""
     widths = [len(layer.module.weight) for layer in layers[:-1]]
-    k = len(layers[-1].module.weight) - shift
-    r = _rank(inputs.flatten(1))
+    k = len(layers[-1].module.weight) - len(ignored.each)
+    r, smallest = measured_rank(inputs.flatten(1))
     q = min([r, k, *widths])
     dim = sum(layer.module.weight.numel() for layer in layers)
     rank = min(2 * q * sum(widths) - len(layers) * q * q + q * (r + k), dim)
-    return StructuralFloor(dim - rank, {"linear network": dim - rank}, True)
-
-
-# ---- null directions of one layer
-
-
-def _nullity(layers: Sequence[Layer], i: int, inputs: Tensor, pattern: Pattern) -> tuple[int, int]:
-    """Null directions among what comes into layer i's units; the rank of what comes into the last one."""
-    layer = layers[i]
-    units, columns = len(layer.module.weight), layer.columns
-    gated = any(node.name in pattern.gates for node in layer.channelwise)
-    first = _seen(layers, i, inputs, pattern, 0)  # the same for all units
-    ranks = [_unit_rank(layers, i, unit, inputs, pattern, first) for unit in range(units if gated else 1)]
-    total = sum(columns - rank for rank in ranks)
-    return (total if gated else units * total), ranks[-1]  # without gates all units see the same
-
-
-def _unit_rank(
-    layers: Sequence[Layer], i: int, unit: int, inputs: Tensor, pattern: Pattern, first: Tensor
-) -> int:
-    """Independent conditions on the incoming weights of one unit: draws, until one adds nothing."""
-    index = torch.arange(len(inputs), device=inputs.device)
-    known, rank = torch.zeros(0, layers[i].columns, dtype=torch.float64, device=inputs.device), 0
-    for draw in range(layers[i].columns + 1):
-        own = pattern if draw == 0 else pattern.pick(index)
-        seen = first if draw == 0 else _seen(layers, i, inputs[index], own, draw)
-        rows, live = _rows(layers[i], unit, seen, own, last=i == len(layers) - 1)
-        index = index[live]
-        known = _triangular(torch.cat([known, rows]))
-        before, rank = rank, _rank(known)
-        if i == 0 or rank == before:  # the first layer's inputs are the data, which no weight changes
-            break
-    return rank
-
-
-def _seen(layers: Sequence[Layer], i: int, inputs: Tensor, pattern: Pattern, draw: int) -> Tensor:
-    """What multiplies the weights and biases of layer i: [N, columns] or [N, columns, H, W]."""
-    layer = layers[i]
-    x = shaped(layer, _gated_inputs(layers, i, inputs, pattern, draw))
-    if isinstance(layer.module, nn.Linear):
-        return torch.cat([x, torch.ones_like(x[:, :1])], dim=1) if layer.module.bias is not None else x
-    conv = layer.module
-    with torch.no_grad():
-        height, width = conv(torch.zeros_like(x[:1]).to(conv.weight)).shape[-2:]
-    patches = F.unfold(_padded(conv, x), conv.kernel_size, conv.dilation, 0, conv.stride)
-    patches = patches.view(len(x), -1, height, width)
-    return torch.cat([patches, torch.ones_like(patches[:, :1])], dim=1) if conv.bias is not None else patches
-
-
-def _padded(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """``x`` with the zeros that the convolution adds; "same" puts the odd one at the end."""
-    if conv.padding == "valid":
-        return x
-    if conv.padding == "same":
-        total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-        sides = [(t // 2, t - t // 2) for t in total]
-    else:
-        sides = [(int(p), int(p)) for p in conv.padding]
-    return F.pad(x, (*sides[1], *sides[0]))
-
-
-def _gated_inputs(layers: Sequence[Layer], i: int, inputs: Tensor, pattern: Pattern, draw: int) -> Tensor:
-    """The inputs of layer i with the gates as they are and the weights before it random."""
-    x, random = inputs, generator(draw, "structural floor", i)
-    for layer in layers[:i]:
-        weights = {
-            name: torch.randn(p.shape, generator=random, dtype=torch.float64).to(p.device)
-            for name, p in layer.module.named_parameters()
-        }
-        weights["weight"] /= math.sqrt(weights["weight"][0].numel())
-        with torch.no_grad():
-            z = call_with(layer.module, weights, shaped(layer, x))
-            for node in layer.channelwise:
-                gate = pattern.gates.get(node.name)
-                z = node.function(z) if gate is None else gate * z
-            x = through(layer.reshaping, z)
-    return x
-
-
-def _rows(layer: Layer, unit: int, seen: Tensor, pattern: Pattern, *, last: bool) -> tuple[Tensor, Tensor]:
-    """Linear conditions on the incoming weights of one unit [n, columns], and the examples [N] that make any.
-
-    A pool adds up what the unit sees at several positions; a smooth activation tells all positions apart.
-    """
-    n, columns = seen.shape[:2]
-    z = seen.reshape(n * columns, 1, *seen.shape[2:])
-    smooth = False
-    for node in layer.channelwise:
-        if node.kind == "smooth":
-            smooth = True
-            break
-        if node.kind == "pool":
-            z = node.function(z)
-        else:
-            z = z * pattern.gates[node.name][:, unit : unit + 1].repeat_interleave(columns, dim=0)
-    z = z.view(n, columns, -1)
-    if not smooth and not last:
-        z = z * pattern.needed[layer.node.name][:, unit].reshape(n, 1, -1)
-    rows = z.transpose(1, 2).reshape(-1, columns)
-    return rows[(rows != 0).any(dim=1)], (z != 0).flatten(1).any(dim=1)
-
-
-def _triangular(rows: Tensor) -> Tensor:
-    """Fewer rows that span the same space."""
-    return torch.linalg.qr(rows, mode="r").R if len(rows) > rows.shape[1] else rows
-
-
-def _rank(rows: Tensor) -> int:
-    """Numerical rank of ``rows`` [n, columns]."""
-    if len(rows) == 0:
-        return 0
-    values = torch.linalg.svdvals(_triangular(rows))
-    return int((values > RANK_TOLERANCE * values[0]).sum()) if values[0] > 0 else 0
+    return StructuralFloor(dim - rank, {"linear network": dim - rank}, smallest > DOUBTFUL)
 
 
 # ---- data and loss
 
 
-def _examples(data: Any) -> tuple[Tensor, Any]:
-    """All inputs [N, ...] in float64, and all targets."""
+def _examples(data: Any, loss: Loss) -> tuple[Tensor, OutputLoss]:
+    """All inputs [N, ...], floating ones in float64, and the loss on all targets."""
     batches = [example_batch(raw) for raw in read_data(data, closure=False)]
     if not all(isinstance(b.inputs, Tensor) and isinstance(b.targets, Tensor) for b in batches):
         raise DataError("the structural floor needs inputs and targets that are tensors")
     if not sum(len(batch.inputs) for batch in batches):
         raise DataError("data: found no example; at least one is needed")
-    counted = [slice(None) if batch.weights is None else batch.weights > 0 for batch in batches]
-    inputs = torch.cat([batch.inputs[own] for batch, own in zip(batches, counted, strict=True)])
-    targets = torch.cat([batch.targets[own] for batch, own in zip(batches, counted, strict=True)])
-    return inputs.double(), targets.double() if targets.is_floating_point() else targets
+    kept = [slice(None) if batch.weights is None else batch.weights > 0 for batch in batches]
+    inputs = torch.cat([batch.inputs[own] for batch, own in zip(batches, kept, strict=True)])
+    targets = torch.cat([batch.targets[own] for batch, own in zip(batches, kept, strict=True)])
+    targets = targets.double() if targets.is_floating_point() else targets
+    weights = None
+    if any(batch.weights is not None for batch in batches):
+        each = [torch.ones(len(b.inputs)) if b.weights is None else b.weights for b in batches]
+        weights = torch.cat([w[own].to(inputs.device).double() for w, own in zip(each, kept, strict=True)])
+    alike = weights is None or bool((weights == weights[0]).all())
+    inputs = inputs.double() if inputs.is_floating_point() else inputs
+    return inputs, OutputLoss(loss, targets, None if alike else weights)
 
 
 @torch.no_grad()
@@ -290,29 +300,21 @@ def _outputs(model: nn.Module, inputs: Tensor) -> Tensor:
     flags = [(module, module.training) for module in model.modules()]
     tensors = {n: t.double() if t.is_floating_point() else t for n, t in _tensors(model).items()}
     try:
-        model.eval()
-        outputs: Tensor = call_with(model, tensors, inputs)
+        for module, _ in flags:
+            module.training = False
+        parts = [call_with(model, tensors, part) for part in inputs.split(AT_ONCE)]
     except Exception as error:  # the user's code may raise anything
         raise ModelError(f"{type(model).__name__} raised {failure(error)}") from error
     finally:
         for module, flag in flags:
             module.training = flag
-    return outputs
+    if not all(isinstance(part, Tensor) and part.is_floating_point() for part in parts):
+        raise ModelError(
+            f"{type(model).__name__} returns {described(parts[0])}: the structural floor needs one tensor "
+            "of floating-point numbers"
+        )
+    return torch.cat(parts)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
-@torch.no_grad()
-def _ignores_shifts(loss: Callable[[Tensor, Any], Tensor], outputs: Tensor, targets: Any) -> bool:
-    """Whether adding one number to all outputs of an example leaves its loss as it is."""
-    if not callable(loss):
-        raise ModelError(f"loss: found {type(loss).__name__}; allowed: a function")
-    each = torch.linspace(-1.5, 2.0, len(outputs), dtype=outputs.dtype, device=outputs.device)
-    shifted = outputs + each.view(-1, *[1] * (outputs.ndim - 1))
-    try:
-        before, after = loss(outputs, targets), loss(shifted, targets)
-        return bool((after - before).abs() <= SAME_LOSS * (1 + before.abs()))
-    except Exception as error:  # as above
-        raise ModelError(f"the loss raised {failure(error)}") from error

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lossray.curvature.degeneracy import counts_of, dense_matrices, spectrum_of
-from lossray.curvature.floor import StructuralFloor, shift_vectors, structural_floor
+from lossray.curvature.floor import StructuralFloor, beside, null_vectors, structural_floor
 from lossray.curvature.modules import ModuleObjective
 from lossray.curvature.operators import PackedHessian
 from lossray.curvature.single import SingleOperator
@@ -24,7 +24,8 @@ class Degeneracy:
     rank: int | None  # the others; None where no gap supports it, and for products in float32
     gap: float  # smallest |eigenvalue| above the noise floor over the largest below; inf where these are 0
     structural_nullity: int | None  # a lower bound where `excess` is None; None where nothing is known
-    excess: int | None  # nullity beyond it; None where more might be forced
+    excess: int | None  # nullity beyond it; None without a rank, and where more might be forced
+    structural_note: str | None  # why there is no structural nullity
     counts: dict[float, int]  # threshold -> eigenvalues with |lambda| <= threshold, descending
     dim: int
     method: str  # "dense"
@@ -51,24 +52,24 @@ def degeneracy(operator: SingleOperator, floor: StructuralFloor | int | None = N
             "GaussNewton, EmpiricalFisher, or one of these Restricted, Scaled or Preconditioned"
         )
     _check_floor(floor, packed.shape[1])
-    known, null_vectors = _forced(packed)
+    known, vectors, note = _forced(packed)
     forced = StructuralFloor(floor, {}, True) if isinstance(floor, int) else floor or known
     (matrix,) = dense_matrices(packed)
-    spectrum = spectrum_of(matrix, packed.dtype, null_vectors)
+    spectrum = spectrum_of(matrix, packed.dtype, vectors)
     if spectrum is None:
         raise ModelError("the Hessian has entries that are not finite: are the parameters?")
     counts = counts_of(spectrum)
     at_floor = counts[-1]
-    nullity = int(at_floor.nullity)
-    excess = forced.excess(nullity) if forced else None
+    compared = beside(forced, at_floor, note)
     return Degeneracy(
         eigenvalues=spectrum.values.sort().values,
         noise_floor=spectrum.noise_floor,
-        nullity=nullity,
-        rank=at_floor.rank,
+        nullity=int(at_floor.nullity),
+        rank=at_floor.rank if isinstance(floor, int) else compared.rank,
         gap=at_floor.gap,
-        structural_nullity=forced.dimension if forced else None,
-        excess=None if excess is None else int(excess),
+        structural_nullity=compared.structural_nullity,
+        excess=compared.excess,
+        structural_note=compared.note,
         counts={count.threshold: int(count.nullity) for count in counts},
         dim=len(spectrum.values),
         method="dense",
@@ -84,19 +85,18 @@ def _check_floor(floor: object, dim: int) -> None:
     )
 
 
-def _forced(packed: PointOperator) -> tuple[StructuralFloor | None, Tensor | None]:
-    """What is forced on a plain Hessian, and vectors that are null for certain."""
+def _forced(packed: PointOperator) -> tuple[StructuralFloor | None, Tensor | None, str | None]:
+    """What is forced on a plain Hessian, vectors that are null for certain, and why there is nothing."""
     objective = getattr(packed, "objective", None)
     if not isinstance(packed, PackedHessian) or not isinstance(objective, ModuleObjective):
-        return None, None
+        return None, None, "known for the Hessian of a model's loss alone"
     source = objective.source
     if source is None:
-        return None, None
+        return None, None, "not known with a closure or in train mode"
     model, loss, data = source
     try:
         floor = structural_floor(model, data, loss, dense_up_to=packed.shape[1])
-    except (LossrayError, TypeError, ValueError, RuntimeError):  # a model that takes no single tensor
-        return None, None
-    shifts = floor.by_cause.get("softmax shift", 0) > 0
-    vectors = shift_vectors(model).to(packed.device, torch.float64) if shifts else None
-    return floor, vectors
+        vectors = null_vectors(model, data, loss).to(packed.device, torch.float64)
+    except (LossrayError, TypeError, ValueError, RuntimeError) as error:  # it takes no single tensor
+        return None, None, str(error)
+    return floor, vectors, None

@@ -181,10 +181,13 @@ DEGENERACY = TableSchema(
             "structural_nullity",
             INTEGER,
             "1",
-            "null directions that are forced; a lower bound where excess is null",
+            "null directions that architecture, data and loss force; a lower bound where excess is null",
         ),
-        number("excess", "1", "nullity minus structural_nullity; null where more might be forced"),
-        number("gap", "1", "smallest |lambda| above the threshold over the largest below"),
+        Column("structural_note", TEXT, "", "why there is no structural_nullity"),
+        number(
+            "excess", "1", "nullity minus structural_nullity; null without a rank, or if more may be forced"
+        ),
+        number("gap", "1", "smallest |lambda| above the threshold over the largest below, as computed"),
         number("noise_floor", CURVATURE, "below it an eigenvalue cannot be told from 0"),
         Column(
             "rank",

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import lossray
-from lossray.curvature.floor import shift_vectors, structural_floor
+from lossray.curvature.floor import null_vectors, structural_floor
 from lossray.errors import DataError, ModelError
 from lossray.networks.losses import cross_entropy, mse
 from lossray.networks.models import build_model, model_settings
@@ -113,12 +113,14 @@ def test_a_unit_whose_way_to_the_output_is_closed_counts_as_dead():
 
 def test_shift_vectors_are_null_and_there_is_one_for_each_feature_and_the_bias():
     model = model_of({"name": "mlp", "widths": [6]}, SMALL)
-    vectors = shift_vectors(model)
+    vectors = null_vectors(model, (SMALL, LABELS), cross_entropy)
     assert vectors.shape == (7, 16 * 6 + 6 + 60 + 10)
     hessian = lossray.Hessian(model, cross_entropy, (SMALL, LABELS))
     assert float((hessian @ vectors.T).abs().max()) < 1e-15
     assert float((vectors @ hessian.gradient).abs().max()) < 1e-15
-    assert len(shift_vectors(nn.Sequential(nn.Linear(3, 2), nn.Tanh()))) == 0
+    assert len(null_vectors(model, (SMALL, LABELS), mse)) == 0
+    bent = nn.Sequential(nn.Flatten(), nn.Linear(16, 10), nn.Tanh())
+    assert len(null_vectors(bent, (SMALL, LABELS), cross_entropy)) == 0
 
 
 def test_of_an_architecture_that_is_not_understood_the_shift_is_known():
