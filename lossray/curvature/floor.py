@@ -242,7 +242,8 @@ def _surrogate(own: OutputLoss, outputs: Tensor) -> tuple[OutputLoss | None, boo
     quadratic = taylor_loss(own, outputs)
     if quadratic is None:
         return None, False
-    return OutputLoss(quadratic, quadratic.targets), quadratic.quadratic
+    even = quadratic.evened()
+    return OutputLoss(even, even.targets), even.quadratic
 
 
 def _is_linear_network(layers: Sequence[Layer]) -> bool:

@@ -12,6 +12,7 @@ from lossray.curvature.output_loss import MOST_OUTPUTS, OutputLoss, noise_like, 
 POINTS, HALVINGS = 65, 40  # on the way between two sets of outputs
 ROUNDING = 1e-10  # share of the largest slope or curvature that no change is told from
 JUMP = 1e-3  # share of a change that is left after the halvings; of a smooth one 1e-7 is
+SMALLEST = 1e-8  # share of the largest example's slope and curvature that is told from rounding
 NEAR, STEADY = 1e-6, 1e-9  # a step, and the share by which the curvature of a quadratic may change on it
 
 
@@ -82,6 +83,16 @@ class TaylorLoss:
         bent = (away * (targets[..., 2:] @ away[..., None])[..., 0]).sum(dim=1) / 2
         value: Tensor = (linear + bent).mean()
         return value
+
+    def evened(self) -> "TaylorLoss":
+        """The same with examples weighed so that all are of one size, as far as that is not rounding.
+
+        With weights that are free the rank can only be higher: what is forced then is forced for all weights.
+        """
+        sizes = self.targets[..., 1:].abs().amax(dim=(1, 2), keepdim=True)
+        sizes = torch.maximum(sizes, SMALLEST * sizes.max())
+        scaled = self.targets[..., 1:] / torch.where(sizes > 0, sizes, 1)
+        return TaylorLoss(torch.cat([self.targets[..., :1], scaled], dim=2), self.quadratic)
 
 
 def taylor_loss(own: OutputLoss, outputs: Tensor) -> TaylorLoss | None:

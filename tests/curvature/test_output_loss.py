@@ -38,7 +38,7 @@ def smoothed(outputs, targets):
 
 
 N, C = 30, 4
-# Shape of the outputs, targets, loss, directions that are ignored at each position, and at all positions alike.
+# Shape of the outputs, targets, loss, directions that are ignored at each position, and at all alike.
 IGNORED = {
     "cross entropy": ((N, C), classes(N), F.cross_entropy, 1, 1),
     "label smoothing": ((N, C), classes(N), smoothed, 1, 1),
