@@ -15,9 +15,11 @@ from flows.freeze import decide
 from flows.notes import notes_of
 from flows.plan import PackPlan, Plan, make_plan
 from flows.progress import duration
-from flows.study import Request, check_request
+from flows.study import Request, check_request, superseded
+from flows.superseded import explained
 from lossray.errors import StudyError
 from lossray.study import Study, load_study, partition, surface_members
+from lossray.study.manifest import other_versions
 from lossray.training.datasets import Dataset
 
 NO_STORE = "memory://dry-run"  # empty, and gone with the process
@@ -112,7 +114,8 @@ def _totals(plan: Plan, costs: Sequence[Cost]) -> list[str]:
 def _done(request: Request, plan: Plan) -> list[str]:
     keys = list(plan.keys())
     done = len(request.store.committed_keys().intersection(keys))
-    return [f"done already: {done} of {len(keys)} tasks"] if done else []
+    lines = [f"done already: {done} of {len(keys)} tasks"] if done else []
+    return [*lines, *other_versions(request.manifest), *explained(superseded(request, plan))]
 
 
 def _bytes(number: int) -> str:

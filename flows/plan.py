@@ -61,6 +61,13 @@ class PackPlan:
             yield Follower("pair", self.pack.pack_id, max(steps), key, _events("analysed", self.pack, steps))
         yield from self.further
 
+    def tasks(self) -> Iterator[tuple[str, int | None, str]]:
+        """Kind, step and key of every task."""
+        yield "training", None, self.training_key
+        yield from (("checkpoint", step, key) for step, key in self.checkpoint_keys.items())
+        yield from (("curvature", step, key) for step, key in self.curvature_keys.items())
+        yield from ((follower.kind, follower.step, follower.key) for follower in self.followers)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -82,10 +89,7 @@ class Plan:
     def keys(self) -> Iterator[str]:
         """The keys of all tasks."""
         for pack in self.packs:
-            yield pack.training_key
-            yield from pack.checkpoint_keys.values()
-            yield from pack.curvature_keys.values()
-            yield from (follower.key for follower in pack.followers)
+            yield from (key for _, _, key in pack.tasks())
 
     def training_job(self, plan: PackPlan, attempt: Attempt) -> TrainingJob:
         """What the training of a pack is given."""

@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, chdir
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ray
 import torch
@@ -18,9 +18,9 @@ from flows.ledger import Ledger
 from flows.notes import keep_notes, kept_notes, notes_of
 from flows.plan import Plan, make_plan
 from flows.progress import duration
-from flows.recorded import withdraw
 from flows.serial import run_serially
 from flows.session import capacity, has_gpus, ray_session
+from flows.superseded import Superseded, explained, find_superseded, recorded_keys, withdraw
 from lossray.curvature.modes import ProductMode
 from lossray.errors import DataError, ModelError, StoreError, StudyError
 from lossray.imports import settle_imports
@@ -40,9 +40,16 @@ from lossray.study import (
     partition,
     runs_of,
     settings_of,
+    study_from_table,
     study_inputs,
 )
-from lossray.study.manifest import Manifest, check_extension, extended, new_manifest
+from lossray.study.manifest import (
+    Manifest,
+    check_extension,
+    extended,
+    new_manifest,
+    other_versions,
+)
 from lossray.training.datasets import Dataset, load_dataset
 from tasks.context import Context
 from tasks.gather import gather
@@ -78,7 +85,7 @@ def run_study(
     if not in_process and request.store.url.startswith("memory://"):
         raise StudyError(f"--out {out}: workers have memory of their own; allowed: with --in-process only")
     notes = notes_of(request.loaded.study, request.dataset, request.inputs.recordings)
-    for line in notes:
+    for line in [*notes, *other_versions(request.manifest)]:
         _say(f"note: {line}")
     if is_complete(request):
         if not is_recorded(request) or kept_notes(request.store) != notes:
@@ -93,6 +100,9 @@ def run_study(
             stack.enter_context(ray_session(address, user_folders(request.loaded), dashboard=dashboard))
             room = capacity(request.loaded.study.resources)
         rule = try_settings(request, study_device(request.loaded.study, gpus=has_gpus(in_process=in_process)))
+        plan = make_plan(request.context, _partition(request, request.manifest, rule), request.inputs)
+        for line in explained(superseded(request, plan)):  # before anything is written
+            _say(f"note: {line}")
         interrupt = stack.enter_context(Interrupt())
         lease = stack.enter_context(_lease(request.store))  # the first thing that writes
         plan = freeze(request, rule)
@@ -158,9 +168,33 @@ def is_complete(request: Request) -> bool:
     if request.manifest is None or _lacks_runs(request):
         return False
     plan = make_plan(request.context, request.manifest.packs, request.inputs)
-    committed, keys = request.store.committed_keys(), set(plan.keys())
-    done = committed == keys if request.inputs.recordings else committed >= keys
+    done = request.store.committed_keys() >= set(plan.keys()) and not superseded(request, plan)
     return done and tables_current(request.store) and claims_current(request.store, plan.study)
+
+
+def superseded(request: Request, plan: Plan) -> list[Superseded]:
+    """What the store has, and this plan of the study does not.
+
+    Raises:
+        StoreError: a later version of lossray has made some of it.
+    """
+    if request.manifest is None:
+        return []
+    kept = kept_keys(request, plan)
+    return find_superseded(request.store, plan, kept, request.manifest.versions.get("lossray", "unknown"))
+
+
+def kept_keys(request: Request, plan: Plan) -> set[str]:
+    """The keys of what the store keeps: the plan's, and those of sections that the study leaves out."""
+    keys = set(plan.keys())
+    if request.manifest is None or recorded_keys(request.store) <= keys:
+        return keys
+    packs = tuple(pack.pack for pack in plan.packs)
+    whole = _extended(request.manifest, request, packs).study
+    if whole == request.loaded.study.plain():
+        return keys
+    study = study_from_table(whole, f"{request.store.url}/manifest.json")
+    return {*keys, *make_plan(replace(request.context, study=study), packs, request.inputs).keys()}
 
 
 def is_recorded(request: Request) -> bool:
@@ -199,7 +233,10 @@ def freeze(request: Request, rule: Rule) -> Plan:
     old = read_manifest(store, recorded=bool(request.inputs.recordings))
     if old is not None:
         check_extension(old, study, request.inputs)
-    packs = partition(study, old.packs if old else (), rule, request.inputs.recordings)
+    packs = _partition(request, old, rule)
+    plan = make_plan(request.context, packs, request.inputs)
+    request = replace(request, manifest=old)
+    superseded(request, plan)  # refuses what a later version has made
     if old is None:
         manifest = new_manifest(study, request.inputs, packs, folder=request.loaded.folder)
         for path in store.paths("parts"):  # of an attempt that committed nothing
@@ -210,10 +247,8 @@ def freeze(request: Request, rule: Rule) -> Plan:
         store.write_json("manifest.json", manifest.plain())
     if not _holds_study_file(request):
         store.write_bytes("study.toml", request.loaded.text.encode())
-    plan = make_plan(request.context, packs, request.inputs)
-    if request.inputs.recordings and (withdrawn := withdraw(store, plan)):
-        reason = "their checkpoints were replaced, deleted or parted by another"
-        _say(f"note: {withdrawn} results are withdrawn: {reason}")
+    if old is not None:
+        withdraw(store, kept_keys(request, plan))
     return plan
 
 
@@ -248,6 +283,10 @@ def read_manifest(store: Store, *, recorded: bool = False) -> Manifest | None:
 def user_folders(loaded: LoadedStudy) -> list[str]:
     """Where modules of the user's are looked for: the current directory, then the study file's folder."""
     return list(dict.fromkeys([os.getcwd(), str(loaded.folder)]))
+
+
+def _partition(request: Request, old: Manifest | None, rule: Rule) -> tuple[Pack, ...]:
+    return partition(request.loaded.study, old.packs if old else (), rule, request.inputs.recordings)
 
 
 def _extended(old: Manifest, request: Request, packs: Sequence[Pack]) -> Manifest:

@@ -16,7 +16,7 @@ from lossray.networks.models import build_model
 from lossray.plugins import add_user_folders
 from lossray.source_hash import is_imported
 from lossray.storage.checkpoints import read_checkpoint
-from lossray.storage.publish import assemble, published_rows, tables_current
+from lossray.storage.publish import assemble, readable_tables
 from lossray.storage.store import Store
 from lossray.storage.tables import TABLES
 from lossray.study import Pack, Study, study_from_table
@@ -38,9 +38,11 @@ class StudyResults:
     @property
     def tables(self) -> dict[str, int]:
         """The tables' names, with the number of rows committed so far."""
-        if tables_current(self.store):
-            return published_rows(self.store)
-        return {name: assemble(self.store, name).num_rows for name in TABLES}
+        published = readable_tables(self.store)
+        return {
+            name: published[name] if name in published else assemble(self.store, name).num_rows
+            for name in TABLES
+        }
 
     def table(self, name: str) -> pd.DataFrame:
         """One table, sorted by its keys; empty while no task has committed rows of it.
@@ -53,7 +55,7 @@ class StudyResults:
         """
         if name not in TABLES:
             raise StudyError(f"no such table: {unknown_name(name, TABLES)}")
-        if tables_current(self.store):
+        if name in readable_tables(self.store):
             table = self.store.read_table(self.store.table_path(name), name)
         else:
             table = assemble(self.store, name)

@@ -3,9 +3,11 @@
 import hashlib
 import json
 from collections import Counter
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel, ConfigDict
+
+ADDED: Final = "added"  # marks a setting that is younger than stores: see `Settings.content`
 
 
 class Settings(BaseModel):
@@ -16,6 +18,21 @@ class Settings(BaseModel):
     def plain(self) -> dict[str, Any]:
         """The settings as JSON-compatible values, defaults included, in declaration order."""
         return self.model_dump(mode="json")
+
+    def content(self) -> dict[str, Any]:
+        """What names and keys are made of: `plain` without added settings that are left at their default.
+
+        A setting that is added to a section, ``setting: Annotated[bool, ADDED] = False``, so changes no key
+        of a store that was made before it, as long as nobody sets it.
+        """
+        plain = self.plain()
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if ADDED in field.metadata and value == field.get_default(call_default_factory=True):
+                del plain[name]
+            elif isinstance(value, Settings):
+                plain[name] = value.content()
+        return plain
 
 
 T = TypeVar("T")

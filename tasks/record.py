@@ -4,11 +4,15 @@ import resource
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 import torch
+
+from lossray.packages import running
+from lossray.study import versions_of
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,19 @@ class Stopwatch:
             "device": self.device,
             "peak_bytes": peak_bytes(),
             "error": None,
+            "versions": versions_text(versions_of(kind)),
+            **{f"{package}_version": version for package, version in running().items()},
         }
+
+
+def versions_text(versions: Mapping[str, int]) -> str:
+    """Versions as the `tasks` table has them: "training 1, table runs 1"."""
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def versions_in(text: str) -> dict[str, int]:
+    """Inverse of `versions_text`."""
+    return {name: int(version) for name, _, version in (entry.rpartition(" ") for entry in text.split(", "))}
 
 
 def failure(

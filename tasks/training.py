@@ -3,13 +3,13 @@
 A segment is the training between two checkpoints. Its parts are published and committed together with the
 checkpoint at its end, so that a killed actor loses at most the segment it was in: run again, the body replays
 the checkpoints on disk in order (rows that were not committed come from the checkpoint file) and trains on
-from the newest.
+from the newest. Only those of this very training are taken: each carries its training's key.
 """
 
 import json
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lossray.errors import StoreError
+from lossray.packages import running
 from lossray.storage import checkpoints
 from lossray.storage.checkpoints import Checkpoint, read_checkpoint
 from lossray.storage.store import Store
@@ -72,7 +73,11 @@ def train_pack(job: TrainingJob, device: torch.device | None = None) -> Iterator
     store = Store(job.context.out)
     whole = Stopwatch(job.attempt, device_name(device))
     segments = _Segments(job, store, Stopwatch(job.attempt, device_name(device)))
-    for checkpoint in _recorded(job, segments, device) if job.pack.recorded else _trained(store, job, device):
+    if job.pack.recorded:
+        found = _recorded(job, segments, device)
+    else:
+        found = _trained(store, job, segments.committed, device)
+    for checkpoint in found:
         yield segments.commit(checkpoint)
         segments.watch.restart()  # after the yield: without Ray the analysis runs meanwhile
     store.publish("runs", job.key, _run_rows(segments, whole.device))
@@ -89,13 +94,16 @@ class TrainingActor:
         yield from train_pack(job, prepare_worker(cpus))
 
 
-def _trained(store: Store, job: TrainingJob, device: torch.device) -> Iterator[Checkpoint]:
+def _trained(
+    store: Store, job: TrainingJob, committed: Collection[str], device: torch.device
+) -> Iterator[Checkpoint]:
     """All checkpoints of a pack, on the CPU: those on disk, the others as they are trained and written."""
     newest: Checkpoint | None = None
-    for newest in _replay(store, job):
+    for newest in _replay(store, job, committed):
         yield newest
     for checkpoint in _train_on(job, newest, device):
-        path, data = store.checkpoint_path(job.pack.pack_id, checkpoint.step), checkpoints.dumps(checkpoint)
+        path = store.checkpoint_path(job.pack.pack_id, checkpoint.step)
+        data = checkpoints.dumps(replace(checkpoint, training_key=job.key, versions=running()))
         store.write_bytes(path, data)
         yield checkpoints.loads(data, name=path)  # as a replay would read it
 
@@ -107,13 +115,26 @@ def _recorded(job: TrainingJob, segments: "_Segments", device: torch.device) -> 
     return recorded_checkpoints(job.context, job.pack, sorted(keys), unknown, device)
 
 
-def _replay(store: Store, job: TrainingJob) -> Iterator[Checkpoint]:
-    """The checkpoints on disk, in order, up to the first that is missing or damaged."""
+def _replay(store: Store, job: TrainingJob, committed: Collection[str]) -> Iterator[Checkpoint]:
+    """The checkpoints on disk, in order, up to the first that is missing, damaged or of another training."""
     for step in checkpoint_steps(job.context.study.training):
         try:
-            yield read_checkpoint(store, job.pack.pack_id, step)
+            checkpoint = read_checkpoint(store, job.pack.pack_id, step)
         except StoreError:
             return  # trained again from the one before
+        if not _is_of(job, checkpoint, committed):
+            return
+        yield checkpoint
+
+
+def _is_of(job: TrainingJob, checkpoint: Checkpoint, committed: Collection[str]) -> bool:
+    """Whether a file was written by this training.
+
+    Files from before they carried a key are trusted where their rows are committed under the planned one.
+    """
+    if checkpoint.training_key is None:
+        return job.checkpoint_keys[checkpoint.step] in committed
+    return checkpoint.training_key == job.key
 
 
 def _train_on(job: TrainingJob, newest: Checkpoint | None, device: torch.device) -> Iterator[Checkpoint]:
@@ -145,7 +166,7 @@ class _Segments:
         self.job = job
         self.store = store
         self.watch = watch
-        self.committed = set(store.committed())
+        self.committed = store.committed_keys()
         self.initial: Mapping[str, Tensor] = {}  # parameters at step 0, [R, *shape]
         self.last: Checkpoint | None = None
         self.seconds = 0.0

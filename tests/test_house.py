@@ -18,6 +18,7 @@ FLOORS = {
     "lossray.statements": 1,
     "lossray.user_modules": 1,
     "lossray.imports": 1,
+    "lossray.packages": 1,
     "lossray.networks": 2,
     "lossray.storage": 2,
     "lossray.training": 3,

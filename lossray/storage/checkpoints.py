@@ -38,6 +38,8 @@ class Checkpoint:
     log: dict[str, Tensor]  # since the checkpoint before: "step" [n] int64, "lr" [n], others [n, R] float64
     seconds: float  # training time of this segment; the one thing that differs between two executions
     shadow: dict[str, Tensor] = field(default_factory=dict)  # "<optimizer>/<entry>" -> its state
+    training_key: str | None = None  # key of the training; None: recorded, or from before they carried it
+    versions: Mapping[str, str] = field(default_factory=dict)  # of lossray and torch, where it has a key
 
 
 def dumps(checkpoint: Checkpoint) -> bytes:
@@ -55,6 +57,8 @@ def dumps(checkpoint: Checkpoint) -> bytes:
         "seconds": checkpoint.seconds,
         "names": {group: list(members) for group, members in groups.items()},  # safetensors sorts its tensors
     }
+    if checkpoint.training_key is not None:  # of a recorded one: its file is the same for every version
+        header |= {"training_key": checkpoint.training_key, "versions": dict(checkpoint.versions)}
     return files.dumps(tensors, header)
 
 
@@ -107,5 +111,7 @@ def _checkpoint(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Che
         step=header["step"],
         seeds=tuple(header["seeds"]),
         seconds=header["seconds"],
+        training_key=header.get("training_key"),
+        versions=header.get("versions", {}),
         **fields,
     )

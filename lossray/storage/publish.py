@@ -1,12 +1,14 @@
 """The tables of a store, put together from what its tasks have committed.
 
-tables/manifest.json is written last and names the records that the tables were made from, and their sizes.
-While it does not match what is on disk, or cannot be read, the tables are out of date, and readers put them
-together from the parts instead.
+tables/manifest.json is written last and names the records that the tables were made from, their sizes, and
+the schemas that they have. While it does not match what is on disk, or cannot be read, the tables are out of
+date, and readers put them together from the parts instead. Tables whose schemas are those of an earlier
+version of lossray are good for readers, and made anew by the next run.
 """
 
 import datetime
 import socket
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -32,9 +34,9 @@ def publish_tables(store: Store) -> dict[str, int]:
         StoreError: a part that a committed task has published is missing or damaged, or two parts disagree.
     """
     started = datetime.datetime.now(datetime.UTC)
-    source = _source(store)
-    if _is_current(store, source):
+    if tables_current(store):
         return published_rows(store)
+    source = tables_source(store)
     records = store.records()
     _check_parts(store, records)
     tables = {name: assemble(store, name) for name in TABLES if name != "tasks"}
@@ -47,8 +49,22 @@ def publish_tables(store: Store) -> dict[str, int]:
 
 
 def tables_current(store: Store) -> bool:
-    """Whether the published tables hold everything committed; reads two listings and the manifest only."""
-    return _is_current(store, _source(store))
+    """Whether the published tables hold everything committed, in the schemas of this version.
+
+    Reads three listings and the manifest only.
+    """
+    source, entries = _published(store)
+    return _schemas(entries) == _schemas(_declared()) and _is_current(store, source, entries)
+
+
+def readable_tables(store: Store) -> dict[str, int]:
+    """The rows of each published table; empty while they do not hold everything committed.
+
+    They may be those of an earlier version of lossray, which has other schemas and lacks some tables.
+    """
+    source, entries = _published(store)
+    current = _is_current(store, source, entries)
+    return {name: entry["rows"] for name, entry in entries.items()} if current else {}
 
 
 def publish_derived(store: Store, name: str, table: pa.Table, key: str) -> None:
@@ -76,7 +92,7 @@ def derived_key(store: Store, name: str) -> str | None:
 
 def tables_source(store: Store) -> str:
     """Hash of what the tables are made from now."""
-    return _source(store)
+    return _source(store, _declared())
 
 
 def published_rows(store: Store) -> dict[str, int]:
@@ -90,34 +106,55 @@ def assemble(store: Store, name: str) -> pa.Table:
     return merge(name, [parts])
 
 
-def _source(store: Store) -> str:
-    """Hash of what the tables are made from: committed keys, failed keys, schemas. Commits never change."""
+def _source(store: Store, entries: Mapping[str, Any]) -> str:
+    """Hash of what tables are made from: committed keys, failed keys, schemas. Commits never change."""
+    columns = [entry["columns"] for entry in entries.values() if "columns" in entry]  # none until 0.1.0
     return content_hash(
         {
             "committed": sorted(store.committed_keys()),
             "failed": sorted(store.failed_keys()),
-            "schemas": [schema.label for schema in TABLES.values()],
+            "schemas": [entry["schema"] for entry in entries.values()],
+            **({"columns": columns} if columns else {}),
         }
     )
+
+
+def _declared() -> dict[str, dict[str, Any]]:
+    """The schema of every table, as entries of the manifest have it."""
+    return {
+        name: {"schema": schema.label, "columns": ",".join(column.name for column in schema.columns)}
+        for name, schema in TABLES.items()
+    }
+
+
+def _schemas(entries: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    return [(name, entry.get("schema"), entry.get("columns")) for name, entry in entries.items()]
+
+
+def _published(store: Store) -> tuple[str, dict[str, dict[str, Any]]]:
+    """What the manifest says: the source and the tables by name; nothing where it is missing or damaged."""
+    try:
+        manifest = store.read_json(MANIFEST)
+        entries = {name: dict(entry) for name, entry in manifest["tables"].items()}
+        sound = all({"rows", "bytes", "schema"} <= set(entry) for entry in entries.values())
+        return (manifest["source"], entries) if sound else ("", {})
+    except (StoreError, KeyError, TypeError, ValueError, AttributeError):  # damaged: it is made anew
+        return "", {}
 
 
 def _write(store: Store, name: str, table: pa.Table) -> dict[str, Any]:
     """Write one table; its entry of the manifest."""
     data = to_bytes(table)
     store.write_bytes(store.table_path(name), data)
-    return {"rows": table.num_rows, "bytes": len(data), "schema": TABLES[name].label}
+    return {"rows": table.num_rows, "bytes": len(data), **_declared()[name]}
 
 
-def _is_current(store: Store, source: str) -> bool:
-    if not store.exists(MANIFEST):
-        return False
-    try:
-        manifest = store.read_json(MANIFEST)
-        sizes = {name: entry["bytes"] for name, entry in manifest["tables"].items()}
-        same = manifest["source"] == source
-    except (StoreError, KeyError, TypeError, AttributeError):  # damaged: it is made anew
-        return False
-    return same and all(store.size(store.table_path(name)) == size for name, size in sizes.items())
+def _is_current(store: Store, source: str, entries: Mapping[str, Any]) -> bool:
+    """Whether published tables hold what is committed now, and their files are as they were written."""
+    sizes = {name: entry["bytes"] for name, entry in entries.items()}
+    return source == _source(store, entries) and all(
+        store.size(store.table_path(name)) == size for name, size in sizes.items()
+    )
 
 
 def _check_parts(store: Store, records: pa.Table) -> None:

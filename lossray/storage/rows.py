@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from lossray.errors import StoreError
 from lossray.names import unknown_name
+from lossray.packages import installed
 from lossray.storage.schema import Column, TableSchema
 from lossray.storage.tables import arrow_schema, schema_of
 
@@ -50,7 +51,10 @@ def to_bytes(table: pa.Table) -> bytes:
 
 
 def from_bytes(name: str, data: bytes, *, where: str, columns: list[str] | None = None) -> pa.Table:
-    """Read a Parquet file of a table, checking that it has the declared schema.
+    """Read a Parquet file of a table as its declared schema, where this or an earlier version has written it.
+
+    Columns that the file does not have yet are null; those of an earlier version of the schema that are no
+    longer declared are left out.
 
     Args:
         name: the table that the file must belong to.
@@ -59,21 +63,69 @@ def from_bytes(name: str, data: bytes, *, where: str, columns: list[str] | None 
         columns: read these only.
 
     Raises:
-        StoreError: a damaged file, another table, or another version of the schema.
+        StoreError: a damaged file, another table, or one that a later version of lossray has written.
     """
-    expected = arrow_schema(name)
     try:
         file = pq.ParquetFile(pa.BufferReader(data))
-        label = (file.schema_arrow.metadata or {}).get(b"lossray.schema", b"nothing").decode()
-        if label != schema_of(name).label or not file.schema_arrow.equals(expected):
-            raise StoreError(
-                f"{where} holds {label}, this lossray needs {schema_of(name).label}: "
-                "use the lossray that wrote the store, or another store"
-            )
-        table = file.read(columns=columns, use_threads=False)
+        if file.schema_arrow.equals(arrow_schema(name)) and _label(file) == schema_of(name).label:
+            table = file.read(columns=columns, use_threads=False)
+            return table if columns is None else table.select(columns)
+        fields = [arrow_schema(name).field(column) for column in columns or arrow_schema(name).names]
+        _check_schema(name, _label(file), file.schema_arrow, fields, where)
+        return _as_declared(name, file, fields)
     except (pa.ArrowException, OSError) as error:
         raise StoreError(f"{where} is damaged: {error}; delete it and run the study again") from error
-    return table if columns is None else table.select(columns)
+
+
+def _label(file: pq.ParquetFile) -> str:
+    """What a file says that it is, such as "runs/1"."""
+    return str((file.schema_arrow.metadata or {}).get(b"lossray.schema", b"nothing").decode())
+
+
+def _as_declared(name: str, file: pq.ParquetFile, fields: Sequence[pa.Field]) -> pa.Table:
+    """The fields of a file that an earlier version has written; null where it has none."""
+    present = [field.name for field in fields if field.name in file.schema_arrow.names]
+    table = file.read(columns=present, use_threads=False)
+    rows = file.metadata.num_rows
+    arrays = [
+        table[field.name].cast(field.type) if field.name in present else pa.nulls(rows, field.type)
+        for field in fields
+    ]
+    return pa.Table.from_arrays(arrays, schema=pa.schema(fields, metadata=arrow_schema(name).metadata))
+
+
+def _check_schema(name: str, label: str, found: pa.Schema, fields: Sequence[pa.Field], where: str) -> None:
+    """Refuse the file of another table, of a later schema, or without a key.
+
+    Columns that are added do not raise a schema's version, so an unknown one is a later version's too.
+    """
+    declared = schema_of(name)
+    table, _, version = label.rpartition("/")
+    if table != name or not version.isdigit():
+        raise StoreError(
+            f"{where} holds {label}, this lossray needs {declared.label}: delete it and run the study again"
+        )
+    known = {column.name for column in declared.columns}
+    unknown = [column for column in found.names if column not in known]
+    if int(version) > declared.version or (int(version) == declared.version and unknown):
+        more = f" with {', '.join(unknown)}" if unknown else ""
+        raise StoreError(
+            f"{where} holds {label}{more}, which a later version of lossray has written; this is lossray "
+            f"{installed('lossray')}, which knows {declared.label}{' without' if unknown else ''}: use the "
+            "later version"
+        )
+    for field in fields:
+        if field.name not in found.names and not field.nullable:
+            raise StoreError(
+                f"{where} holds {label} without the key {field.name!r} of {declared.label}: run the study "
+                "again, which makes it anew"
+            )
+        there = found.field(field.name).type if field.name in found.names else field.type
+        if there != field.type and int(version) == declared.version:
+            raise StoreError(
+                f"{where} is damaged: its column {field.name!r} is {there}, not {field.type}; delete it and "
+                "run the study again"
+            )
 
 
 def merge(name: str, parts: Iterable[pa.Table]) -> pa.Table:

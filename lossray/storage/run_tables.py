@@ -127,5 +127,14 @@ TASKS = TableSchema(
         volatile("device", TEXT, "", "`cpu`, or the kind of GPU"),
         volatile("peak_bytes", INTEGER, "bytes", "largest memory in use, of the GPU where the task has one"),
         volatile("error", TEXT, "", "why the task failed; null where it did not"),
+        Column(
+            "versions",
+            TEXT,
+            "",
+            "versions of the numbers and tables in its key, such as `curvature 4, table eigenvalues 1`; null "
+            "from before they were recorded",
+        ),
+        volatile("lossray_version", TEXT, "", "the lossray that computed it; null likewise"),
+        volatile("torch_version", TEXT, "", "the torch that it was computed with; null likewise"),
     ),
 )

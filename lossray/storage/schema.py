@@ -22,7 +22,11 @@ class Column:
 
 @dataclass(frozen=True)
 class TableSchema:
-    """One table. Its version goes up whenever its columns or their meaning change."""
+    """One table.
+
+    Its version goes up when a column is removed or comes to mean something else. A column that is added is
+    null in the rows that are older, and raises no version.
+    """
 
     name: str
     version: int

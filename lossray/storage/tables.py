@@ -4,8 +4,6 @@ The page docs/tables.md is generated from here: ``python -m lossray.storage.tabl
 A new table is one more TableSchema in TABLES.
 """
 
-import functools
-
 import pyarrow as pa
 
 from lossray.errors import StoreError
@@ -73,10 +71,19 @@ def schema_of(name: str) -> TableSchema:
     return TABLES[name]
 
 
-@functools.cache
+_arrow_schemas: dict[str, tuple[TableSchema, pa.Schema]] = {}  # as made; `TABLES` may be changed by a plugin
+
+
 def arrow_schema(name: str) -> pa.Schema:
     """The Arrow schema of a table: units and meanings are in the fields' metadata, the version in its own."""
     schema = schema_of(name)
+    made = _arrow_schemas.get(name)
+    if made is None or made[0] is not schema:
+        made = _arrow_schemas[name] = (schema, _arrow_schema(schema))
+    return made[1]
+
+
+def _arrow_schema(schema: TableSchema) -> pa.Schema:
     fields = [
         pa.field(
             column.name,

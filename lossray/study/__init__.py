@@ -18,6 +18,7 @@ from lossray.study.keys import (
     surface_members,
     training_key,
     trajectory_key,
+    versions_of,
 )
 from lossray.study.packs import Pack, RecordedRun, Setting, partition, runs_of, settings_of
 from lossray.study.settings import ClaimsSettings, Resources, Study, TaskResources
@@ -55,4 +56,5 @@ __all__ = [
     "surface_members",
     "training_key",
     "trajectory_key",
+    "versions_of",
 ]

@@ -3,7 +3,7 @@
 Equal keys mean equal rows. The study's name, [resources], [claims] and the place of the data are in none.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,8 @@ from lossray.study.packs import Pack
 from lossray.study.settings import Study
 from lossray.training.plan import checkpoint_steps
 
-KEY_VERSION = 1  # goes up when the same settings come to mean other numbers
+# What a version stands for, when it goes up, and what then happens to stores: docs/versions.md.
+KEY_VERSION = 1  # of training; goes up when the same settings come to mean other numbers
 TRAINING_TABLES = ("runs", "training", "checkpoints")
 CURVATURE_VERSION = 4  # likewise, of an analysis
 DEGENERACY_VERSION = 3
@@ -36,6 +37,7 @@ CURVATURE_TABLES = (
     "alignment",
     "sharpness",
 )
+PAIR_TABLES = ("overlaps", "directions", "shares", "angles")
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,43 @@ def _unchanged(name: str, recorded: Mapping[str, str]) -> str | None:
     return recorded[name] if name in recorded and recorded[name] == file_hash(name) else None
 
 
+def versions_of(kind: str) -> dict[str, int]:
+    """The versions that the keys of a kind of task hold, of what they are computed from included.
+
+    Args:
+        kind: as in the `tasks` table.
+
+    Returns:
+        By what has the version: "training", "curvature", ..., and "table eigenvalues", ...; empty for a kind
+        that this version does not know.
+    """
+    training = {"training": KEY_VERSION, **_table_versions(TRAINING_TABLES)}
+    places = {**training, "places": PLACES_VERSION}
+    form = int(vectors.FORMAT.rpartition("/")[2])
+    curvature = {"curvature": CURVATURE_VERSION, "vectors": form, **_table_versions(CURVATURE_TABLES)}
+    versions = {
+        "training": training,
+        "checkpoint": training,
+        "curvature": {**training, **curvature},
+        "pair": {**training, **curvature, **_table_versions(PAIR_TABLES)},
+        "degeneracy": {**training, "degeneracy": DEGENERACY_VERSION, **_table_versions(["degeneracy"])},
+        "trajectory": {**places, **_table_versions(["trajectory"])},
+        "separations": {**places, **_table_versions(["separations"])},
+        "surfaces": {**places, **curvature, **_table_versions(["surfaces"])},
+        "connectivity": {
+            **training,
+            "connectivity": CONNECTIVITY_VERSION,
+            **_table_versions(CONNECTIVITY_TABLES),
+        },
+        "ensemble": {**training, "ensembles": ENSEMBLES_VERSION, **_table_versions(ENSEMBLE_TABLES)},
+    }
+    return versions.get(kind, {})
+
+
+def _table_versions(names: Iterable[str]) -> dict[str, int]:
+    return {f"table {name}": TABLES[name].version for name in names}
+
+
 def training_key(pack: Pack, study: Study, inputs: StudyInputs) -> str:
     """Key of the training of a pack.
 
@@ -121,8 +160,8 @@ def curvature_key(pack: Pack, step: int, study: Study, inputs: StudyInputs) -> s
             "version": CURVATURE_VERSION,
             "checkpoint": _origin(pack, step, study, inputs),
             "product_mode": pack.product_mode,
-            "curvature": study.curvature.plain(),
-            "angles": study.angles.plain(),
+            "curvature": study.curvature.content(),
+            "angles": study.angles.content(),
             "vectors": vectors.FORMAT,
             "tables": {name: TABLES[name].version for name in CURVATURE_TABLES},
         }
@@ -194,7 +233,7 @@ def connectivity_key(
         inputs: what it depends on.
     """
     assert study.connectivity is not None
-    settings = study.connectivity.plain()
+    settings = study.connectivity.content()
     own = ("sigma",) if aligned == "rescaled" else ("kinds", "bends", "steps", "matching")
     return content_hash(
         {
@@ -212,7 +251,7 @@ def connectivity_key(
 def ensemble_key(pack: Pack, method: str, study: Study, inputs: StudyInputs) -> str:
     """Key of the ensembles of one method on the runs of a pack."""
     assert study.ensembles is not None
-    settings = study.ensembles.plain()
+    settings = study.ensembles.content()
     del settings["methods"]
     return content_hash(
         {
@@ -276,8 +315,8 @@ def _recorded_content(pack: Pack, study: Study, inputs: StudyInputs) -> dict[str
         "version": KEY_VERSION,
         "tables": {name: TABLES[name].version for name in TRAINING_TABLES},
         "run_id": pack.run_ids[0],
-        "model": pack.model.plain(),
-        "optimizer": pack.optimizer.plain() if pack.optimizer else None,
+        "model": pack.model.content(),
+        "optimizer": pack.optimizer.content() if pack.optimizer else None,
         "loss": study.training.loss,
         "dtype": study.training.dtype,
         "data": inputs.data_key,
@@ -296,11 +335,11 @@ def _training_content(pack: Pack, study: Study, inputs: StudyInputs) -> dict[str
     return {
         "version": KEY_VERSION,
         "tables": {name: TABLES[name].version for name in TRAINING_TABLES},
-        "model": pack.model.plain(),
-        "optimizer": pack.optimizer.plain(),
+        "model": pack.model.content(),
+        "optimizer": pack.optimizer.content(),
         "seeds": list(pack.seeds),
         "executor": pack.executor,
-        "training": study.training.plain(),
+        "training": study.training.content(),
         "shadow": list(study.angles.shadow),
         "data": inputs.data_key,
         "sources": _involved(pack, study, inputs),

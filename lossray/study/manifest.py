@@ -7,13 +7,13 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from lossray.errors import StoreError
+from lossray.errors import StoreError, StudyError
+from lossray.packages import installed, running
 from lossray.settings import content_hash
-from lossray.study import Pack, Study, StudyInputs
+from lossray.study import Pack, Study, StudyInputs, study_from_table
 from lossray.study.problems import shown
 
 FORMAT_VERSION = 1
@@ -83,10 +83,10 @@ class Manifest:
             StoreError: the file is of another format version, or damaged.
         """
         found = plain.get("format_version") if isinstance(plain, dict) else None
-        if found != FORMAT_VERSION:
+        if type(found) is not int or not 1 <= found <= FORMAT_VERSION:  # of 1 to now, all are read
             raise StoreError(
-                f"{where}: found format version {found}; this lossray reads version {FORMAT_VERSION}; "
-                "use the lossray that made the store, or another --out"
+                f"{where}: found format version {found}; this lossray, {installed('lossray')}, reads up to "
+                f"version {FORMAT_VERSION}; use the lossray that made the store, or another --out"
             )
         try:
             return cls(
@@ -123,7 +123,7 @@ def new_manifest(
         inputs=inputs,
         packs=tuple(packs),
         folder=str(Path(folder).resolve()),
-        versions={"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        versions={"python": platform.python_version(), **{name: installed(name) for name in PACKAGES}},
         host=platform.node(),
         git_revision=_git_revision(Path(folder)),
         arguments=tuple(sys.argv if arguments is None else arguments),
@@ -151,6 +151,20 @@ def extended(
     return replace(old, study=plain | kept, inputs=inputs, packs=tuple(packs), folder=place)
 
 
+def other_versions(old: Manifest | None) -> list[str]:
+    """A line if a store was made with another lossray or torch than the running ones; else nothing."""
+    now = running()
+    made = now if old is None else {name: old.versions.get(name, "unknown") for name in now}
+    differ = [name for name in now if made[name] != now[name]]
+    if not differ:
+        return []
+    there, here = (", ".join(f"{name} {of[name]}" for name in differ) for of in (made, now))
+    return [
+        f"the store was made with {there}, and this is {here}: the columns of `tasks` named "
+        f"{' and '.join(f'{name}_version' for name in differ)} say what computed each row"
+    ]
+
+
 def check_extension(old: Manifest, study: Study, inputs: StudyInputs) -> None:
     """Allow what adds to a store, refuse what changes an input of the rows that it has.
 
@@ -169,6 +183,7 @@ def check_extension(old: Manifest, study: Study, inputs: StudyInputs) -> None:
 
 def _differences(old: Manifest, study: Study, inputs: StudyInputs) -> Iterator[str]:
     new = study.plain()
+    old = replace(old, study=_with_defaults(old.study))
     for key in ("name", "source"):
         yield from _changes(key, old.study.get(key), new[key])
     if old.inputs.data_key != inputs.data_key:
@@ -191,6 +206,17 @@ def _differences(old: Manifest, study: Study, inputs: StudyInputs) -> Iterator[s
     for name, value in old.inputs.sources.items():
         if name in inputs.sources and inputs.sources[name] != value:
             yield f"{name}: its source, or that of a module it imports, has changed since the store was made"
+
+
+def _with_defaults(study: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings of an older store with the defaults of those that were added since.
+
+    As they are where this version refuses some of them: then the differences name it.
+    """
+    try:
+        return study_from_table(study).plain()
+    except StudyError:
+        return study
 
 
 def _as_before(section: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
@@ -262,13 +288,6 @@ def _trainings(study: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], set[s
 
 def _shown(value: Any) -> str:
     return "nothing" if value is None else shown(value)
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _git_revision(folder: Path) -> str | None:

@@ -208,8 +208,8 @@ def _recorded_setting(study: Study, recording: Recording) -> Setting:
         lr = {"lr": recording.lr} if recording.lr else {}  # a warm-up may start from 0
         optimizer = optimizer_settings({**recording.settings, **lr})
     content = {
-        "model": model.plain(),
-        "optimizer": optimizer.plain() if optimizer else recording.settings or recording.optimizer,
+        "model": model.content(),
+        "optimizer": optimizer.content() if optimizer else recording.settings or recording.optimizer,
         "lr": recording.lr,
     }
     name = recording.optimizer or "unknown"
@@ -217,7 +217,11 @@ def _recorded_setting(study: Study, recording: Recording) -> Setting:
 
 
 def _setting_id(study: Study, model: ModelSettings, optimizer: OptimizerSettings) -> str:
-    content = {"model": model.plain(), "optimizer": optimizer.plain(), "training": study.training.plain()}
+    content = {
+        "model": model.content(),
+        "optimizer": optimizer.content(),
+        "training": study.training.content(),
+    }
     return f"{_short(model.name)}-{_short(optimizer.name)}-{content_hash(content, 8)}"
 
 

@@ -329,7 +329,10 @@ def test_the_rows_of_an_overwritten_course_are_withdrawn(own_study, out, tmp_pat
     assert run(study, out) == 0
     train_and_record(out, (0, 2), seed=1, overwrite=True)
     assert run(study, out) == 0
-    assert "results are withdrawn: their checkpoints were replaced" in capsys.readouterr().err
+    reason = "checkpoints of the run were replaced, deleted or added"
+    said = capsys.readouterr().err.splitlines()
+    assert f"note: curvature of 2 checkpoints will be computed again: {reason}" in said
+    assert f"note: curvature of 1 checkpoint will be withdrawn: {reason}" in said
     anew = str(tmp_path / "anew")
     train_and_record(anew, (0, 2), seed=1)
     assert run(study, anew) == 0

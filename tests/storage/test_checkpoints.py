@@ -34,6 +34,8 @@ def checkpoint():
         evaluation={"train_loss": torch.tensor([1.0, torch.nan, -0.0], dtype=torch.float64)},
         log={"step": torch.tensor([10, 20]), "train_loss": torch.full((2, MEMBERS), torch.nan).double()},
         seconds=1.25,
+        training_key="ab12",
+        versions={"torch": "2.9"},
     )
 
 
@@ -49,12 +51,12 @@ def test_a_round_trip_is_exact_to_the_bit_and_keeps_the_order_of_names(checkpoin
         assert {name: bits(t) for name, t in saved.items()} == {name: bits(t) for name, t in read.items()}
     for name in SINGLE:
         assert bits(getattr(checkpoint, name)) == bits(getattr(copy, name))
-    for name in ("pack_id", "step", "seeds", "seconds"):
+    for name in ("pack_id", "step", "seeds", "seconds", "training_key", "versions"):
         assert getattr(checkpoint, name) == getattr(copy, name)
 
 
 def test_every_field_is_covered():
-    plain = {"pack_id", "step", "seeds", "seconds"}
+    plain = {"pack_id", "step", "seeds", "seconds", "training_key", "versions"}
     assert {field.name for field in dataclasses.fields(Checkpoint)} == {*GROUPS, *SINGLE, *plain}
 
 

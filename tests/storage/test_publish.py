@@ -6,7 +6,7 @@ import pytest
 from lossray.errors import StoreError
 from lossray.storage.publish import assemble, publish_tables, tables_current
 from lossray.storage.store import Store
-from lossray.storage.tables import TABLES
+from lossray.storage.tables import TABLES, arrow_schema
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -34,7 +34,9 @@ def test_every_table_is_published_sorted_with_a_manifest(store):
     assert training.select(["run_id", "step"]).to_pydict() == {"run_id": ["a", "a", "b"], "step": [2, 3, 1]}
     manifest = store.read_json("tables/manifest.json")
     size = len(store.read_bytes("tables/training.parquet"))
-    assert manifest["tables"]["training"] == {"rows": 3, "bytes": size, "schema": "training/1"}
+    columns = ",".join(arrow_schema("training").names)
+    declared = {"schema": "training/1", "columns": columns}
+    assert manifest["tables"]["training"] == {"rows": 3, "bytes": size, **declared}
 
 
 def test_the_tasks_table_tells_of_the_gather_that_made_it(store):

@@ -124,14 +124,64 @@ def test_damaged_and_foreign_files_are_refused_by_name():
         from_bytes("runs", data, where="OUT/x.parquet")
 
 
-def test_another_version_or_other_columns_are_refused():
-    schema = arrow_schema("checkpoints")
-    table = schema.empty_table()
-    old = table.replace_schema_metadata({"lossray.schema": "checkpoints/0"})
-    with pytest.raises(StoreError, match=r"holds checkpoints/0, this lossray needs checkpoints/1"):
-        from_bytes("checkpoints", to_bytes(old), where="x")
-    with pytest.raises(StoreError, match="this lossray needs checkpoints/1"):
-        from_bytes("checkpoints", to_bytes(table.drop_columns(["path"])), where="x")
+def labelled(table, version):
+    return to_bytes(table.replace_schema_metadata({"lossray.schema": f"checkpoints/{version}"}))
+
+
+def test_columns_that_a_file_does_not_have_yet_are_null():
+    table = to_arrow("checkpoints", [CHECKPOINT, CHECKPOINT | {"step": 2}])
+    for older in (labelled(table.drop_columns(["path"]), 1), labelled(table.drop_columns(["path"]), 0)):
+        found = from_bytes("checkpoints", older, where="x")
+        assert found.schema.equals(arrow_schema("checkpoints"), check_metadata=True)
+        assert found["path"].null_count == 2
+        assert found.drop_columns(["path"]).equals(table.drop_columns(["path"]))
+        chosen = from_bytes("checkpoints", older, where="x", columns=["path", "step"])
+        assert chosen.to_pydict() == {"path": [None, None], "step": [1, 2]}
+        assert (
+            merge("checkpoints", [found, to_arrow("checkpoints", [CHECKPOINT | {"step": 3}])]).num_rows == 3
+        )
+
+
+def test_an_earlier_version_loses_what_was_given_up_and_takes_the_types_of_now():
+    table = to_arrow("checkpoints", [CHECKPOINT])
+    older = table.append_column("given_up", [["x"]]).set_column(
+        table.column_names.index("member"), "member", pa.array([7], pa.int32())
+    )
+    found = from_bytes("checkpoints", labelled(older, 0), where="x")
+    assert found.column_names == table.column_names
+    assert found.schema.field("member").type == pa.int64()
+    assert found["member"].to_pylist() == [7]
+
+
+@pytest.mark.parametrize(
+    ("change", "version", "says"),
+    [
+        (lambda table: table, 2, r"holds checkpoints/2, which a later version .* knows checkpoints/1: use"),
+        (
+            lambda table: table.append_column("new", [[1]]),
+            1,
+            r"holds checkpoints/1 with new, which a later version .* knows checkpoints/1 without: use",
+        ),
+        (lambda table: table.append_column("new", [[1]]), 2, r"holds checkpoints/2 with new"),
+        (lambda table: table.drop_columns(["step"]), 0, r"without the key 'step' of checkpoints/1"),
+        (
+            lambda table: table.set_column(0, "run_id", pa.array([1])),
+            1,
+            r"damaged: its column 'run_id' is int64, not string",
+        ),
+        (
+            lambda table: table.set_column(0, "run_id", pa.array([1])).drop_columns(["step"]),
+            1,
+            "'step'|int64",
+        ),
+    ],
+)
+def test_what_a_later_version_wrote_and_what_lacks_a_key_is_refused(change, version, says):
+    data = labelled(change(to_arrow("checkpoints", [CHECKPOINT])), version)
+    with pytest.raises(StoreError, match=says) as caught:
+        from_bytes("checkpoints", data, where="OUT/x.parquet")
+    assert str(caught.value).startswith("OUT/x.parquet ")
+    assert "\n" not in str(caught.value)
 
 
 def test_merge_sorts_by_key_and_keeps_the_schema():

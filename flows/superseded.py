@@ -1,0 +1,171 @@
+"""What a store has and its study does not plan any more: found, explained, and withdrawn.
+
+A task's key holds the versions of the numbers that it computes, its settings and what it is computed from. So
+a result whose key is not planned is one that this lossray, or the changed inputs, would give otherwise.
+"""
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from flows.plan import Plan
+from lossray.errors import StoreError
+from lossray.packages import installed
+from lossray.storage.files import keyed
+from lossray.storage.store import FAILED, Store
+from lossray.study import versions_of
+from tasks.record import versions_in
+
+COLUMNS = ["task_key", "kind", "status", "pack_id", "step", "versions", "lossray_version"]
+REPLACED = "checkpoints of the run were replaced, deleted or added"
+OTHERWISE = "the study asks for it otherwise"
+FIRST = ("tasks", "failures")  # without its record a task's parts are invisible
+
+
+@dataclass(frozen=True)
+class Superseded:
+    """A result, or a failure, that is not planned any more.
+
+    Attributes:
+        key: its task key.
+        kind: as in the `tasks` table.
+        done: whether it is a result.
+        again: whether the study has a task in its place, which will be computed.
+        reason: why it is superseded.
+    """
+
+    key: str
+    kind: str
+    done: bool
+    again: bool
+    reason: str
+
+
+def find_superseded(store: Store, plan: Plan, kept: Collection[str], made_with: str) -> list[Superseded]:
+    """Every record of a store that is neither planned nor kept, with the reason.
+
+    Args:
+        store: the store.
+        plan: of the study.
+        kept: keys that stay although the study leaves them out.
+        made_with: the lossray that has made the store, for records that do not tell their own.
+
+    Raises:
+        StoreError: a later version of lossray has made some of it, and would lose it to this one.
+    """
+    keep = {*plan.keys(), *kept}
+    if recorded_keys(store) <= keep:
+        return []
+    rows = store.records().select(COLUMNS).to_pylist()
+    others = [row for row in rows if row["task_key"] not in keep]
+    _check_not_later(store, others)
+    planned = {(pack.pack.pack_id, kind, step) for pack in plan.packs for kind, step, _ in pack.tasks()}
+    recorded = {pack.pack.pack_id for pack in plan.packs if pack.pack.recorded is not None}
+    return [
+        Superseded(
+            row["task_key"],
+            row["kind"],
+            row["status"] != FAILED,
+            (row["pack_id"], row["kind"], row["step"]) in planned,
+            _reason(row, made_with, recorded=row["pack_id"] in recorded or plan.study.source is not None),
+        )
+        for row in others
+    ]
+
+
+def recorded_keys(store: Store) -> set[str]:
+    """The keys of all tasks that are committed or have failed, from two listings."""
+    return store.committed_keys() | set(keyed(store.paths("parts/failures")))
+
+
+def withdraw(store: Store, keep: Collection[str]) -> None:
+    """Delete the records and parts of all tasks but some; call it under the lease.
+
+    Records go first: whenever it is interrupted, what is left of a task is either whole or invisible, and the
+    next run takes it away. Checkpoints and eigenvectors stay: whoever reads them knows them by their keys,
+    and they are replaced when they are computed again.
+
+    Args:
+        store: the store.
+        keep: the keys of the tasks that stay.
+    """
+    gone = [path for key, path in _parts(store) if key not in keep]
+    gone.sort(key=lambda path: path.split("/")[1] not in FIRST)
+    for path in gone:
+        store.delete(path)
+
+
+def explained(superseded: Iterable[Superseded]) -> list[str]:
+    """One line for each kind and reason: "curvature of 24 checkpoints will be computed again: ..."."""
+    groups = Counter((found.kind, found.again, found.reason) for found in superseded if found.done)
+    return [
+        f"{_counted(kind, count)} will be {'computed again' if again else 'withdrawn'}: {reason}"
+        for (kind, again, reason), count in sorted(groups.items())
+    ]
+
+
+def _parts(store: Store) -> Iterator[tuple[str, str]]:
+    """Every record and part: its task key, and its path."""
+    for path in store.paths("parts"):
+        yield next(iter(keyed([path]))), path
+
+
+def _check_not_later(store: Store, rows: Iterable[Mapping[str, str | None]]) -> None:
+    for row in rows:
+        later = _later(versions_in(row["versions"]), versions_of(str(row["kind"]))) if row["versions"] else []
+        if later:
+            raise StoreError(
+                f"{store.url}: its {row['kind']} was computed by lossray {row['lossray_version']}, a later "
+                f"version ({', '.join(later)}) than this, {installed('lossray')}: use the later version, or "
+                "another --out"
+            )
+
+
+def _later(found: Mapping[str, int], current: Mapping[str, int]) -> list[str]:
+    """The versions found that are later than the current ones.
+
+    One that this lossray does not know is a later lossray's, unless another one is earlier: then it was
+    given up.
+    """
+    known = {name: version for name, version in found.items() if name in current}
+    if any(version < current[name] for name, version in known.items()):
+        return [f"{name} {version}" for name, version in known.items() if version > current[name]]
+    return [f"{name} {version}" for name, version in found.items() if version > current.get(name, 0)]
+
+
+def _reason(row: Mapping[str, str | None], made_with: str, *, recorded: bool) -> str:
+    """Why the key of a record is not planned: other versions, or other inputs."""
+    current = versions_of(str(row["kind"]))
+    found = versions_in(row["versions"]) if row["versions"] else None
+    changed = [
+        f"{name} {found.get(name, 'none')}, now {version}"
+        for name, version in current.items()
+        if found is not None and found.get(name) != version
+    ]
+    if found is not None and not changed:
+        return REPLACED if recorded else OTHERWISE
+    here, there = installed("lossray"), row["lossray_version"] or made_with
+    them = f"the {there} that made them" if there != here else "the one that made them"
+    what = "writes other tables" if changed and not _numbers(changed) else "computes other numbers"
+    reason = f"lossray {here} {what} than {them}" + (f" ({'; '.join(changed)})" if changed else "")
+    return f"{REPLACED}, or {reason}" if recorded and found is None else reason
+
+
+def _numbers(changed: Iterable[str]) -> bool:
+    return any(not entry.startswith("table ") for entry in changed)
+
+
+def _counted(kind: str, count: int) -> str:
+    """How many results of one kind: "curvature of 24 checkpoints"."""
+    units = {
+        "training": "pack",
+        "checkpoint": "checkpoint",
+        "curvature": "checkpoint",
+        "degeneracy": "checkpoint",
+        "surfaces": "checkpoint",
+        "pair": "pair",
+    }
+    unit = units.get(kind, "task")
+    many = f"{count} {unit}{'' if count == 1 else 's'}"
+    names = {"checkpoint": "training of", "pair": "comparison of", "training": "runs of"}
+    return f"{names.get(kind, f'{kind} of')} {many}{' of checkpoints' if kind == 'pair' else ''}"
