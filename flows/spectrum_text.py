@@ -12,6 +12,7 @@ from lossray.curvature.pairs import MemberPairs
 
 BINS = 16  # of the histogram
 WIDTH = 40  # characters of its longest bar
+POORLY_KNOWN = 0.1  # residual over |value| of a pair that converged beside an outlier that dwarfs it
 
 
 def describe(operator: str, analysis: MemberAnalysis, heading: Sequence[str]) -> str:
@@ -74,11 +75,19 @@ def histogram(density: SpectralDensity, dim: int) -> list[str]:
 def _pairs(pairs: MemberPairs) -> list[str]:
     lines = [f"{'':4}{'value':>14} {'residual':>10} {'gap':>10}"]
     for i in range(len(pairs)):
-        flag = "" if pairs.converged[i] else "  not converged"
+        flag = _flag(bool(pairs.converged[i]), float(pairs.relative_errors[i]))
         gap = float(pairs.gaps[i])
         known = f"{gap:10.2g}" if math.isfinite(gap) else f"{'-':>10}"
         lines.append(f"{i:3} {float(pairs.values[i]):14.7g} {float(pairs.residuals[i]):10.2g} {known}{flag}")
     return lines
+
+
+def _flag(converged: bool, relative_error: float) -> str:
+    if not converged:
+        return "  not converged"
+    if relative_error >= 1:
+        return "  not told from 0"
+    return f"  known to {relative_error:.0%} of itself" if relative_error > POORLY_KNOWN else ""
 
 
 def _estimate(estimate: MemberEstimate) -> str:

@@ -10,9 +10,10 @@ the first is the least that any measure with these moments gives.
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from lossray.curvature.quadrature import Quadrature
+from lossray.curvature.quadrature import Quadrature, start_weights
 
 Array = NDArray[np.float64]
 Rule = tuple[Array, Array]  # nodes [m], weights [probes, m]
@@ -30,33 +31,42 @@ def rules(quadrature: Quadrature) -> Iterator[Rule]:
 
 
 def _rules(projected: Array, start: Array) -> Iterator[Rule]:
-    scale = np.abs(projected).max()
-    if len(projected) <= len(start) or scale == 0:
+    scale, kept = np.abs(projected).max(), len(projected) - len(start)
+    if kept <= 0 or scale == 0:
         return
     projected = projected / scale
-    at_zero = _with_node(projected, start, 0.0)
+    values, vectors = _eigh(projected[:kept, :kept])
+    coupled = projected[kept:, :kept] @ vectors
+    at_zero = _with_node(projected, start, values, coupled, 0.0)
     nodes = at_zero[0]
     apart = nodes[np.abs(nodes) > 1e-9]  # the block's nodes at 0 are equal to rounding
-    neighbours = [*apart[apart > 0][:1], *apart[apart < 0][-1:]]
-    for nodes, weights in (at_zero, *(_with_node(projected, start, x / 2) for x in neighbours)):
+    middles = [x / 2 for x in (*apart[apart > 0][:1], *apart[apart < 0][-1:])]
+    others = (_with_node(projected, start, values, coupled, middle) for middle in middles)
+    for nodes, weights in (at_zero, *others):
         yield scale * nodes, weights
 
 
-def _with_node(projected: Array, start: Array, node: float) -> Rule:
-    """The rule of which ``node`` is a node for every vector of the block (Gauss-Radau, Golub 1973)."""
-    block, kept = len(start), len(projected) - len(start)
-    values, vectors = np.linalg.eigh(projected[:kept, :kept])
-    coupled = projected[kept:, :kept] @ vectors
-    distances = values - node
+def _with_node(projected: Array, start: Array, values: Array, coupled: Array, node: float) -> Rule:
+    """The rule of which ``node`` is a node for every vector of the block (Gauss-Radau, Golub 1973).
+
+    Args:
+        projected: T [m, m], of size about 1.
+        start: of the start vectors to the basis [b, probes].
+        values: eigenvalues [m - b] of T without its last block.
+        coupled: coupling [b, m - b] of their vectors to the last block.
+        node: the node.
+    """
+    block, kept = len(start), len(values)
     least = np.maximum(np.square(coupled).sum(axis=0) / LARGEST_SHIFT, np.finfo(np.float64).tiny)
+    distances = values - node
     distances = np.where(distances < 0, -1.0, 1.0) * np.maximum(np.abs(distances), least)
     changed = projected.copy()
     changed[kept:, kept:] = node * np.eye(block) + (coupled / distances) @ coupled.T
-    return gauss(changed, start)
+    nodes, rotation = _eigh(changed)
+    return nodes, start_weights(rotation, start)
 
 
-def gauss(projected: Array, start: Array) -> Rule:
-    """Nodes [m] and weights [probes, m] of a Lanczos matrix [m, m] and its start [b, probes]."""
-    nodes, rotation = np.linalg.eigh(projected)
-    components = start.T @ rotation[: len(start)]
-    return nodes, np.square(components) / np.square(start).sum(axis=0)[:, None]
+def _eigh(matrix: Array) -> tuple[Array, Array]:
+    """By torch, not NumPy: the threads of a second BLAS would get in the way of the products'."""
+    values, vectors = torch.linalg.eigh(torch.from_numpy(matrix))
+    return values.numpy(), vectors.numpy()

@@ -6,7 +6,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from lossray.curvature.dense import dense_spectra
-from lossray.curvature.ends import Wanted
+from lossray.curvature.ends import RelativeTo, Wanted
 from lossray.curvature.lanczos import KrylovPass, capacity
 from lossray.curvature.pairs import EigenPairs, PackedOperator, certify
 from lossray.errors import StudyError
@@ -25,6 +25,7 @@ def packed_eigenpairs(
     block: int = 1,
     max_matvecs: int | None = None,
     guesses: Tensor | None = None,
+    relative_to: RelativeTo = "largest",
 ) -> list[EigenPairs]:
     """The outermost eigenpairs of every member, one result for each end.
 
@@ -40,6 +41,7 @@ def packed_eigenpairs(
         max_matvecs: most Lanczos products per member, 1000 + 100 k by default; what has not converged by then
             is flagged. The final certificates cost one more product for each pair.
         guesses: [R, n, d] approximate eigenvectors to start from; a random vector always joins them.
+        relative_to: "each" makes the tolerance a share of each |lambda|.
 
     Raises:
         StudyError: an impossible k, tolerance, basis, block, cap or number of seeds.
@@ -65,10 +67,14 @@ def packed_eigenpairs(
             block=block,
             max_matvecs=most_matvecs(wanted) if max_matvecs is None else max_matvecs,
             guesses=guesses,
+            relative_to=relative_to,
         )
         solver.run()
         blocks = [solver.blocks(end) for end in wanted]
-    return [certify(operator, own, end, tolerance=tolerance) for own, end in zip(blocks, wanted, strict=True)]
+    return [
+        certify(operator, own, end, tolerance=tolerance, relative_to=relative_to)
+        for own, end in zip(blocks, wanted, strict=True)
+    ]
 
 
 def check_solve(

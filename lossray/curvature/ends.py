@@ -12,6 +12,8 @@ from lossray.names import unknown_name
 
 Array = NDArray[np.float64]
 End = Literal["largest", "smallest", "magnitude"]
+RelativeTo = Literal["largest", "each"]  # what a tolerance is a share of: |lambda|max, or each |lambda|
+RELATIVE_TO: tuple[RelativeTo, ...] = ("largest", "each")
 ENDS: tuple[End, ...] = ("largest", "smallest", "magnitude")
 Values = TypeVar("Values", Array, Tensor)
 
@@ -41,6 +43,27 @@ class Wanted:
     def order(self, values: Array) -> NDArray[np.intp]:
         """Indices of the values, those wanted first at the front."""
         return np.argsort(-self.keys(values), kind="stable")
+
+
+def allowed_residuals(
+    values: Values, scale: float, *, tolerance: float, relative_to: RelativeTo = "largest"
+) -> Values:
+    """Largest residuals of converged pairs with these values, of an operator with |lambda|max ``scale``."""
+    if relative_to == "each":
+        return tolerance * abs(values)
+    return tolerance * scale + 0 * values
+
+
+def checked_relative_to(name: str) -> RelativeTo:
+    """What a tolerance is a share of.
+
+    Raises:
+        StudyError: an unknown name.
+    """
+    for allowed in RELATIVE_TO:
+        if allowed == name:
+            return allowed
+    raise StudyError(f"relative_to: {unknown_name(name, RELATIVE_TO)}")
 
 
 def wanted_pairs(end: str, k: int) -> tuple[Wanted, ...]:

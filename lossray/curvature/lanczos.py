@@ -27,11 +27,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lossray.curvature.ends import Wanted
-from lossray.curvature.krylov import KrylovBases
+from lossray.curvature.ends import RelativeTo, Wanted, allowed_residuals
+from lossray.curvature.krylov import ROUNDING, KrylovBases
 from lossray.curvature.members import MemberPass, Ritz
 from lossray.curvature.pairs import Block, PackedOperator, orthogonality_loss, row_norms
-from lossray.curvature.quadrature import Probing, Quadrature, Sketch, forms_and_lengths, outside
+from lossray.curvature.quadrature import (
+    Probing,
+    Quadrature,
+    Sketch,
+    forms_and_lengths,
+    outside,
+    start_weights,
+)
 from lossray.seeds import generator
 
 Array = NDArray[np.float64]
@@ -55,6 +62,7 @@ class KrylovPass:
         max_matvecs: most products per member.
         probing: what the second round (the first, where nothing is wanted) yields beside; None for nothing.
         guesses: [R, n, d] approximate eigenvectors that the first round starts from, beside a random vector.
+        relative_to: "each" makes the tolerance a share of each |lambda|, down to the products' rounding.
     """
 
     def __init__(
@@ -70,8 +78,10 @@ class KrylovPass:
         max_matvecs: int,
         probing: Probing | None = None,
         guesses: Tensor | None = None,
+        relative_to: RelativeTo = "largest",
     ) -> None:
         self.operator, self.wanted, self.tolerance = operator, tuple(wanted), tolerance
+        self.relative_to = relative_to
         self.width, self.block, self.limit, self.probing = basis, block, max_matvecs, probing
         self.guesses = guesses
         self.bases = KrylovBases(
@@ -210,7 +220,11 @@ class KrylovPass:
         if len(known) >= wanted.k:
             kth = np.argsort(-known, kind="stable")[wanted.k - 1]
             threshold = known[kth] + member.errors[kth] + 32 * self.bases.eps * member.scale
-        bound = self.tolerance * member.scale * np.where(keys > threshold, LOCKING_MARGIN, 1.0)
+        allowed = allowed_residuals(
+            ritz.values[order], member.scale, tolerance=self.tolerance, relative_to=self.relative_to
+        )
+        rounding = ROUNDING * self.bases.eps * member.scale  # no residual of products gets below it
+        bound = np.maximum(allowed * np.where(keys > threshold, LOCKING_MARGIN, 1.0), rounding)
         converged = residuals <= bound
         prefix = len(converged) if converged.all() else int(np.argmin(converged))
         above = int((keys[:prefix] > threshold).sum())
@@ -251,9 +265,7 @@ class KrylovPass:
         member, size = self.members[r], len(ritz.values)
         if self.probing is None or self.round != self._probing_round or self.bases.compressed:
             return
-        components = member.start.T @ ritz.rotation[: len(member.start)]  # [b, m]
-        lengths = np.square(member.start).sum(axis=0)
-        weights = np.square(components) / lengths[:, None]
+        weights = start_weights(ritz.rotation, member.start)
         products = np.concatenate([weights @ ritz.values, member.trace_products])
         traces = self.bases.dim * products
         if member.sketch is not None:

@@ -1,14 +1,15 @@
 """Eigenpairs with their certificates: a Rayleigh-Ritz step on orthonormal blocks, with fresh products."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from lossray.curvature.ends import Wanted
+from lossray.curvature.ends import RelativeTo, Wanted, allowed_residuals
 
 PRODUCTS_AT_ONCE = 16  # in one call of the operator
 SMALLEST_LENGTH, LARGEST_LENGTH = 1e-140, 1e140  # whose squares are sound in float64
@@ -55,6 +56,11 @@ class MemberPairs:
         """Number of pairs k."""
         return len(self.values)
 
+    @property
+    def relative_errors(self) -> Tensor:
+        """[k] residual / |value|: an eigenvalue lies within this share of each value; from 1 on, anywhere."""
+        return torch.where(self.residuals == 0, 0, self.residuals / self.values.abs())
+
 
 @dataclass(frozen=True)
 class EigenPairs:
@@ -67,7 +73,7 @@ class EigenPairs:
     values: Tensor  # [R, k] float64, outermost first
     vectors: Tensor  # [R, k, d] float64, orthonormal rows; the largest component of each is positive
     residuals: Tensor  # [R, k] |H v - value v| of the returned vector, from fresh products
-    converged: Tensor  # [R, k] bool: residual <= tolerance * scale
+    converged: Tensor  # [R, k] bool: residual <= tolerance * scale, or * |value| where that was asked for
     confirmed: Tensor  # [R] bool: a search of the complement found nothing beyond the k-th value
     gaps: Tensor  # [R, k] distance to the nearest other Ritz value, `complement` included; inf if none
     complement: (
@@ -110,7 +116,12 @@ class Block:
 
 
 def certify(
-    operator: PackedOperator, blocks: Sequence[Block], wanted: Wanted, *, tolerance: float
+    operator: PackedOperator,
+    blocks: Sequence[Block],
+    wanted: Wanted,
+    *,
+    tolerance: float,
+    relative_to: RelativeTo = "largest",
 ) -> EigenPairs:
     """The outermost eigenpairs in each member's block, with true residuals.
 
@@ -119,9 +130,13 @@ def certify(
         blocks: one per member.
         wanted: end and number of pairs to return; missing ones are NaN.
         tolerance: largest residual of a converged pair, as a share of the scale.
+        relative_to: "each" makes it a share of the pair's own |value|.
     """
     images = _images(operator, [block.vectors for block in blocks])
-    members = [_solve(block, image, wanted, tolerance) for block, image in zip(blocks, images, strict=True)]
+    members = []
+    for block, image in zip(blocks, images, strict=True):
+        allowed = partial(allowed_residuals, scale=block.scale, tolerance=tolerance, relative_to=relative_to)
+        members.append(_solve(block, image, wanted, allowed))
     return EigenPairs(*(torch.stack(tensors) for tensors in zip(*members, strict=True)))
 
 
@@ -156,7 +171,9 @@ def _images(operator: PackedOperator, blocks: Sequence[Tensor]) -> list[Tensor]:
     return [own[: len(block)] for own, block in zip(products, blocks, strict=True)]
 
 
-def _solve(block: Block, image: Tensor, wanted: Wanted, tolerance: float) -> tuple[Tensor, ...]:
+def _solve(
+    block: Block, image: Tensor, wanted: Wanted, allowed: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, ...]:
     """One member's tensors in the order of `EigenPairs`."""
     n, k = len(image), wanted.k
     usable = n > 0 and bool(torch.isfinite(image).all())  # eigh raises on NaN
@@ -185,7 +202,7 @@ def _solve(block: Block, image: Tensor, wanted: Wanted, tolerance: float) -> tup
         padded(values),
         padded(_signed(vectors)),
         padded(residuals),
-        padded(residuals) <= tolerance * block.scale,  # NaN compares as False
+        padded(residuals) <= allowed(padded(values)),  # NaN compares as False
         torch.tensor(block.confirmed and usable, device=image.device),
         padded(_gaps(values[:k], complement, wanted)),
         scalar(complement),

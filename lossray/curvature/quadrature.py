@@ -62,6 +62,13 @@ class Sketch:
         return samples
 
 
+def start_weights(rotation: Array, start: Array) -> Array:
+    """Weights [probes, m], each row of sum 1, from Ritz vectors [m, m] and the start vectors [b, probes]."""
+    components = start.T @ rotation[: len(start)]
+    weights: Array = np.square(components) / np.square(start).sum(axis=0)[:, None]
+    return weights
+
+
 def outside(draws: Tensor, space: Tensor) -> Tensor:
     """Unit vectors [n, d], uniform outside the orthonormal ``space`` [q, d], from normal ``draws`` [n, d]."""
     vectors = draws.clone()

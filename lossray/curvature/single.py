@@ -11,7 +11,7 @@ from torch import Tensor
 from lossray.curvature.analysis import CurvatureOperator, MemberAnalysis, packed_analysis
 from lossray.curvature.density import SpectralDensity, packed_density
 from lossray.curvature.eigensolver import packed_eigenpairs
-from lossray.curvature.ends import wanted_pairs
+from lossray.curvature.ends import checked_relative_to, wanted_pairs
 from lossray.curvature.estimates import MemberEstimate
 from lossray.curvature.pairs import MemberPairs
 from lossray.curvature.trace import packed_trace
@@ -32,6 +32,7 @@ def eigenpairs(
     *,
     end: str = "largest",
     tol: float = 1e-3,
+    relative_to: str = "largest",
     seed: int = 0,
     block: int = 1,
     start: Tensor | None = None,
@@ -44,6 +45,9 @@ def eigenpairs(
         k: number of pairs; min(k, d) are returned.
         end: "largest" or "smallest" (algebraic), "magnitude", or "both": the k largest, then the k smallest.
         tol: largest residual of a converged pair, as a share of |lambda|max.
+        relative_to: "each" makes ``tol`` a share of each |lambda|: for an outlier that dwarfs the rest, of
+            which by default only ``relative_errors`` says how well it is known. It takes more products, and
+            pairs near 0 do not converge: their rounding is that of |lambda|max.
         seed: of the random start vectors.
         block: vectors of a Lanczos block. One takes the fewest products; more amortise the cost of a product
             that is computed anew for each batch, and find multiple eigenvalues in fewer rounds.
@@ -64,6 +68,7 @@ def eigenpairs(
         block=block,
         max_matvecs=max_matvecs,
         guesses=None if start is None else _guesses(start, packed.shape[1]),
+        relative_to=checked_relative_to(relative_to),
     )
     parts = [pairs.member(0) for pairs in ends]
     return parts[0] if len(parts) == 1 else _joined(*parts)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lossray.curvature import krylov
 from lossray.curvature.eigensolver import packed_eigenpairs
-from lossray.curvature.ends import Wanted, wanted_pairs
+from lossray.curvature.ends import Wanted, checked_relative_to, wanted_pairs
 from lossray.curvature.krylov import _project_batched, _project_each
 from lossray.curvature.pairs import EigenPairs
 from lossray.errors import ResourceError, StudyError
@@ -225,6 +225,40 @@ def test_unconverged_pairs_are_flagged(cap: int) -> None:
     nearest = (pairs.values[0, :found, None] - bulk()).abs().amin(dim=1)
     assert (nearest <= pairs.residuals[0, :found]).all()
     assert (pairs.residuals[0, :found] > 1e-10 * pairs.scale[0]).all()
+
+
+@pytest.mark.parametrize("outlier", [3e2, -4e3, 2e6])
+def test_a_tolerance_relative_to_each_value_sees_beside_an_outlier(outlier: float) -> None:
+    """By default a value is known to a share of the outlier, which `relative_errors` shows."""
+    exact = bulk().abs() / 4
+    exact[:6] = torch.tensor([outlier, 1.9, 1.7, 1.5, 1.4, 1.3])
+    operator = Rotated(exact[None])
+    (pairs,) = packed_eigenpairs(operator, [Wanted("magnitude", 6)], seeds=[0], relative_to="each")
+    assert pairs.converged.all()
+    assert bool(pairs.confirmed[0])
+    assert torch.allclose(pairs.values[0], exact[:6], rtol=1e-3)
+    assert (pairs.residuals[0] <= 1e-3 * pairs.values[0].abs()).all()
+    (coarse,) = packed_eigenpairs(operator, [Wanted("magnitude", 6)], seeds=[0])
+    found = coarse.member(0)
+    errors = (found.values - exact[:6]).abs() / found.values.abs()
+    assert found.converged.all()
+    if outlier == 2e6:  # 1e-3 of it is more than all the others
+        assert errors.max() > 1e-2
+        assert found.relative_errors[errors.argmax()] > 1e-2
+
+
+def test_what_is_below_rounding_does_not_converge_relative_to_itself() -> None:
+    """And costs no more products than it takes to see that."""
+    exact = torch.zeros(DIM, dtype=torch.float64)
+    exact[:4] = torch.tensor([7.0, 4, 2, 0.5])
+    operator = Rotated(exact[None])
+    (pairs,) = packed_eigenpairs(operator, [Wanted("largest", 7)], seeds=[0], relative_to="each")
+    assert pairs.converged[0].tolist() == [True] * 4 + [False] * 3
+    assert operator.matvecs < 100
+    with pytest.raises(
+        StudyError, match="relative_to: found 'eech'; allowed: largest, each; did you mean 'each'"
+    ):
+        checked_relative_to("eech")
 
 
 def test_residuals_certify_the_operator_of_float32_products() -> None:

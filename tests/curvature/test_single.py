@@ -187,6 +187,24 @@ def test_sizes_around_the_one_from_which_a_basis_fits(hidden: int, steps: int) -
     assert abs(report.frobenius.value - float(exact.norm())) <= 6 * report.frobenius.stderr + 1e-9 * size
 
 
+def test_a_network_without_curvature_has_sums_of_zero() -> None:
+    """L1 loss of a linear layer, and dead units: H is exactly 0, as is the block of a dead layer."""
+    inputs = torch.randn(40, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    linear = nn.Linear(30, 9).double()
+    zero = lossray.analyse(lossray.Hessian(linear, F.l1_loss, (inputs, torch.zeros(40, 9).double())))
+    dead = nn.Sequential(nn.Linear(30, 9), nn.ReLU(), nn.Linear(9, 2)).double()
+    with torch.no_grad():
+        dead[0].bias.fill_(-1e3)
+    hessian = lossray.Hessian(dead, F.mse_loss, (inputs, torch.ones(40, 2).double()))
+    block = lossray.analyse(lossray.Restricted(hessian, ["0.*"]))
+    for report in (zero, block):
+        for name in ("trace", "frobenius", "negative_mass", "participation", "effective_dimension"):
+            estimate = getattr(report, name)
+            assert (estimate.value, estimate.stderr, estimate.bound) == (0, 0, 0), name
+        assert report.pairs.values.abs().max() == 0
+        assert report.pairs.converged.all()
+
+
 class _Softmax32(nn.Module):
     """As language models have it: the softmax in float32 whatever the dtype of the rest."""
 
