@@ -11,6 +11,7 @@ from lossray.errors import LossrayError, ModelError
 from lossray.networks.executor import choose_executor
 from lossray.networks.losses import get_loss
 from lossray.networks.models import build_model
+from lossray.networks.nests import rows
 from lossray.networks.stack import build_stack, stack_models
 from lossray.plugins import failure
 from lossray.study import Setting, Study
@@ -54,7 +55,7 @@ def _decided(study: Study, dataset: Dataset, device: str, setting: Setting) -> t
     loss = get_loss(study.training.loss)
     batch = study.training.batch_size  # batch norm takes no batch of one
     n = TRIAL_EXAMPLES if batch == "full" else min(batch, TRIAL_EXAMPLES)
-    few = (dataset.train.inputs[:n], dataset.train.targets[:n])
+    few = (rows(dataset.train.inputs, slice(n)), dataset.train.targets[:n])
     recorded = study.source == "checkpoints"  # a pack of one, which is never trained
     executor = "loop" if recorded else choose_executor(build, *few, loss, device=device)
     size = AUTO_SIZE[executor] if study.resources.pack == "auto" else study.resources.pack

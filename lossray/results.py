@@ -3,6 +3,7 @@
 import warnings
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -104,8 +105,10 @@ class StudyResults:
                 own[name].copy_(stacked[member])
         return model.eval()
 
-    def data(self, split: str = "train") -> tuple[Tensor, Tensor]:
+    def data(self, split: str = "train") -> tuple[Any, Tensor]:
         """Inputs and targets [N, ...] of a split, as the loss gets them; for "train" the analysis set's.
+
+        The inputs are a tuple or dict of tensors where the data function gives such.
 
         Raises:
             StudyError: there is no such split.

@@ -26,7 +26,8 @@ from lossray.curvature.memory import fitting
 from lossray.curvature.objectives import StackObjective
 from lossray.curvature.operators import PackedGaussNewton, PackedHessian
 from lossray.curvature.polish import polish
-from lossray.errors import ModelError
+from lossray.errors import DataError, ModelError
+from lossray.networks.nests import rows
 from lossray.networks.symmetry import RescalingSymmetry, rescaling_symmetry
 from lossray.seeds import stream
 from lossray.storage.checkpoints import read_checkpoint
@@ -110,7 +111,7 @@ def _chunks(job: DegeneracyJob, point: Point, examples: Split, at_once: int) -> 
 def _outputs_of_one(point: Point, examples: Split) -> int:
     """How many numbers the model returns for one example."""
     first = {name: tensor[:1] for name, tensor in point.buffers.items()}
-    return point.stack.outputs(point.theta[:1], first, examples.inputs[:1]).numel()
+    return point.stack.outputs(point.theta[:1], first, rows(examples.inputs, slice(1))).numel()
 
 
 def _member(job: DegeneracyJob, point: Point, examples: Split, r: int) -> Member:
@@ -122,7 +123,8 @@ def _member(job: DegeneracyJob, point: Point, examples: Split, r: int) -> Member
     try:
         floor = structural_floor(model, data, loss, dense_up_to=limit)
         vectors = null_vectors(model, data, loss).to(point.theta.device)
-    except (ModelError, TypeError, ValueError, RuntimeError) as error:  # a user's model that cannot be traced
+    except (DataError, ModelError, TypeError, ValueError, RuntimeError) as error:
+        # A user's model that cannot be traced, or that takes several inputs.
         note = str(error)
     return Member(r, point.theta[r].double(), floor, note, vectors)
 

@@ -25,6 +25,7 @@ from lossray.ensembles.rescaling import Rescaling
 from lossray.ensembles.scores import PrefixScores, example_scores, prefix_scores
 from lossray.ensembles.settings import EnsemblesSettings
 from lossray.networks.models import build_model
+from lossray.networks.nests import chunks, rows
 from lossray.networks.stack import build_stack
 from lossray.storage.checkpoints import Checkpoint, read_checkpoint
 from lossray.storage.store import Store
@@ -177,7 +178,7 @@ def _logits(problem: Problem, members: Members, split: Split) -> Array:
     found = []
     for point in members.points:
         size = max(1, CHUNK // len(point.theta))
-        parts = [problem.stack.outputs(point.theta, point.buffers, x) for x in split.inputs.split(size)]
+        parts = [problem.stack.outputs(point.theta, point.buffers, x) for x in chunks(split.inputs, size)]
         outputs = torch.cat(parts, dim=1).flatten(2)
         found.append(outputs.masked_fill(~point.alive[:, None, None], torch.nan))
     stacked: Array = torch.stack(found, dim=1).double().cpu().numpy()
@@ -262,7 +263,8 @@ def _member_rows(built: Built, problem: Problem) -> Iterator[Row]:
     if not pairs:
         return
     train = problem.dataset.train
-    some = Split(train.inputs[:BARRIER_EXAMPLES], train.targets[:BARRIER_EXAMPLES])
+    first = slice(BARRIER_EXAMPLES)
+    some = Split(rows(train.inputs, first), train.targets[first])
     rises = pair_barriers(problem, points, some).cpu().numpy()  # [R, pairs]
     for r in range(len(built.job.pack.seeds)):
         diversity = pairwise(built.logits["test"][r])

@@ -11,6 +11,7 @@ from torch import Tensor
 from lossray.connectivity.members import align_members
 from lossray.connectivity.settings import Alignment, ConnectivitySettings
 from lossray.errors import ModelError
+from lossray.networks.nests import is_tensor, mapped
 from lossray.networks.permutations import permutation_symmetry
 from lossray.networks.random_gauges import random_factors
 from lossray.networks.stack import Stack
@@ -81,6 +82,8 @@ class Ends:
 def possible(site: Site) -> bool:
     """Whether the architecture has the symmetry that the alignment or the rescaling needs."""
     aligned, template = site.job.aligned, site.stack.template
+    if not is_tensor(site.dataset.train.inputs):  # whose symmetries are not known
+        return aligned == "none"
     scalable = partial(rescaling_symmetry, template, site.stack.layout)
     permutable = partial(permutation_symmetry, template)
     if aligned == "both":  # either is enough
@@ -156,7 +159,7 @@ def _rescaled(site: Site, ends: Ends) -> Ends:
     # The geometric path needs equal signs: what underflows becomes the smallest number instead of 0.
     smallest = torch.nextafter(torch.zeros_like(rounded), ends.b)
     buffers = {name: _exact(tensor) for name, tensor in ends.buffers_b.items()}
-    inputs = _exact(site.dataset.train.inputs)
+    inputs = mapped(_exact, site.dataset.train.inputs)
     change = output_change(site.stack, ends.b.double(), scaled, buffers, inputs)
     return replace(ends, b=rounded.where(rounded != 0, smallest), function_change=change)
 

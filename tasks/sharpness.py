@@ -14,6 +14,7 @@ from lossray.curvature.pairs import EigenPairs
 from lossray.curvature.transforms import PackedScaled, PointOperator
 from lossray.geometry import gauges
 from lossray.geometry.sharpness import batch_sharpness, critical_sharpness
+from lossray.networks.nests import rows
 from lossray.seeds import generator, stream
 from lossray.training.batches import takes_all
 from lossray.training.optimizers import OPTIMIZERS
@@ -114,13 +115,13 @@ def _batches(job: CheckpointJob, point: Point) -> Iterator[StackObjective]:
         draws = [generator(0, "batch sharpness", i) for i in range(BATCHES)]
         drawn = [torch.randperm(n, generator=draw)[:size] for draw in draws]
     for index in drawn:
-        chosen = index.to(train.inputs.device)
+        chosen = index.to(train.targets.device)
         yield StackObjective(
             point.stack,
             point.theta.masked_fill(~point.alive[:, None], float("nan")),
             point.buffers,
             loss_of(job.context),
-            [(train.inputs[chosen], train.targets[chosen])],
+            [(rows(train.inputs, chosen), train.targets[chosen])],
             dtype=getattr(torch, job.context.study.curvature.dtype),
         )
 

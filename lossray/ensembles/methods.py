@@ -19,6 +19,7 @@ from lossray.ensembles.recipes import Members, Options
 from lossray.ensembles.rescaling import equivalent_rates
 from lossray.errors import ModelError
 from lossray.networks.layout import uncompiled
+from lossray.networks.nests import is_tensor
 from lossray.networks.permutations import permutation_symmetry
 from lossray.networks.symmetry import rescaling_symmetry
 
@@ -41,6 +42,8 @@ class Method:
     def refusal(self, problem: Problem) -> str | None:
         """Why the method cannot be applied to these runs; None where it can."""
         model, optimizer = problem.stack.template, problem.optimizer
+        if self.needs is not None and not is_tensor(problem.dataset.train.inputs):
+            return "the model takes several inputs: its symmetries are not known"
         if self.needs is not None:
             try:
                 rescaling_symmetry(model, problem.stack.layout)

@@ -16,6 +16,7 @@ from lossray.curvature.operators import PackedHessian
 from lossray.curvature.ritz import largest_ritz_values
 from lossray.ensembles.bench import PRODUCT, Bench, Point, Problem
 from lossray.ensembles.lines import line_barrier
+from lossray.networks.nests import chunks, count, rows
 from lossray.networks.random_gauges import random_factors
 from lossray.networks.symmetry import RescalingSymmetry, rescaling_symmetry
 from lossray.seeds import generator
@@ -181,14 +182,14 @@ def dead_units(bench: Bench, symmetry: RescalingSymmetry, point: Point) -> Tenso
     problem = bench.problem
     inputs = problem.dataset.train.inputs
     weights = torch.randn(
-        len(inputs),
+        count(inputs),
         problem.dataset.n_outputs,
         generator=generator(0, "ensembles/dead units"),
         dtype=torch.float64,
     ).to(point.theta)
     size = _at_once(point)
     active = torch.zeros(len(point.theta), symmetry.units, dtype=torch.bool, device=point.theta.device)
-    for some, own in zip(inputs.split(size), weights.split(size), strict=True):
+    for some, own in zip(chunks(inputs, size), weights.split(size), strict=True):
         _, gradient = problem.stack.gradients(
             point.theta, point.buffers, some, own, lambda outputs, targets: (outputs * targets).mean()
         )
@@ -207,7 +208,7 @@ def largest_eigenvalue(problem: Problem, point: Point) -> Tensor:
         point.theta.masked_fill(~point.alive[:, None], torch.nan),
         point.buffers,
         problem.loss,
-        [(train.inputs[:some], train.targets[:some])],
+        [(rows(train.inputs, slice(some)), train.targets[:some])],
         dtype=point.theta.dtype,
     )
     hessian = PackedHessian(objective)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from lossray.networks.nests import Inputs, count, rows
 from lossray.networks.stack import Members, Stack
 
 # Examples per forward pass at most. Chunks count in the statistics (each has a variance about its own mean):
@@ -22,7 +23,7 @@ def has_statistics(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def refresh_statistics(stack: Stack, theta: Tensor, buffers: Members, inputs: Tensor) -> dict[str, Tensor]:
+def refresh_statistics(stack: Stack, theta: Tensor, buffers: Members, inputs: Inputs) -> dict[str, Tensor]:
     """The buffers with the running statistics that ``inputs`` have at ``theta``.
 
     Means and variances are averages over chunks of the inputs, each weighted by its number of examples, and
@@ -44,10 +45,12 @@ def refresh_statistics(stack: Stack, theta: Tensor, buffers: Members, inputs: Te
         return own
     _reset(stack.template, layers, own)
     with _refreshing(stack.template, layers), _averaging(stack.template, layers) as average:
-        for chunk in torch.tensor_split(inputs, math.ceil(len(inputs) / CHUNK)):
-            average.begin(len(chunk))
+        numbers = torch.arange(count(inputs), device=theta.device)
+        for index in numbers.tensor_split(math.ceil(len(numbers) / CHUNK)):
+            average.begin(len(index))
+            chunk = rows(inputs, slice(int(index[0]), int(index[-1]) + 1))
             # The root's flag names the mode, so that the stack leaves the layers' own flags as they are.
-            stack.losses(theta, own, chunk, chunk, _nothing, train=stack.template.training)
+            stack.losses(theta, own, chunk, index, _nothing, train=stack.template.training)
     return own
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lossray.networks.layout import Layout
+from lossray.networks.nests import Inputs, as_floats
 from lossray.networks.stack import Loss, Members, Stack, build_stack
 
 LARGEST_KERNEL = 1200  # weights of a convolution up to which vmap pays on a CPU (8 x 16 x 3 x 3 still does)
@@ -16,7 +17,7 @@ SAME = 1e-8  # difference of the executors in float64 that counts as rounding
 
 def choose_executor(
     build: Callable[[], nn.Module],
-    inputs: Tensor,
+    inputs: Inputs,
     targets: Tensor,
     loss: Loss,
     *,
@@ -40,7 +41,7 @@ def choose_executor(
     stack, theta, buffers = build_stack(build, (0, 1), executor="loop", dtype=torch.float64)
     if torch.device(device).type == "cpu" and _largest_kernel(stack.layout) > LARGEST_KERNEL:
         return "loop"
-    inputs = inputs.double() if inputs.is_floating_point() else inputs
+    inputs = as_floats(inputs, torch.float64)
     targets = targets.double() if targets.is_floating_point() else targets
     batched = stack.with_executor("vmap")
     for train in (False, True):
@@ -72,7 +73,7 @@ def _trial(
     stack: Stack,
     theta: Tensor,
     buffers: Members,
-    inputs: Tensor,
+    inputs: Inputs,
     targets: Tensor,
     loss: Loss,
     train: bool,

@@ -13,8 +13,10 @@ from torch.nn.parameter import UninitializedParameter
 from lossray.errors import ModelError, StudyError
 from lossray.names import unknown_name
 from lossray.networks.cnn import CnnSettings, build_cnn
+from lossray.networks.functional import call_model
 from lossray.networks.layers import ModelSettings
 from lossray.networks.mlp import LinearSettings, MlpSettings, build_linear, build_mlp
+from lossray.networks.nests import Inputs, count, described, shapes, tensors_in
 from lossray.networks.resnet import ResnetSettings, build_resnet
 from lossray.networks.vit import VitSettings, build_vit
 from lossray.plugins import failure, is_spec, load, split_spec
@@ -83,14 +85,15 @@ def model_settings(table: Mapping[str, object]) -> ModelSettings:
     return schema.model_validate(dict(table))
 
 
-def build_model(settings: ModelSettings, input_shape: tuple[int, ...], n_outputs: int) -> nn.Module:
+def build_model(settings: ModelSettings, input_shape: Any, n_outputs: int) -> nn.Module:
     """A freshly initialised model, in float32 on the CPU.
 
     Draws from torch's global generator: the caller forks and seeds it.
 
     Args:
         settings: from `model_settings`.
-        input_shape: shape of one input, without the batch axis.
+        input_shape: shape of one input, without the batch axis; a tuple or dict of shapes where the model
+            takes several.
         n_outputs: number of classes, or of regression outputs.
 
     Raises:
@@ -99,10 +102,16 @@ def build_model(settings: ModelSettings, input_shape: tuple[int, ...], n_outputs
     """
     if isinstance(settings, UserModelSettings):
         return _build_user_model(settings, input_shape, n_outputs)
+    if isinstance(input_shape, dict) or not all(isinstance(size, int) for size in input_shape):
+        kind = "mapping" if isinstance(input_shape, dict) else "tuple"
+        raise ModelError(
+            f"model {settings.name!r} takes one tensor, but the inputs are a {kind} of {len(input_shape)} of "
+            f"the shapes {input_shape}; allowed: a model of your own, package.module:function"
+        )
     return MODELS[settings.name].build(settings, input_shape, n_outputs)
 
 
-def check_model(settings: ModelSettings, inputs: Tensor, n_outputs: int) -> int:
+def check_model(settings: ModelSettings, inputs: Inputs, n_outputs: int) -> int:
     """Build a model, run it twice, and return its number of trainable parameters.
 
     For the driver, so that a model that does not fit the data is refused before anything is written. Leaves
@@ -110,7 +119,7 @@ def check_model(settings: ModelSettings, inputs: Tensor, n_outputs: int) -> int:
 
     Args:
         settings: from `model_settings`.
-        inputs: a few of the data's inputs, [B, ...].
+        inputs: a few of the data's inputs, [B, ...], or a nest of them.
         n_outputs: number of classes, or of regression outputs.
 
     Raises:
@@ -119,29 +128,30 @@ def check_model(settings: ModelSettings, inputs: Tensor, n_outputs: int) -> int:
         StudyError: a user's function is not found.
     """
     model, outputs = try_model(settings, inputs, n_outputs)
-    require_outputs(settings.name, outputs, len(inputs), n_outputs)
+    require_outputs(settings.name, outputs, count(inputs), n_outputs)
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def try_model(settings: ModelSettings, inputs: Tensor, n_outputs: int) -> tuple[nn.Module, Tensor]:
+def try_model(settings: ModelSettings, inputs: Inputs, n_outputs: int) -> tuple[nn.Module, Tensor]:
     """A freshly initialised model in eval mode, and its outputs [B, ...], of any shape.
 
     Arguments and errors as for `check_model`.
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        model = build_model(settings, tuple(inputs.shape[1:]), n_outputs).eval()
-        if inputs.is_floating_point():
-            model = model.to(inputs.dtype)
+        model = build_model(settings, shapes(inputs), n_outputs).eval()
+        floats = [tensor.dtype for tensor in tensors_in(inputs) if tensor.is_floating_point()]
+        if floats:
+            model = model.to(floats[0])
         try:
-            outputs, again = model(inputs), model(inputs)
+            outputs, again = call_model(model, inputs), call_model(model, inputs)
         except Exception as error:  # a user's forward may raise anything
             raise ModelError(
-                f"model {settings.name!r} on inputs {list(inputs.shape)}: {failure(error)}"
+                f"model {settings.name!r} on inputs {described(inputs)}: {failure(error)}"
             ) from error
-    if not isinstance(outputs, Tensor) or outputs.shape[:1] != (len(inputs),):
+    if not isinstance(outputs, Tensor) or outputs.shape[:1] != (count(inputs),):
         found = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ModelError(
-            f"model {settings.name!r} returns {found} where a tensor [{len(inputs)}, {n_outputs}] is needed"
+            f"model {settings.name!r} returns {found} where a tensor [{count(inputs)}, {n_outputs}] is needed"
         )
     if not outputs.is_floating_point():
         raise ModelError(f"model {settings.name!r} returns {outputs.dtype} where floats are needed")
@@ -166,7 +176,7 @@ def require_outputs(name: str, outputs: Tensor, n_examples: int, n_outputs: int)
         )
 
 
-def _build_user_model(settings: UserModelSettings, input_shape: tuple[int, ...], n_outputs: int) -> nn.Module:
+def _build_user_model(settings: UserModelSettings, input_shape: Any, n_outputs: int) -> nn.Module:
     """Call the user's function; ``input_shape`` and ``n_outputs`` are passed if its signature names them."""
     function = load(settings.name)
     try:

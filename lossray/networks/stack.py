@@ -18,7 +18,9 @@ from torch.func import vmap
 from lossray.errors import ModelError
 from lossray.networks.ambient import random_state, seeded
 from lossray.networks.dropout import NoiseTape, replace_dropout
+from lossray.networks.functional import call_model
 from lossray.networks.layout import Layout, layout_of, tensors_of
+from lossray.networks.nests import Inputs, described, rows
 from lossray.networks.weight_norm import twice_differentiable
 from lossray.seeds import stream
 
@@ -48,7 +50,7 @@ class Stack:
         self._derivatives = twice_differentiable(template)
         self._places = _places(template)
         self._replaced: set[str] = set()  # buffers that forward passes replace, found in the recorded one
-        self._noise_cache: dict[torch.Size, tuple[list[tuple[torch.Size, float]], bool]] = {}
+        self._noise_cache: dict[str, tuple[list[tuple[torch.Size, float]], bool]] = {}
 
     @property
     def dim(self) -> int:
@@ -65,7 +67,7 @@ class Stack:
         self,
         theta: Tensor,
         buffers: Members,
-        inputs: Tensor,
+        inputs: Inputs,
         targets: Tensor,
         loss: Loss,
         *,
@@ -78,7 +80,7 @@ class Stack:
         Args:
             theta: parameters [R, d].
             buffers: buffers by name, [R, *shape]; batch norm updates them in place when ``train``.
-            inputs: [B, ...] shared by the members, or [R, B, ...] with ``per_member``.
+            inputs: [B, ...] shared by the members, or [R, B, ...] with ``per_member``; or a nest of such.
             targets: [B, ...] or [R, B, ...] accordingly.
             loss: ``loss(outputs, targets)``, the mean over the examples of one member.
             train: train mode (dropout active, batch statistics in batch norm); otherwise eval mode.
@@ -100,7 +102,7 @@ class Stack:
         self,
         theta: Tensor,
         buffers: Members,
-        inputs: Tensor,
+        inputs: Inputs,
         targets: Tensor,
         loss: Loss,
         *,
@@ -122,7 +124,7 @@ class Stack:
         losses, gradients = zip(*solos, strict=True)
         return torch.stack(losses), torch.stack(gradients)
 
-    def outputs(self, theta: Tensor, buffers: Members, inputs: Tensor, *, per_member: bool = False) -> Tensor:
+    def outputs(self, theta: Tensor, buffers: Members, inputs: Inputs, *, per_member: bool = False) -> Tensor:
         """Outputs of every member in eval mode, [R, B, ...]; arguments as in `losses`."""
         self._set_mode(False)
         evaluate = self._evaluator(self._call, theta, buffers, (inputs,), None, per_member)
@@ -169,7 +171,7 @@ class Stack:
         function: Callable[..., Tensor],
         theta: Tensor,
         buffers: Members,
-        args: tuple[Tensor, ...],
+        args: tuple[Inputs, ...],
         keys: Sequence[int] | None,
         per_member: bool,
     ) -> Callable[..., Tensor]:
@@ -178,7 +180,7 @@ class Stack:
         if ambient and self.executor == "vmap":
             raise ModelError("this model draws random numbers that vmap cannot give; use the loop executor")
 
-        def played(member: Members, own_masks: tuple[Tensor, ...], *own: Tensor) -> Tensor:
+        def played(member: Members, own_masks: tuple[Tensor, ...], *own: Inputs) -> Tensor:
             with self.tape.playing(own_masks):
                 return function(member, *own)
 
@@ -189,14 +191,14 @@ class Stack:
                 values: Tensor = batched({**weights, **buffers}, masks, *args)
                 return values
             member = {**weights, **{name: tensor[r] for name, tensor in buffers.items()}}
-            own = tuple(arg[r] for arg in args) if per_member else args
+            own = rows(args, r) if per_member else args
             seed = stream(keys[r], "ambient") if ambient and keys is not None else None
             with seeded(seed, theta.device):
                 return played(member, tuple(mask[r] for mask in masks), *own)
 
         return evaluate
 
-    def _call(self, member: Members, x: Tensor) -> Tensor:
+    def _call(self, member: Members, x: Inputs) -> Tensor:
         """The template's outputs with the tensors of one member: `functional_call` without its searches.
 
         In train mode buffers are updated in the member's own tensors, also where the forward pass replaces
@@ -208,7 +210,7 @@ class Stack:
             table[key] = member[name].clone() if training and name in self._replaced else member[name]
         try:
             with self._derivatives():
-                outputs: Tensor = self.template(x)
+                outputs: Tensor = call_model(self.template, x)
             if training:
                 self._update_replaced(member)
             return outputs
@@ -230,14 +232,14 @@ class Stack:
         self,
         theta: Tensor,
         buffers: Members,
-        inputs: Tensor,
+        inputs: Inputs,
         keys: Sequence[int] | None,
         per_member: bool,
     ) -> tuple[tuple[Tensor, ...], bool]:
         """The dropout masks of this step, each [R, ...], and whether the model draws other random numbers."""
         if not self.template.training:
             return (), False
-        calls, ambient = self._noise(theta, buffers, inputs[0] if per_member else inputs)
+        calls, ambient = self._noise(theta, buffers, rows(inputs, 0) if per_member else inputs)
         if (calls or ambient) and keys is None:
             raise ModelError("this model is random in train mode: pass keys, one noise seed per member")
         if not calls or keys is None:
@@ -246,21 +248,22 @@ class Stack:
         return tuple(torch.stack(masks).to(theta.device) for masks in zip(*drawn, strict=True)), ambient
 
     def _noise(
-        self, theta: Tensor, buffers: Members, inputs: Tensor
+        self, theta: Tensor, buffers: Members, inputs: Inputs
     ) -> tuple[list[tuple[torch.Size, float]], bool]:
         """Dropout calls (mask shape, drop probability) of one forward pass, and whether it draws elsewhere.
 
         Found by one recorded pass for each shape of the inputs.
         """
-        if inputs.shape not in self._noise_cache:
+        shape = described(inputs)
+        if shape not in self._noise_cache:
             member = {name: tensor[0].detach().clone() for name, tensor in self.layout.split(theta).items()}
             member |= {name: tensor[0].clone() for name, tensor in buffers.items()}
             with torch.no_grad(), seeded(0, theta.device), self.tape.recording() as calls:
                 before = random_state(theta.device)
                 self._call(member, inputs)
                 ambient = not torch.equal(before, random_state(theta.device))
-            self._noise_cache[inputs.shape] = (calls, ambient)
-        return self._noise_cache[inputs.shape]
+            self._noise_cache[shape] = (calls, ambient)
+        return self._noise_cache[shape]
 
 
 def build_stack(

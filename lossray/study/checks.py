@@ -10,6 +10,7 @@ from lossray.errors import LossrayError, ModelError, StudyError
 from lossray.networks.layout import tensors_of
 from lossray.networks.losses import LOSSES, get_loss
 from lossray.networks.models import build_model, require_outputs, try_model
+from lossray.networks.nests import rows
 from lossray.plugins import failure
 from lossray.storage.recordings import Recording
 from lossray.study.problems import Problem
@@ -179,7 +180,7 @@ def _few(dataset: Dataset) -> Split:
     n = len(dataset.train.targets)
     few = min(n, TRIED_EXAMPLES)
     index = torch.arange(few) * (n - 1) // max(1, few - 1)
-    return Split(dataset.train.inputs[index], dataset.train.targets[index])
+    return Split(rows(dataset.train.inputs, index), dataset.train.targets[index])
 
 
 def _models(study: Study, dataset: Dataset) -> tuple[dict[int, Tensor], list[Problem]]:
@@ -191,7 +192,7 @@ def _models(study: Study, dataset: Dataset) -> tuple[dict[int, Tensor], list[Pro
             with allocations_that_fit(model.name):
                 _, found = try_model(model, examples.inputs, dataset.n_outputs)
             if study.training.loss in LOSSES and found.shape != examples.targets.shape:
-                require_outputs(model.name, found, len(examples.inputs), dataset.n_outputs)
+                require_outputs(model.name, found, len(examples.targets), dataset.n_outputs)
             outputs[i] = found
         except (ModelError, StudyError) as error:
             problems.append(Problem(("models", i), str(error)))

@@ -56,6 +56,7 @@ def tensor(column: Any, where: str, expected: str) -> Array:
     array, shape, rows = _whole(column), [len(column)], len(column)
     if isinstance(array, pa.FixedShapeTensorArray):  # its own to_numpy_ndarray fails on some shapes
         (stored, order), array = (array.type.shape, array.type.permutation), array.storage.flatten()
+        _check_elements(array, where, rows)
         laid_out = tensor(pa.chunked_array([array]), where, expected).reshape(rows, *stored)
         return laid_out if order is None else laid_out.transpose(0, *(axis + 1 for axis in order))
     while True:

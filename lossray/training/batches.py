@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lossray.networks.losses import Loss
+from lossray.networks.nests import Inputs, mapped
 from lossray.networks.stack import Stack
 from lossray.seeds import generator, stream
 from lossray.training.datasets import Dataset
@@ -24,7 +25,7 @@ BatchSize = int | Literal["full"]
 class Minibatch:
     """The examples of one step."""
 
-    inputs: Tensor  # [R, B, ...] if per_member, else [B, ...]
+    inputs: Inputs  # [R, B, ...] if per_member, else [B, ...]
     targets: Tensor  # [R, B, ...] or [B, ...]
     per_member: bool
 
@@ -62,11 +63,12 @@ def next_minibatch(
 ) -> Minibatch:
     """The training examples of every member at `step`, on the device of the data set."""
     split = dataset.train
-    n = len(split.inputs)
+    n = len(split.targets)
     if takes_all(n, training.batch_size):
         return Minibatch(split.inputs, split.targets, per_member=False)
-    indices = _pack_indices(tuple(seeds), step, n, int(training.batch_size)).to(split.inputs.device)
-    return Minibatch(_rows(split.inputs, indices), _rows(split.targets, indices), per_member=True)
+    indices = _pack_indices(tuple(seeds), step, n, int(training.batch_size)).to(split.targets.device)
+    inputs = mapped(lambda tensor: _rows(tensor, indices), split.inputs)
+    return Minibatch(inputs, _rows(split.targets, indices), per_member=True)
 
 
 def _rows(tensor: Tensor, indices: Tensor) -> Tensor:

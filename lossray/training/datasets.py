@@ -17,9 +17,11 @@ import torch
 from pydantic import ValidationError
 from pydantic_core import PydanticCustomError
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from lossray.errors import DataError
 from lossray.names import unknown_name
+from lossray.networks.nests import Inputs, described, mapped, rows, shapes, tensors_in
 from lossray.plugins import is_spec
 from lossray.training.parquet import ParquetSettings, read_parquet
 from lossray.training.sources import (
@@ -56,7 +58,7 @@ __all__ = [
 class Split:
     """Examples of one split."""
 
-    inputs: Tensor  # [N, ...]
+    inputs: Inputs  # [N, ...], or a tuple or dict of tensors that share the first axis
     targets: Tensor  # [N, ...] int64 (classes) or floats, in the shape in which the source gave them
 
 
@@ -96,8 +98,8 @@ class Dataset:
     fingerprint: (
         str  # sha256 of all splits in float64 after standardisation: the same for every training dtype
     )
-    input_shape: tuple[int, ...]  # of one example
-    standardisation: Standardisation | None = None  # None: inputs as read
+    input_shape: Any  # of one example: a tuple of numbers, or a nest of them like the inputs
+    standardisation: Any = None  # a Standardisation, or a nest of them; None: as read
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ def load_dataset(settings: DataSettings, *, dtype: torch.dtype, base: Path | Non
     found, n_classes = _source(settings.source).read(settings, base)
     parts = found if isinstance(found, Parts) else _split(found, settings)
     n_outputs = _n_outputs(parts, n_classes, settings.source)
-    standardisation = _fit(parts.train.inputs, settings.standardise)
+    standardisation = mapped(lambda array: _fit(array, settings.standardise), parts.train.inputs)
     splits = [_as_split(part, standardisation) for part in (parts.train, parts.validation, parts.test)]
     train, validation, test = (_cast(split, dtype, settings.source) for split in splits)
     return Dataset(
@@ -172,7 +174,7 @@ def load_dataset(settings: DataSettings, *, dtype: torch.dtype, base: Path | Non
         test=test,
         n_outputs=n_outputs,
         fingerprint=_fingerprint(splits, n_outputs),
-        input_shape=parts.train.inputs.shape[1:],
+        input_shape=shapes(parts.train.inputs),
         standardisation=standardisation,
     )
 
@@ -192,7 +194,7 @@ def load_whole(settings: DataSettings, *, dtype: torch.dtype, base: Path | None 
     """
     found, n_classes = _source(settings.source).read(settings, base)
     examples = found.train if isinstance(found, Parts) else found
-    nothing = Examples(examples.inputs[:0], examples.targets[:0])
+    nothing = Examples(rows(examples.inputs, slice(0)), examples.targets[:0])
     n_outputs = _n_outputs(Parts(examples, examples, examples), n_classes, settings.source)
     whole, empty = (_as_split(part, None) for part in (examples, nothing))
     train, none = (_cast(split, dtype, settings.source) for split in (whole, empty))
@@ -202,7 +204,7 @@ def load_whole(settings: DataSettings, *, dtype: torch.dtype, base: Path | None 
         test=none,
         n_outputs=n_outputs,
         fingerprint=_fingerprint([whole, empty, empty], n_outputs),
-        input_shape=examples.inputs.shape[1:],
+        input_shape=shapes(examples.inputs),
     )
 
 
@@ -224,7 +226,7 @@ def _split(examples: Examples, settings: DataSettings) -> Parts:
                 f"the {name} split is empty"
             )
     parts = partition(examples.targets, sizes, settings.split_seed)
-    return Parts(*(Examples(examples.inputs[part], examples.targets[part]) for part in parts))
+    return Parts(*(Examples(rows(examples.inputs, part), examples.targets[part]) for part in parts))
 
 
 def _n_outputs(parts: Parts, n_classes: int | None, source: str) -> int:
@@ -253,18 +255,18 @@ def _fit(inputs: Array, kind: Literal["none", "feature", "global"]) -> Standardi
     NumPy adds up rows along axis 0 one after the other, and ``fsum`` rounds correctly: no threads, no
     machine-dependent order.
     """
-    if kind == "none":
+    if kind == "none" or inputs.dtype.kind != "f":
         return None
-    rows = np.ascontiguousarray(inputs).reshape(len(inputs), -1)
+    flat = np.ascontiguousarray(inputs).reshape(len(inputs), -1)
     if kind == "feature":
-        mean = rows.sum(axis=0) / len(rows)
-        std = np.sqrt(((rows - mean) ** 2).sum(axis=0) / len(rows))
-        constant = rows.min(axis=0) == rows.max(axis=0)
+        mean = flat.sum(axis=0) / len(flat)
+        std = np.sqrt(((flat - mean) ** 2).sum(axis=0) / len(flat))
+        constant = flat.min(axis=0) == flat.max(axis=0)
         shape = inputs.shape[1:]
     else:
-        mean = np.array(math.fsum(rows.sum(axis=0)) / rows.size)
-        std = np.array(math.sqrt(math.fsum(((rows - mean) ** 2).sum(axis=0)) / rows.size))
-        constant = np.array(rows.min() == rows.max())
+        mean = np.array(math.fsum(flat.sum(axis=0)) / flat.size)
+        std = np.array(math.sqrt(math.fsum(((flat - mean) ** 2).sum(axis=0)) / flat.size))
+        constant = np.array(flat.min() == flat.max())
         shape = ()
     # The mean of a constant is rounded, so its deviation need not be exactly 0: hence min == max.
     constant = constant | (std == 0)
@@ -274,11 +276,17 @@ def _fit(inputs: Array, kind: Literal["none", "feature", "global"]) -> Standardi
     )
 
 
-def _as_split(examples: Examples, standardisation: Standardisation | None) -> Split:
-    inputs = torch.from_numpy(np.ascontiguousarray(examples.inputs))
-    if standardisation is not None:
-        inputs = standardisation.apply(inputs)
+def _as_split(examples: Examples, standardisation: Any) -> Split:
+    inputs = mapped(lambda array: torch.from_numpy(np.ascontiguousarray(array)), examples.inputs)
+    if isinstance(inputs, Tensor):
+        inputs = _standardised(inputs, standardisation)
+    elif standardisation is not None:
+        inputs = tree_map(_standardised, inputs, standardisation)
     return Split(inputs, torch.from_numpy(np.ascontiguousarray(examples.targets)))
+
+
+def _standardised(inputs: Tensor, standardisation: Standardisation | None) -> Tensor:
+    return inputs if standardisation is None else standardisation.apply(inputs)
 
 
 def _cast(split: Split, dtype: torch.dtype, source: str) -> Split:
@@ -290,13 +298,16 @@ def _cast(split: Split, dtype: torch.dtype, source: str) -> Split:
             raise DataError(f"{source}: {what} of up to {float(values.abs().max()):.1e} do not fit {dtype}")
         return found
 
-    return Split(cast(split.inputs, "inputs"), cast(split.targets, "targets"))
+    inputs = mapped(lambda values: cast(values, "inputs"), split.inputs)
+    return Split(inputs, cast(split.targets, "targets"))
 
 
 def _fingerprint(splits: list[Split], n_outputs: int) -> str:
     digest = hashlib.sha256(f"outputs={n_outputs}".encode())
     for split in splits:
-        for values in (split.inputs, split.targets):
+        if not isinstance(split.inputs, Tensor):
+            digest.update(f";{described(rows(split.inputs, slice(0)))}".encode())
+        for values in (*tensors_in(split.inputs), split.targets):
             array = values.numpy()
             digest.update(f";{array.dtype.name}{list(array.shape)};".encode())
             digest.update(array.astype(array.dtype.newbyteorder("<"), order="C", copy=False).data)
@@ -319,7 +330,7 @@ def analysis_set(dataset: Dataset, examples: int | Literal["all"]) -> Split:
     if examples == "all":
         return dataset.train
     chosen = torch.from_numpy(_chosen(dataset, examples))
-    return Split(dataset.train.inputs[chosen], dataset.train.targets[chosen])
+    return Split(rows(dataset.train.inputs, chosen), dataset.train.targets[chosen])
 
 
 def analysis_fingerprint(dataset: Dataset, examples: int | Literal["all"]) -> str:
@@ -347,7 +358,7 @@ def on_device(dataset: Dataset, device: torch.device) -> Dataset:
     """The data with every split on ``device``."""
 
     def moved(split: Split) -> Split:
-        return Split(split.inputs.to(device), split.targets.to(device))
+        return Split(mapped(lambda tensor: tensor.to(device), split.inputs), split.targets.to(device))
 
     train, validation, test = moved(dataset.train), moved(dataset.validation), moved(dataset.test)
     return replace(dataset, train=train, validation=validation, test=test)

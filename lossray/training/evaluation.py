@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lossray.networks.losses import Loss
+from lossray.networks.nests import Inputs, chunks
 from lossray.networks.stack import Stack
 from lossray.training.datasets import Dataset, Split
 
@@ -25,15 +26,13 @@ def evaluate_split(
     Accuracy is NaN where the targets are not classes [N] or the outputs not [N, C] with C > 1; ids below 0
     are no classes and do not count. Both are NaN on an empty split.
     """
-    members, n = len(theta), len(split.inputs)
+    members, n = len(theta), len(split.targets)
     classes = split.targets.ndim == 1 and not split.targets.is_floating_point()
     counted = int((split.targets >= 0).sum()) if classes else 0
     losses = torch.zeros(members, dtype=torch.float64, device=theta.device)
     correct = torch.zeros_like(losses)
     size = max(1, CHUNK // members)
-    for inputs, targets in zip(
-        torch.split(split.inputs, size), torch.split(split.targets, size), strict=True
-    ):
+    for inputs, targets in zip(chunks(split.inputs, size), split.targets.split(size), strict=True):
         if len(targets) == 0:
             continue  # an empty split has one empty chunk
         outputs = stack.outputs(theta, buffers, inputs)
@@ -59,7 +58,7 @@ def evaluate(
 
 @torch.no_grad()
 def output_change(
-    stack: Stack, theta: Tensor, other: Tensor, buffers: Mapping[str, Tensor], inputs: Tensor
+    stack: Stack, theta: Tensor, other: Tensor, buffers: Mapping[str, Tensor], inputs: Inputs
 ) -> Tensor:
     """Largest difference of the outputs at two sets of parameters over the largest output, [R] float64.
 
@@ -68,10 +67,10 @@ def output_change(
         theta: parameters [R, d].
         other: parameters [R, d].
         buffers: of both, by name, [R, *shape].
-        inputs: [N, ...].
+        inputs: [N, ...], or a nest.
     """
     differences, sizes = [], []
-    for chunk in inputs.split(max(1, CHUNK // len(theta))):
+    for chunk in chunks(inputs, max(1, CHUNK // len(theta))):
         one, two = (stack.outputs(own, buffers, chunk).double().flatten(1) for own in (theta, other))
         differences.append((one - two).abs().amax(dim=1))
         sizes.append(one.abs().amax(dim=1))

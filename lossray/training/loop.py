@@ -173,9 +173,9 @@ def _last_row(task: TrainingTask, pack: PackState, evaluation: Mapping[str, Tens
 
 def _log(task: TrainingTask, rows: Mapping[int, Row]) -> dict[str, Tensor]:
     """The rows by step as columns."""
-    inputs, batch_size = task.dataset.train.inputs, task.training.batch_size
-    batch = len(inputs) if takes_all(len(inputs), batch_size) else int(batch_size)
-    nothing = torch.full((len(task.seeds),), torch.nan, dtype=torch.float64, device=inputs.device)
+    targets, batch_size = task.dataset.train.targets, task.training.batch_size
+    batch = len(targets) if takes_all(len(targets), batch_size) else int(batch_size)
+    nothing = torch.full((len(task.seeds),), torch.nan, dtype=torch.float64, device=targets.device)
     rates = [learning_rate(task.optimizer, step, task.training.steps) for step in rows]
     return LogShape(nothing, batch).columns(list(rows), rates, list(rows.values()))
 

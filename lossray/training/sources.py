@@ -18,6 +18,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, JsonValue, field_valida
 
 from lossray.errors import DataError, StudyError
 from lossray.names import unknown_name
+from lossray.networks.nests import Inputs, mapped, tensors_in
 from lossray.plugins import failure, load, split_spec
 from lossray.seeds import generator
 from lossray.settings import Settings
@@ -56,7 +57,8 @@ class DataSettings(Settings):
 class Examples:
     """Examples as read, before splitting and standardising."""
 
-    inputs: Array  # [N, ...] float64; int64 (token ids) only from a user's function
+    # [N, ...] float64; from a user's function also int64 (token ids), or a tuple or dict of such arrays
+    inputs: Inputs
     targets: Array  # [N, ...] int64 (classes) or float64, in the shape in which they came
 
 
@@ -175,7 +177,8 @@ def read_function(settings: FunctionSettings, base: Path | None) -> tuple[Exampl
 
     It returns ``(inputs, targets)``, or a mapping of "train", "validation" and "test" to such pairs; tensors,
     NumPy arrays or nested lists. Inputs are [N, ...] floats, or integers (token ids) under
-    ``standardise = "none"``. Targets are [N, ...] integers (classes; booleans are 0 and 1) or floats, and
+    ``standardise = "none"``; or a tuple of tensors or arrays (the model's arguments), or a mapping (its
+    keywords). Targets are [N, ...] integers (classes; booleans are 0 and 1) or floats, and
     reach the loss in the shape in which they come.
 
     Raises:
@@ -200,7 +203,7 @@ def read_function(settings: FunctionSettings, base: Path | None) -> tuple[Exampl
     for name, part in (("validation", parts.validation), ("test", parts.test)):
         for kind in ("inputs", "targets"):
             ours, first = getattr(part, kind), getattr(parts.train, kind)
-            if ours.shape[1:] != first.shape[1:] or ours.dtype != first.dtype:
+            if _kind(ours) != _kind(first):
                 raise DataError(
                     f"{settings.source}: {name} {kind} are {_describe(ours)}, train {kind} "
                     f"{_describe(first)}; examples of all splits must be alike"
@@ -227,8 +230,16 @@ def _examples(settings: FunctionSettings, pair: object, name: str) -> Examples:
             f"{settings.source} returned {type(pair).__name__} for {name or 'its '}data; "
             "expected (inputs, targets), or a mapping of 'train', 'validation' and 'test' to such pairs"
         )
-    inputs = _array(pair[0], f"{settings.source}: {name}inputs")
+    inputs = _inputs(pair[0], f"{settings.source}: {name}inputs")
     targets = _array(pair[1], f"{settings.source}: {name}targets")
+    if not isinstance(inputs, np.ndarray):
+        lengths = {len(array) for array in tensors_in(inputs)}
+        if lengths != {len(targets)}:
+            raise DataError(
+                f"{settings.source}: {name}inputs are {_describe(inputs)}, but there are {len(targets)} "
+                f"{name}targets; every tensor of the inputs has one row for each"
+            )
+        return Examples(inputs, targets)
     if inputs.ndim < 2:
         raise DataError(f"{settings.source}: {name}inputs are {_describe(inputs)}; expected [N, ...]")
     if len(inputs) != len(targets):
@@ -241,6 +252,20 @@ def _examples(settings: FunctionSettings, pair: object, name: str) -> Examples:
     return Examples(inputs, targets)
 
 
+def _inputs(value: object, what: str) -> Inputs:
+    """One array, or a tuple or dict of arrays: of tensors, arrays or tables, not of numbers or lists."""
+    if isinstance(value, Mapping):
+        if not value or not all(isinstance(name, str) for name in value):
+            found = ", ".join(repr(name) for name in value) or "none"
+            raise DataError(
+                f"{what} are a mapping with the keys {found}; expected names, the model's keywords"
+            )
+        return {name: _array(own, f"{what}[{name!r}]") for name, own in sorted(value.items())}
+    if isinstance(value, tuple) and value and all(getattr(own, "ndim", 0) > 0 for own in value):
+        return tuple(_array(own, f"{what}[{i}]") for i, own in enumerate(value))
+    return _array(value, what)
+
+
 def _array(value: object, what: str) -> Array:
     """A finite, non-empty int64 or float64 array."""
     if isinstance(value, torch.Tensor):
@@ -250,7 +275,9 @@ def _array(value: object, what: str) -> Array:
     try:
         array = np.asarray(value)
     except ValueError:
-        raise DataError(f"{what} are ragged: every example must have the same shape") from None
+        several = isinstance(value, list) and all(getattr(own, "ndim", 0) > 0 for own in value)
+        remedy = f"; {len(value)} inputs of a model are a tuple or a mapping" if several else ""  # type: ignore[arg-type]
+        raise DataError(f"{what} are ragged: every example must have the same shape{remedy}") from None
     if array.ndim == 0 or array.size == 0:
         raise DataError(f"{what} are empty ({_describe(array)})")
     if array.dtype.kind in "bui":
@@ -266,5 +293,14 @@ def _array(value: object, what: str) -> Array:
     return array
 
 
-def _describe(array: Array) -> str:
-    return f"{array.dtype} {list(array.shape)}"
+def _kind(inputs: Inputs) -> object:
+    """What the inputs or targets of all splits have in common."""
+    return mapped(lambda array: (array.dtype, array.shape[1:]), inputs)
+
+
+def _describe(inputs: Inputs) -> str:
+    if isinstance(inputs, dict):
+        return f"a mapping of {', '.join(f'{name!r}: {_describe(own)}' for name, own in inputs.items())}"
+    if isinstance(inputs, tuple):
+        return f"a tuple of {', '.join(_describe(own) for own in inputs)}"
+    return f"{inputs.dtype} {list(inputs.shape)}"
