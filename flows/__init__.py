@@ -11,6 +11,7 @@ def run(
     overrides: Sequence[str] = (),
     address: str | None = None,
     in_process: bool = False,
+    recompute: bool = False,
 ) -> int:
     """``lossray run`` for a notebook: run or resume a study.
 
@@ -20,6 +21,7 @@ def run(
         overrides: settings as in ``--set``, e.g. ``"training.steps=200"``.
         address: of a running Ray cluster ("auto" finds it); None starts an embedded Ray.
         in_process: run everything in this process, without Ray.
+        recompute: withdraw and compute again what depends on functions of yours that were edited since.
 
     Returns:
         The exit code: 0 done, 1 some runs failed, 130 interrupted.
@@ -29,4 +31,11 @@ def run(
     """
     from flows.study import run_study  # keeps torch and ray out of `import flows`
 
-    return run_study(str(study), str(out), overrides=overrides, address=address, in_process=in_process)
+    return run_study(
+        str(study),
+        str(out),
+        overrides=overrides,
+        address=address,
+        in_process=in_process,
+        recompute=recompute,
+    )

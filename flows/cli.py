@@ -43,6 +43,10 @@ def run(
     dashboard: Annotated[
         bool, typer.Option("--dashboard", help="Give the embedded Ray a dashboard.")
     ] = False,
+    recompute: Annotated[
+        bool,
+        typer.Option("--recompute", help="Withdraw and compute again what depends on your edited functions."),
+    ] = False,
 ) -> None:
     """Run a study, or resume it: what is committed is not computed again."""
     if dry_run:
@@ -57,7 +61,13 @@ def run(
     from flows.study import run_study
 
     code = run_study(
-        study, out, overrides=overrides or (), address=address, in_process=in_process, dashboard=dashboard
+        study,
+        out,
+        overrides=overrides or (),
+        address=address,
+        in_process=in_process,
+        dashboard=dashboard,
+        recompute=recompute,
     )
     raise typer.Exit(code)
 

@@ -20,11 +20,18 @@ from flows.plan import Plan, make_plan
 from flows.progress import duration
 from flows.serial import run_serially
 from flows.session import capacity, has_gpus, ray_session
-from flows.superseded import Superseded, explained, find_superseded, recorded_keys, withdraw
+from flows.superseded import (
+    Superseded,
+    check_edited,
+    explained,
+    find_superseded,
+    recorded_keys,
+    withdraw,
+)
 from lossray.curvature.modes import ProductMode
 from lossray.errors import DataError, ModelError, StoreError, StudyError
 from lossray.imports import settle_imports
-from lossray.source_hash import check_imported
+from lossray.source_hash import check_imported, source_hash
 from lossray.storage.lease import Lease
 from lossray.storage.publish import publish_tables, tables_current
 from lossray.storage.recordings import FOLDER, read_recordings
@@ -46,6 +53,7 @@ from lossray.study import (
 from lossray.study.manifest import (
     Manifest,
     check_extension,
+    edited_packs,
     extended,
     new_manifest,
     other_versions,
@@ -69,6 +77,18 @@ class Request:
     inputs: StudyInputs
     dataset: Dataset
     manifest: Manifest | None  # of the store, where it has one
+    recompute: bool = False  # withdraw what was computed with other source of the user's functions
+
+    @property
+    def edited(self) -> dict[str, list[str]]:
+        """By pack id: functions of the user's that are others than its results were computed with."""
+        return {} if self.manifest is None else edited_packs(self.manifest, self.loaded.study, self.inputs)
+
+    @property
+    def frozen(self) -> tuple[Pack, ...]:
+        """The packs of the store that stay as they are; of an edited model all is decided anew."""
+        packs = self.manifest.packs if self.manifest else ()
+        return tuple(pack for pack in packs if pack.pack_id not in self.edited)
 
 
 def run_study(
@@ -79,9 +99,10 @@ def run_study(
     address: str | None = None,
     in_process: bool = False,
     dashboard: bool = False,
+    recompute: bool = False,
 ) -> int:
     """Run or resume a study; see `flows.run`."""
-    request = check_request(study, out, overrides)
+    request = replace(check_request(study, out, overrides), recompute=recompute)
     if not in_process and request.store.url.startswith("memory://"):
         raise StudyError(f"--out {out}: workers have memory of their own; allowed: with --in-process only")
     notes = notes_of(request.loaded.study, request.dataset, request.inputs.recordings)
@@ -94,13 +115,15 @@ def run_study(
                 keep_notes(request.store, notes)
         _say(f"{request.store.url} is complete: nothing to do")
         return DONE
+    if request.edited:
+        superseded(request, make_plan(request.context, request.frozen, request.inputs))  # may refuse
     with ExitStack() as stack:
         room = None
         if not in_process:
             stack.enter_context(ray_session(address, user_folders(request.loaded), dashboard=dashboard))
             room = capacity(request.loaded.study.resources)
         rule = try_settings(request, study_device(request.loaded.study, gpus=has_gpus(in_process=in_process)))
-        plan = make_plan(request.context, _partition(request, request.manifest, rule), request.inputs)
+        plan = make_plan(request.context, _partition(request, rule), request.inputs)
         for line in explained(superseded(request, plan)):  # before anything is written
             _say(f"note: {line}")
         interrupt = stack.enter_context(Interrupt())
@@ -140,12 +163,13 @@ def check_request(study: str, out: str, overrides: Sequence[str]) -> Request:
     if loaded.study.source == "checkpoints":
         check_recordings(loaded.study, dataset, recordings, str(loaded.path), out=store.url)
     manifest = read_manifest(store, recorded=bool(recordings))
-    before = manifest.inputs.sources if manifest else None
-    inputs = study_inputs(loaded.study, dataset.fingerprint, recordings, recorded=before)
-    check_imported(inputs.sources)
+    before = manifest.inputs if manifest else None
+    inputs = study_inputs(loaded.study, dataset.fingerprint, recordings, before=before)
+    sources = {name: source_hash(name) for name in inputs.sources}
+    check_imported(sources)
     if manifest is not None:
         check_extension(manifest, loaded.study, inputs)
-    context = Context(store.url, loaded.study, str(loaded.folder), dataset.fingerprint, inputs.sources)
+    context = Context(store.url, loaded.study, str(loaded.folder), dataset.fingerprint, sources)
     return Request(loaded, store, context, inputs, dataset, manifest)
 
 
@@ -165,7 +189,7 @@ def read_data(loaded: LoadedStudy) -> Dataset:
 
 def is_complete(request: Request) -> bool:
     """Whether the store has everything that the study asks for, its tables included."""
-    if request.manifest is None or _lacks_runs(request):
+    if request.manifest is None or request.edited or _lacks_runs(request):
         return False
     plan = make_plan(request.context, request.manifest.packs, request.inputs)
     done = request.store.committed_keys() >= set(plan.keys()) and not superseded(request, plan)
@@ -176,12 +200,17 @@ def superseded(request: Request, plan: Plan) -> list[Superseded]:
     """What the store has, and this plan of the study does not.
 
     Raises:
-        StoreError: a later version of lossray has made some of it.
+        StoreError: a later version of lossray has made some of it; or it was computed with other source of
+            the user's functions, and is not to be computed again.
     """
     if request.manifest is None:
         return []
+    made_with = request.manifest.versions.get("lossray", "unknown")
     kept = kept_keys(request, plan)
-    return find_superseded(request.store, plan, kept, request.manifest.versions.get("lossray", "unknown"))
+    found = find_superseded(request.store, plan, kept, made_with, request.edited)
+    if not request.recompute:
+        check_edited(found)
+    return found
 
 
 def kept_keys(request: Request, plan: Plan) -> set[str]:
@@ -211,7 +240,7 @@ def try_settings(request: Request, device: str) -> Rule:
         ModelError: a model that cannot be trained, naming the study file.
     """
     study, path = request.loaded.study, request.loaded.path
-    known = {pack.setting_id for pack in request.manifest.packs} if request.manifest else set()
+    known = {pack.setting_id for pack in request.frozen}
     settings = settings_of(study, request.inputs.recordings)
     new = [setting for setting in settings if setting.setting_id not in known]
     try:
@@ -233,9 +262,9 @@ def freeze(request: Request, rule: Rule) -> Plan:
     old = read_manifest(store, recorded=bool(request.inputs.recordings))
     if old is not None:
         check_extension(old, study, request.inputs)
-    packs = _partition(request, old, rule)
-    plan = make_plan(request.context, packs, request.inputs)
     request = replace(request, manifest=old)
+    packs = _partition(request, rule)
+    plan = make_plan(request.context, packs, request.inputs)
     superseded(request, plan)  # refuses what a later version has made
     if old is None:
         manifest = new_manifest(study, request.inputs, packs, folder=request.loaded.folder)
@@ -285,8 +314,8 @@ def user_folders(loaded: LoadedStudy) -> list[str]:
     return list(dict.fromkeys([os.getcwd(), str(loaded.folder)]))
 
 
-def _partition(request: Request, old: Manifest | None, rule: Rule) -> tuple[Pack, ...]:
-    return partition(request.loaded.study, old.packs if old else (), rule, request.inputs.recordings)
+def _partition(request: Request, rule: Rule) -> tuple[Pack, ...]:
+    return partition(request.loaded.study, request.frozen, rule, request.inputs.recordings)
 
 
 def _extended(old: Manifest, request: Request, packs: Sequence[Pack]) -> Manifest:

@@ -5,7 +5,7 @@ a result whose key is not planned is one that this lossray, or the changed input
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from flows.plan import Plan
@@ -32,6 +32,8 @@ class Superseded:
         done: whether it is a result.
         again: whether the study has a task in its place, which will be computed.
         reason: why it is superseded.
+        pack_id: of the pack that it belongs to.
+        edited: the functions of the user's that it was computed with and that are others now.
     """
 
     key: str
@@ -39,9 +41,13 @@ class Superseded:
     done: bool
     again: bool
     reason: str
+    pack_id: str | None = None
+    edited: tuple[str, ...] = ()
 
 
-def find_superseded(store: Store, plan: Plan, kept: Collection[str], made_with: str) -> list[Superseded]:
+def find_superseded(
+    store: Store, plan: Plan, kept: Collection[str], made_with: str, edited: Mapping[str, Sequence[str]]
+) -> list[Superseded]:
     """Every record of a store that is neither planned nor kept, with the reason.
 
     Args:
@@ -49,6 +55,7 @@ def find_superseded(store: Store, plan: Plan, kept: Collection[str], made_with: 
         plan: of the study.
         kept: keys that stay although the study leaves them out.
         made_with: the lossray that has made the store, for records that do not tell their own.
+        edited: by pack id, functions of the user's that are others than the results were computed with.
 
     Raises:
         StoreError: a later version of lossray has made some of it, and would lose it to this one.
@@ -67,10 +74,37 @@ def find_superseded(store: Store, plan: Plan, kept: Collection[str], made_with: 
             row["kind"],
             row["status"] != FAILED,
             (row["pack_id"], row["kind"], row["step"]) in planned,
-            _reason(row, made_with, recorded=row["pack_id"] in recorded or plan.study.source is not None),
+            f"{' and '.join(edited[row['pack_id']])} was edited"
+            if row["pack_id"] in edited
+            else _reason(
+                row, made_with, recorded=row["pack_id"] in recorded or plan.study.source is not None
+            ),
+            row["pack_id"],
+            tuple(edited.get(row["pack_id"], ())),
         )
         for row in others
     ]
+
+
+def check_edited(found: Sequence[Superseded]) -> None:
+    """Refuse to lose results that were computed with functions of the user's that were edited since.
+
+    A pack whose training has failed has nothing to lose: what is left of it was mended.
+
+    Raises:
+        StoreError: naming the functions and what depends on them.
+    """
+    failed = {entry.pack_id for entry in found if entry.kind == "training" and not entry.done}
+    lost = [entry for entry in found if entry.done and entry.edited and entry.pack_id not in failed]
+    if lost:
+        functions = ", ".join(sorted({name for entry in lost for name in entry.edited}))
+        counts = Counter(entry.kind for entry in lost)
+        what = ", ".join(_counted(kind, count) for kind, count in sorted(counts.items()))
+        raise StoreError(
+            f"{functions}: its source, or that of a module it uses, has changed since the store was made, "
+            f"and {len(lost)} results depend on it ({what}): restore it, run into another --out, or add "
+            "--recompute, which withdraws these and computes them again, and nothing else"
+        )
 
 
 def recorded_keys(store: Store) -> set[str]:

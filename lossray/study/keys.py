@@ -59,7 +59,7 @@ def study_inputs(
     data_key: str,
     recordings: Sequence[Recording] = (),
     *,
-    recorded: Mapping[str, str] | None = None,
+    before: StudyInputs | None = None,
 ) -> StudyInputs:
     """Hash what every function of the user's is made of that the study names.
 
@@ -69,22 +69,24 @@ def study_inputs(
         study: the study.
         data_key: content hash of its data.
         recordings: the recorded runs of the store, where the study analyses those.
-        recorded: the hashes that the store was made with. Those of lossray 0.1 stay as they are where the
-            files still are what they were, so that keys stay.
+        before: what the store was made with, if there is one. Its hash of a function stays, and with it the
+            keys, where it says as much as the one of now: a hash of lossray 0.1 whose files are what they
+            were, and that of a function that returns the same data.
 
     Raises:
         StudyError: a module is not found, or its import raises.
     """
-    names = sorted(set(study.user_functions().values()))
-    for name in names:
+    functions = study.user_functions()
+    for name in functions.values():
         load(name)
-    sources = {name: _unchanged(name, recorded or {}) or source_hash(name) for name in names}
+    places = {name: [at for at, other in functions.items() if other == name] for name in functions.values()}
+    sources = {}
+    for name, own in sorted(places.items()):
+        known = before.sources.get(name) if before else None
+        same_data = own == [("data", "source")] and before is not None and before.data_key == data_key
+        keep = known is not None and (same_data or known == file_hash(name))
+        sources[name] = known if keep and known else source_hash(name)
     return StudyInputs(data_key, sources, tuple(recordings))
-
-
-def _unchanged(name: str, recorded: Mapping[str, str]) -> str | None:
-    """The hash of lossray 0.1 that a store has of a function, if it is still that of the files."""
-    return recorded[name] if name in recorded and recorded[name] == file_hash(name) else None
 
 
 def versions_of(kind: str) -> dict[str, int]:
@@ -320,11 +322,11 @@ def _recorded_content(pack: Pack, study: Study, inputs: StudyInputs) -> dict[str
         "loss": study.training.loss,
         "dtype": study.training.dtype,
         "data": inputs.data_key,
-        "sources": _involved(pack, study, inputs),
+        "sources": involved_sources(pack, study, inputs),
     }
 
 
-def _involved(pack: Pack, study: Study, inputs: StudyInputs) -> dict[str, str]:
+def involved_sources(pack: Pack, study: Study, inputs: StudyInputs) -> dict[str, str]:
     """Source hashes of the user's functions that a pack needs."""
     names = {pack.model.name, study.training.loss, study.data.source}
     return {name: value for name, value in inputs.sources.items() if name in names}
@@ -342,5 +344,5 @@ def _training_content(pack: Pack, study: Study, inputs: StudyInputs) -> dict[str
         "training": study.training.content(),
         "shadow": list(study.angles.shadow),
         "data": inputs.data_key,
-        "sources": _involved(pack, study, inputs),
+        "sources": involved_sources(pack, study, inputs),
     }

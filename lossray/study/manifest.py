@@ -13,7 +13,7 @@ from typing import Any
 from lossray.errors import StoreError, StudyError
 from lossray.packages import installed, running
 from lossray.settings import content_hash
-from lossray.study import Pack, Study, StudyInputs, study_from_table
+from lossray.study import Pack, Study, StudyInputs, involved_sources, study_from_table
 from lossray.study.problems import shown
 
 FORMAT_VERSION = 1
@@ -165,6 +165,20 @@ def other_versions(old: Manifest | None) -> list[str]:
     ]
 
 
+def edited_packs(old: Manifest, study: Study, inputs: StudyInputs) -> dict[str, list[str]]:
+    """By pack id, the functions of the user's that were edited since the pack's results were computed."""
+    now = inputs.sources
+    edited = {
+        pack.pack_id: [
+            name
+            for name, value in involved_sources(pack, study, old.inputs).items()
+            if name in now and now[name] != value
+        ]
+        for pack in old.packs
+    }
+    return {pack_id: names for pack_id, names in edited.items() if names}
+
+
 def check_extension(old: Manifest, study: Study, inputs: StudyInputs) -> None:
     """Allow what adds to a store, refuse what changes an input of the rows that it has.
 
@@ -203,9 +217,6 @@ def _differences(old: Manifest, study: Study, inputs: StudyInputs) -> Iterator[s
     lost = [seed for seed in old.study["seeds"] if seed not in kept]
     if lost:
         yield f"seeds: the store has {shown(lost)}, which the study lacks"
-    for name, value in old.inputs.sources.items():
-        if name in inputs.sources and inputs.sources[name] != value:
-            yield f"{name}: its source, or that of a module it imports, has changed since the store was made"
 
 
 def _with_defaults(study: Mapping[str, Any]) -> Mapping[str, Any]:

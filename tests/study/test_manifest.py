@@ -7,7 +7,7 @@ import pytest
 
 from lossray.errors import StoreError
 from lossray.study import StudyInputs, partition, study_from_table
-from lossray.study.manifest import Manifest, check_extension, extended, new_manifest
+from lossray.study.manifest import Manifest, check_extension, edited_packs, extended, new_manifest
 
 OWN = "own_model:f"
 INPUTS = StudyInputs("d" * 64, {OWN: "source"})
@@ -175,9 +175,12 @@ def test_changed_content_of_the_data_is_refused(manifest):
         check_extension(manifest, study(), replace(INPUTS, data_key="e" * 64))
 
 
-def test_changed_source_of_a_users_module_is_refused(manifest):
-    with pytest.raises(StoreError, match=r"^own_model:f: its source.*has changed"):
-        check_extension(manifest, study(), replace(INPUTS, sources={OWN: "edited"}))
+def test_packs_know_the_edited_functions_that_they_depend_on(manifest):
+    assert edited_packs(manifest, study(), INPUTS) == {}
+    edited = edited_packs(manifest, study(), replace(INPUTS, sources={OWN: "edited"}))
+    assert edited == {pack.pack_id: [OWN] for pack in manifest.packs if pack.model.name == OWN}
+    assert edited
+    check_extension(manifest, study(), replace(INPUTS, sources={OWN: "edited"}))
 
 
 def test_every_difference_has_a_line(manifest):
