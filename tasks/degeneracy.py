@@ -1,6 +1,5 @@
 """How singular the Hessian of a pack is at one checkpoint: the `degeneracy` table (SCIENCE 5B)."""
 
-import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from lossray.curvature.objectives import StackObjective
 from lossray.curvature.operators import PackedGaussNewton, PackedHessian
 from lossray.curvature.polish import polish
 from lossray.errors import DataError, ModelError
+from lossray.networks.as_found import copied
 from lossray.networks.nests import rows
 from lossray.networks.symmetry import RescalingSymmetry, rescaling_symmetry
 from lossray.seeds import stream
@@ -131,7 +131,7 @@ def _member(job: DegeneracyJob, point: Point, examples: Split, r: int) -> Member
 
 def model_of(point: Point, r: int) -> nn.Module:
     """The module of member r, in eval mode."""
-    model = copy.deepcopy(point.stack.template).eval().to(point.theta.dtype)
+    model = copied(point.stack.template).eval().to(point.theta.dtype)
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     values = {name: views[r] for name, views in point.stack.layout.split(point.theta).items()}
     values |= {name: stacked[r] for name, stacked in point.buffers.items()}

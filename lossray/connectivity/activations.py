@@ -1,6 +1,5 @@
 """Which hidden channel of one model stands for which of another, by their activations on the same inputs."""
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from lossray.connectivity.matching import Permutations, assignment
 from lossray.errors import ModelError
 from lossray.networks.architecture import Node, graph_of
+from lossray.networks.as_found import copied
 from lossray.networks.permutations import ChannelPlace, PermutationSymmetry
 
 EXAMPLES_AT_ONCE = 256  # of which all activations are held
@@ -35,7 +35,7 @@ def activation_matching(
     Raises:
         ModelError: the architectures differ, or take several inputs.
     """
-    twins = [copy.deepcopy(own).eval().double().to(inputs[0].device) for own in (model, to)]
+    twins = [copied(own).eval().double().to(inputs[0].device) for own in (model, to)]
     graphs = [graph_of(twin) for twin in twins]
     if [(node.name, node.kind, node.inputs) for node in graphs[0]] != [
         (node.name, node.kind, node.inputs) for node in graphs[1]

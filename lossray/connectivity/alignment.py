@@ -4,7 +4,6 @@ Hidden units are permuted (Git Re-Basin, arXiv 2209.04836) and, in ReLU networks
 are also matched in the balanced gauge of each model, which is blind to scale, before they take the other's.
 """
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -18,6 +17,7 @@ from lossray.connectivity.scaling import nearest_factors
 from lossray.curvature.data import as_tensors, described, read_data
 from lossray.errors import DataError, ModelError, StudyError
 from lossray.names import unknown_name
+from lossray.networks.as_found import copied
 from lossray.networks.layout import Layout, layout_of, require_module, tensors_of, uncompiled
 from lossray.networks.permutations import PermutationSymmetry, permutation_symmetry, permute
 from lossray.networks.rescaling import rescale
@@ -103,7 +103,7 @@ def aligned(
     new = _changed(model, found)
     distance = _distance(new, to)
     if distance > before:  # by the rounding of the weights
-        found, new, distance = task.unmoved, copy.deepcopy(model), before
+        found, new, distance = task.unmoved, copied(model), before
     change = _function_change(model, found, inputs) if inputs else None
     return Alignment(new, found.permutations, found.factors, before, distance, change)
 
@@ -196,7 +196,7 @@ def _candidates(task: _Task, inputs: Sequence[Tensor], matching: Matching) -> It
 
 
 def _changed(model: nn.Module, found: _Candidate) -> nn.Module:
-    new = permute(model, found.permutations) if found.permutations else copy.deepcopy(model)
+    new = permute(model, found.permutations) if found.permutations else copied(model)
     return rescale(new, found.factors) if found.factors else new
 
 
@@ -206,7 +206,7 @@ def _function_change(model: nn.Module, found: _Candidate, inputs: Sequence[Tenso
     Raises:
         ModelError: it is more than rounding, or the model cannot take the inputs.
     """
-    double = copy.deepcopy(model).eval().double()
+    double = copied(model).eval().double()
     other = _changed(double, found)
     sizes = []
     for part in [part for batch in inputs for part in batch.split(EXAMPLES_AT_ONCE)]:

@@ -1,6 +1,5 @@
 """A path of low loss between two modules of the user's: what `lossray.connect` is."""
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,8 +18,9 @@ from lossray.curvature.example_mean import require_example_mean
 from lossray.curvature.modules import ModuleObjective
 from lossray.errors import ModelError, StudyError
 from lossray.names import unknown_name
+from lossray.networks.as_found import copied
 from lossray.networks.layout import require_module, uncompiled
-from lossray.networks.losses import Loss
+from lossray.networks.losses import Loss, in_dtype_of_outputs
 from lossray.networks.stack import Members, Stack, stack_models
 from lossray.training.batches import takes_all
 from lossray.training.datasets import Dataset, Split
@@ -60,7 +60,7 @@ class Connection:
         """
         if not 0 <= t <= 1:
             raise StudyError(f"connect, t: found {t}; allowed: 0 to 1")
-        model = copy.deepcopy(self._ends[1 if t == 1 else 0]).eval()
+        model = copied(self._ends[1 if t == 1 else 0]).eval()
         if t in (0, 1):
             return model
         theta, buffers = next(self._points([t]))
@@ -161,7 +161,7 @@ def connect(
             f"connect, loss: found {type(loss).__name__}; allowed: a function of outputs, targets"
         )
     _require_same_architecture(model_a, model_b)
-    ends = (copy.deepcopy(uncompiled(model_a)), copy.deepcopy(uncompiled(model_b)))
+    ends = (copied(uncompiled(model_a)), copied(uncompiled(model_b)))
     objectives = [ModuleObjective(end, loss, data) for end in ends]
     start = _start(ends, objectives[0], loss, kind, bends)
     _require_same_function(start, objectives[1])
@@ -192,7 +192,7 @@ def _start(
 ) -> Connection:
     """The path before any training."""
     examples = joined(objective.batches())
-    copies = [Indexed(copy.deepcopy(end).to(objective.device), examples) for end in ends]
+    copies = [Indexed(copied(end).to(objective.device), examples) for end in ends]
     stack, theta, buffers = stack_models(
         copies, executor="loop", dtype=objective.dtype, device=objective.device
     )
@@ -200,7 +200,7 @@ def _start(
     sides = ({n: own[:1] for n, own in buffers.items()}, {n: own[1:] for n, own in buffers.items()})
     straights = {"line": straight, "geometric": geometric}
     path = straights[kind](a, b) if kind in straights else bent(kind, a, b, bends)
-    return Connection(path, ends, stack, sides, examples, examples.loss(loss))
+    return Connection(path, ends, stack, sides, examples, examples.loss(in_dtype_of_outputs(loss)))
 
 
 def _trained(start: Connection, training: TrainingSettings, optimizer: OptimizerSettings, seed: int) -> Path:

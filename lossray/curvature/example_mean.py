@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lossray.curvature.graph_memory import held_bytes
 from lossray.curvature.mean_remedy import remedy
 from lossray.curvature.objectives import Batch, Objective
 from lossray.curvature.precision import exact_products
@@ -133,17 +134,10 @@ def _moved(theta: Tensor) -> Tensor:
 
 def _affordable(objective: Objective, batch: Batch) -> int:
     """Examples whose graph takes a moderate memory, by what a forward pass of two of them keeps."""
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
     two = batch.pick(slice(0, 2))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        objective.losses(objective.theta, two)
+    held = held_bytes(lambda: objective.losses(objective.theta, two))
     of_weights = 2 * objective.theta.numel() * objective.theta.element_size()
-    each = GRAPH_OF_FORWARD * max(sum(kept.values()) - of_weights, 1) / (two.size or 1)
+    each = GRAPH_OF_FORWARD * max(held - of_weights, 1) / (two.size or 1)
     return int(min(MODEL_EXAMPLES, max(3, GRAPH_BYTES // each)))
 
 

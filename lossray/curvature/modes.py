@@ -32,12 +32,14 @@ them ran it.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lossray.curvature.example_mean import is_example_mean
+from lossray.curvature.graph_memory import held_bytes
 from lossray.curvature.memory import readable_bytes, require_bytes
 from lossray.curvature.objectives import Batch, Objective, StackObjective
 from lossray.curvature.precision import exact_products
@@ -109,7 +111,7 @@ def graph_bytes(objective: Objective, batch: Batch, make_piece: PieceMaker) -> G
     """Estimate from two and four examples (repeats of the batch's first two), continued as a line."""
     size = min(2, batch.size or 1)
     two, four = (
-        _saved_bytes(objective, batch.pick(torch.arange(n, device=objective.device) % size), make_piece)
+        _piece_bytes(objective, batch.pick(torch.arange(n, device=objective.device) % size), make_piece)
         for n in (2, 4)
     )
     return GraphBytes(max(0, 2 * two - four), (four - two) / 2)
@@ -167,7 +169,7 @@ def _piece_examples(cost: GraphBytes, n_examples: int, device: torch.device) -> 
 
 def _plan_whole(objective: Objective, mode: str, make_piece: PieceMaker, first: Batch) -> ProductPlan:
     """The plan for batches that cannot be divided; the first one is measured whole."""
-    measured = _saved_bytes(objective, first, make_piece)
+    measured = _piece_bytes(objective, first, make_piece)
     total = int(measured / first.share)
     chosen = _choose(mode, total)
     _require(objective, chosen, mode, total, measured, "smaller batches would fit")
@@ -193,19 +195,7 @@ def _require(
     require_bytes(total, objective.device, what=what, remedy=remedy)
 
 
-def _saved_bytes(objective: Objective, batch: Batch, make_piece: PieceMaker) -> int:
-    """Bytes of the distinct storages that the graph of ``batch`` holds on to."""
-    kept: dict[int, tuple[int, Any]] = {}  # the tensors are held, so that no address comes twice
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = (storage.nbytes(), tensor)
-        return tensor.detach()
-
-    with (
-        exact_products(objective.device),
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-    ):
-        piece = make_piece(objective, batch)
-        del piece
-    return sum(size for size, _ in kept.values())
+def _piece_bytes(objective: Objective, batch: Batch, make_piece: PieceMaker) -> int:
+    """Bytes that the graph of ``batch`` holds on to."""
+    with exact_products(objective.device):
+        return held_bytes(partial(make_piece, objective, batch))

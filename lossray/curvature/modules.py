@@ -5,12 +5,13 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parameter import UninitializedParameter
+from torch.utils._pytree import tree_leaves
 
 from lossray.curvature.data import described, example_batch, read_data
 from lossray.curvature.example_mean import require_example_mean
@@ -19,7 +20,14 @@ from lossray.errors import DataError, LossrayError, ModelError
 from lossray.networks.ambient import seeded
 from lossray.networks.functional import call_model, call_with
 from lossray.networks.layout import layout_of, require_module, uncompiled
-from lossray.networks.losses import Loss
+from lossray.networks.losses import (
+    Loss,
+    ignores_outputs,
+    in_dtype_of_outputs,
+    in_one_dtype,
+    loss_name,
+    zero_loss,
+)
 from lossray.networks.weight_norm import twice_differentiable
 from lossray.plugins import failure
 from lossray.seeds import stream
@@ -66,10 +74,11 @@ class ModuleObjective:
         self._parameters = _trainable(model, self.layout.names)
         self.device = self._parameters[0].device
         self.loss, self.closure, self.train = loss, closure, train
+        self._loss = loss if loss is None else in_dtype_of_outputs(loss)
         self.coupled = tuple(_coupled_layers(model, train=train))
         self.names: Mapping[str, str] = {
             "model": type(model).__name__,
-            "loss": getattr(loss or closure, "__name__", type(loss or closure).__name__),
+            "loss": loss_name(loss or closure),
         }
         self.dead = torch.zeros(1, dtype=torch.bool, device=self.device)
         self._model = model
@@ -144,22 +153,25 @@ class ModuleObjective:
 
     def example_losses(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Loss of each example alone, [1, B]."""
-        assert self.loss is not None
-        return example_losses(self.loss, outputs[0], batch.targets)[None]
+        assert self._loss is not None
+        return example_losses(self._loss, outputs[0], batch.targets)[None]
 
     # The model and the loss.
 
     def _mean(self, outputs: Any, batch: Batch) -> Tensor:
-        assert self.loss is not None
+        assert self._loss is not None
         if batch.weights is not None:
-            each = example_losses(self.loss, outputs, batch.targets)
+            each = example_losses(self._loss, outputs, batch.targets)
             return (each * batch.weights).sum() / batch.weights.sum()
         try:
-            value = self.loss(outputs, batch.targets)
+            value = self._loss(outputs, batch.targets)
         except (LossrayError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # a user's loss may raise anything
-            raise ModelError(f"loss {self.names['loss']!r} raised {failure(error)}") from error
+            raise ModelError(
+                f"loss {self.names['loss']!r} raised {failure(error)}; it was given {described(outputs)} and "
+                f"targets {described(batch.targets)}{_dtypes(outputs, batch.targets)}"
+            ) from error
         if not isinstance(value, Tensor) or value.ndim != 0:
             raise ModelError(
                 f"loss {self.names['loss']!r} returns {described(value)} where a scalar tensor, the "
@@ -192,11 +204,13 @@ class ModuleObjective:
         tensors = {f"model.{name}": tensor for name, tensor in weights.items()}
         try:
             with _mode(self._model, self.train), self._derivatives():
-                return call_with(self._called, tensors, batch.inputs)
+                call = partial(call_with, self._called, tensors, batch.inputs)
+                return call() if self.closure is None else in_one_dtype(call, self.dtype)
         except (LossrayError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # a user's forward may raise anything
-            raise ModelError(f"{self.names['model']} raised {failure(error)}") from error
+            given = "" if self.closure is not None else f"; it was given {_given(batch.inputs)}"
+            raise ModelError(f"{self.names['model']} raised {failure(error)}{given}") from error
 
     def _convert(self, dtype: torch.dtype) -> None:
         if dtype not in (torch.float32, torch.float64):
@@ -258,6 +272,8 @@ class ModuleObjective:
         second, _, _ = self._survey()
         self._pass = 0
         self._compare(first, second)
+        if self.closure is None and not any(first):
+            self._require_effect()
         if self.closure is not None:
             self._weights = dict(enumerate(weights, start=1))
             return
@@ -299,15 +315,42 @@ class ModuleObjective:
         again = [self._sample(batch, seed)[0] for seed in (1, 2)]
         if layers or abs(again[0] - again[1]) > SAME_LOSS * abs(again[0]):
             source = f": {', '.join(layers)} drop units in train mode" if layers else ""
+            part = self._random_part(batch)
+            in_loss = part.startswith("loss")
+            remedy = "pass train=False, set p to 0, or draw only if self.training"
+            remedy = "pass one without random numbers" if in_loss else remedy
             raise ModelError(
-                f"{self.names['model']} is random{source}: two evaluations on the same examples gave "
-                "different losses, which have no Hessian; pass train=False, set p to 0, or draw only if "
-                "self.training"
+                f"{part} is random{source}: two evaluations on the same examples gave "
+                f"different losses, which have no Hessian; {remedy}"
             )
         raise DataError(
             "the data differ from one reading to the next, and every product reads all of them: pass "
             "shuffle=False, take out random augmentation, or pass a list of the batches"
         )
+
+    def _require_effect(self) -> None:
+        """Refuse a loss that is 0 whatever the outputs: all its curvature is 0 too."""
+        batch = converted(next(iter(self._read())), self.device, self.dtype)
+        part = batch if self.coupled else replace(batch.pick(slice(0, CHECKED_EXAMPLES)), weights=None)
+        with torch.no_grad():
+            outputs = self._evaluate(self.theta, part)
+        if ignores_outputs(lambda changed: self._mean(changed, part), outputs):
+            raise ModelError(f"loss {self.names['loss']!r} of {self.names['model']}: {zero_loss(outputs)}")
+
+    def _random_part(self, batch: Batch) -> str:
+        """The model, or the loss if the model's outputs stay."""
+        if self.closure is not None:
+            return f"closure {self.names['loss']!r} (or {self.names['model']})"
+        found = []
+        for seed in (1, 2):
+            with seeded(seed, self.device), torch.no_grad():
+                part = batch if self.coupled else batch.pick(slice(0, CHECKED_EXAMPLES))
+                found.append(tree_leaves(self._evaluate(self.theta, part)))
+        stays = all(
+            not isinstance(a, Tensor) or bool((a - b).norm() <= SAME_LOSS * a.norm())
+            for a, b in zip(*found, strict=True)
+        )
+        return f"loss {self.names['loss']!r}" if stays else self.names["model"]
 
 
 class _Called(nn.Module):
@@ -335,12 +378,21 @@ def _mode(model: nn.Module, train: bool) -> Iterator[None]:
             module.training = flag
 
 
+def _given(inputs: Any) -> str:
+    """How a model was called, for messages."""
+    if isinstance(inputs, tuple | list):
+        return f"{len(inputs)} arguments, as the inputs are {described(inputs)}{_dtypes(*inputs)}"
+    return f"{described(inputs)}{_dtypes(inputs)}"
+
+
+def _dtypes(*values: Any) -> str:
+    """The dtypes of those values that are tensors."""
+    found = [str(value.dtype).removeprefix("torch.") for value in values if isinstance(value, Tensor)]
+    return f" of {', '.join(found)}" if found else ""
+
+
 def _check_arguments(model: Any, loss: Any, data: Any, closure: Any) -> None:
     require_module(model)
-    if any(isinstance(parameter, UninitializedParameter) for parameter in model.parameters()):
-        raise ModelError(
-            f"{type(model).__name__} has lazy layers, whose parameters have no shape: run it once"
-        )
     if (loss is None) == (closure is None):
         found = "neither" if loss is None else "both"
         raise ModelError(

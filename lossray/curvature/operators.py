@@ -247,8 +247,18 @@ def _differentiating(objective: Objective) -> Iterator[None]:
     except Exception as error:
         raise ModelError(
             f"{objective.names['model']} with loss {objective.names['loss']!r}: differentiating it twice "
-            f"failed: {failure(error)}"
+            f"failed: {_reason(error)}"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """What failed; where torch's text does not say what to do about it, that."""
+    if "backward through the graph a second time" in str(error):
+        return (
+            "the model or its loss calls backward() or autograd.grad without create_graph=True, which frees "
+            "the graph: pass create_graph=True there, or train=True if it does so in train mode alone"
+        )
+    return failure(error)
 
 
 def _pieces(

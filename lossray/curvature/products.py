@@ -125,7 +125,8 @@ def _require_dependence(objective: Objective, *values: Tensor) -> None:
     if not all(value.requires_grad for value in values):
         raise ModelError(
             f"loss {objective.names['loss']!r} of model {objective.names['model']!r} does not depend on the "
-            "parameters as far as autograd can tell; take out detach() and torch.no_grad()"
+            "parameters as far as autograd can tell; take out detach() and torch.no_grad(), and call "
+            "autograd.grad with create_graph=True (pass train=True if it does so in train mode alone)"
         )
 
 

@@ -3,7 +3,6 @@
 The graph comes from torch.fx. A part of the model that fx cannot trace becomes one node of kind "other".
 """
 
-import copy
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from lossray.errors import ModelError
+from lossray.networks.as_found import copied
 from lossray.networks.dropout import TapeDropout
 from lossray.networks.layout import require_module, uncompiled
 from lossray.plugins import failure
@@ -211,7 +211,7 @@ def _traced(root: nn.Module) -> tuple[fx.Graph, nn.Module]:
     """The graph of a copy, as a forward pass may change its module, and the copy, which holds constants."""
     try:
         with torch.random.fork_rng(devices=[]):
-            twin = copy.deepcopy(root)
+            twin = copied(root)
             return _Tracer().trace(twin), twin
     except Exception as error:  # a user's forward may raise anything
         raise ModelError(

@@ -3,8 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_map_only
+
+from lossray.networks.as_found import as_found, custom_parts
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:
@@ -40,4 +44,12 @@ def call_with(model: nn.Module, tensors: Mapping[str, Tensor], *args: Any) -> An
             name = named.get(id(tensor), "")
             if name in tensors:
                 places[f"{prefix}.{key}" if prefix else key] = tensors[name]
-    return functional_call(model, places, args, tie_weights=False)
+    with as_found(custom_parts(model)):
+        try:
+            return functional_call(model, places, args, tie_weights=False)
+        except RuntimeError:
+            if torch.is_grad_enabled():
+                raise
+        with torch.enable_grad():  # a model that differentiates something itself
+            outputs = functional_call(model, places, args, tie_weights=False)
+        return tree_map_only(Tensor, Tensor.detach, outputs)

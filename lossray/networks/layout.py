@@ -7,6 +7,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lossray.errors import ModelError
 
@@ -83,13 +84,30 @@ def tensors_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def require_module(model: object) -> None:
-    """Refuse what is no module.
+    """Refuse what is no module, and modules whose parameters cannot be read or exchanged.
 
     Raises:
-        ModelError: it is something else.
+        ModelError: it is something else, has lazy layers or parameters on the meta device, or holds a
+            TorchScript module.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"model: found {type(model).__name__}; allowed: a torch.nn.Module")
+    name = type(model).__name__
+    for path, part in model.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            where = f"layer {path!r} of {name}" if path else f"model: {name}"
+            raise ModelError(
+                f"{where} is a TorchScript module, whose weights cannot be exchanged: pass the "
+                "torch.nn.Module that it was made from"
+            )
+    for path, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise ModelError(f"{name} has lazy layers, whose parameters have no shape: run it once")
+        if tensor.is_meta:
+            raise ModelError(
+                f"{path!r} of {name} is on the meta device and holds no numbers: call "
+                "model.to_empty(device='cpu') and load_state_dict first"
+            )
 
 
 def uncompiled(model: nn.Module) -> nn.Module:

@@ -1,17 +1,22 @@
 """The losses by name: functions of outputs and targets that return the mean over examples."""
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial, wraps
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from lossray.errors import ModelError
 from lossray.names import unknown_name
 from lossray.plugins import is_spec, load
+from lossray.seeds import generator
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+Value = TypeVar("Value")
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -31,6 +36,8 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
             f"loss 'cross_entropy': found outputs {list(outputs.shape)} and targets {list(targets.shape)}; "
             "allowed: logits [B, C] and classes [B], or a function of your own as loss"
         )
+    if outputs.shape[1] < 2:
+        raise ModelError(f"loss 'cross_entropy': {zero_loss(outputs)}")
     return F.cross_entropy(outputs, targets)
 
 
@@ -79,6 +86,102 @@ def _as_rows(values: Tensor) -> Tensor:
 LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy, "mse": mse, "mse_mean": mse_mean}
 
 
+def loss_name(loss: object) -> str:
+    """What a loss or closure is called in messages: a function's name, or the class of anything else."""
+    if isinstance(loss, partial):
+        return loss_name(loss.func)
+    name: str = getattr(loss, "__name__", type(loss).__name__)
+    return "lambda" if name == "<lambda>" else name
+
+
+class SameDtype(TorchFunctionMode):
+    """Within it every floating tensor that a function is given is in one dtype, such as class weights.
+
+    Attributes:
+        converted: whether one was not.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype, self.converted = dtype, False
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        args, kwargs = tree_map(self._convert, (args, dict(kwargs or {})))
+        return func(*args, **kwargs)
+
+    def _convert(self, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.dtype == self.dtype:
+            return leaf
+        self.converted = True
+        return leaf.to(self.dtype)
+
+
+def in_dtype_of_outputs(loss: Loss) -> Loss:
+    """The loss with what it holds itself, such as class weights, in the dtype of the outputs.
+
+    A model is analysed in float64 too, and a loss that holds float32 tensors may refuse its outputs then.
+
+    Args:
+        loss: ``loss(outputs, targets)``: a function or a module, which is left as it is.
+    """
+
+    def converted(outputs: Tensor, targets: Tensor) -> Tensor:
+        dtype = outputs.dtype if isinstance(outputs, Tensor) else None
+        return in_one_dtype(partial(loss, outputs, targets), dtype)
+
+    converted.__name__ = loss_name(loss)
+    return converted
+
+
+def in_one_dtype(call: Callable[[], Value], dtype: torch.dtype | None) -> Value:
+    """The value of a call; where it fails as it is, with all floating tensors in ``dtype``."""
+    try:
+        return call()
+    except (RuntimeError, TypeError):
+        if dtype is None or not dtype.is_floating_point:
+            raise
+        mode = SameDtype(dtype)
+        try:
+            with mode:
+                value = call()
+        except Exception:  # the user's code may raise anything; what it raised first tells more
+            mode.converted = False
+        if not mode.converted:
+            raise
+        return value
+
+
+def ignores_outputs(loss: Callable[[Tensor], Tensor], outputs: object) -> bool:
+    """Whether a loss is exactly 0 at the outputs, and still is when all of them are others.
+
+    Args:
+        loss: of outputs alone.
+        outputs: [B, ...]; for anything but a floating tensor the answer is no.
+    """
+    if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
+        return False
+    random = torch.randn(outputs.shape, generator=generator(0, "outputs"), dtype=torch.float64)
+    with torch.no_grad():
+        changed = outputs + (10 * (1 + outputs.abs().max()) * random.to(outputs.device)).to(outputs.dtype)
+        return bool(loss(outputs) == 0) and bool(loss(changed) == 0)
+
+
+def zero_loss(outputs: Tensor) -> str:
+    """What is wrong with a loss that ignores these outputs, and what helps."""
+    if outputs.ndim > 1 and outputs.shape[1] == 1:
+        return (
+            f"found outputs {list(outputs.shape)}: a softmax over one output is 1, and its loss 0, whatever "
+            "the weights; return two outputs, or use binary_cross_entropy_with_logits with float targets"
+        )
+    return f"it is 0 whatever the outputs {list(outputs.shape)} are, so that all its curvature is 0"
+
+
 def get_loss(name: str) -> Loss:
     """The loss called ``name``, or the user's function ``package.module:function``.
 
@@ -95,7 +198,7 @@ def get_loss(name: str) -> Loss:
         raise ModelError(f"loss: {unknown_name(name, [*LOSSES, 'package.module:function'])}")
     function = load(name)
 
-    @functools.wraps(function)
+    @wraps(function)
     def loss(outputs: Tensor, targets: Tensor) -> Tensor:
         value = function(outputs, targets)
         if not isinstance(value, Tensor) or value.ndim != 0:
@@ -103,4 +206,4 @@ def get_loss(name: str) -> Loss:
             raise ModelError(f"loss {name!r} returns {found} where a scalar tensor, the mean, is needed")
         return value
 
-    return loss
+    return in_dtype_of_outputs(loss)

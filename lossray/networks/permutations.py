@@ -4,7 +4,6 @@ Unlike rescaling it survives any elementwise activation, and it goes through nor
 parameters and running statistics move with the channels (Ainsworth et al., "Git Re-Basin", arXiv 2209.04836).
 """
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from lossray.errors import ModelError
 from lossray.names import unknown_name
 from lossray.networks.architecture import Node, graph_of
+from lossray.networks.as_found import copied
 from lossray.networks.channels import (
     Channels,
     HiddenGroup,
@@ -139,7 +139,7 @@ def permute(model: nn.Module, permutations: Mapping[str, Permutation]) -> nn.Mod
         if name not in symmetry.groups:
             raise ModelError(f"permute, group: {unknown_name(str(name), symmetry.groups)}")
         checked[name] = _checked(name, given, symmetry.groups[name])
-    new = copy.deepcopy(uncompiled(model))
+    new = copied(uncompiled(model))
     own = {name: tensor.detach() for name, tensor in (*new.named_parameters(), *new.named_buffers())}
     for name, tensor in symmetry.apply(own, checked).items():
         own[name].copy_(tensor)

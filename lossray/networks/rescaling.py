@@ -1,6 +1,5 @@
 """The same function at other weights: `rescale` by given factors, `balance` to the least norm."""
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from lossray.errors import ModelError
 from lossray.names import unknown_name
+from lossray.networks.as_found import copied
 from lossray.networks.layout import layout_of, tensors_of, uncompiled
 from lossray.networks.symmetry import RescalingSymmetry, rescaling_symmetry
 
@@ -86,7 +86,7 @@ def _checked(name: str, given: Factors, units: int) -> Tensor:
 def _transformed(model: nn.Module, symmetry: RescalingSymmetry, alpha: Tensor) -> nn.Module:
     layout = layout_of(model)
     diagonals = layout.split(symmetry.diagonal(alpha))
-    new = copy.deepcopy(uncompiled(model))
+    new = copied(uncompiled(model))
     trainable = [parameter for parameter in new.parameters() if parameter.requires_grad]
     with torch.no_grad():
         for parameter, diagonal in zip(trainable, diagonals.values(), strict=True):

@@ -17,6 +17,7 @@ from torch.func import vmap
 
 from lossray.errors import ModelError
 from lossray.networks.ambient import random_state, seeded
+from lossray.networks.as_found import as_found, copied, custom_parts
 from lossray.networks.dropout import NoiseTape, replace_dropout
 from lossray.networks.functional import call_model
 from lossray.networks.layout import Layout, layout_of, tensors_of
@@ -48,6 +49,7 @@ class Stack:
         replace_dropout(template, self.tape)
         template.train()  # every layer, whatever its constructor left: the mode is read from the root's flag
         self._derivatives = twice_differentiable(template)
+        self._custom_parts = custom_parts(template)
         self._places = _places(template)
         self._replaced: set[str] = set()  # buffers that forward passes replace, found in the recorded one
         self._noise_cache: dict[str, tuple[list[tuple[torch.Size, float]], bool]] = {}
@@ -137,7 +139,7 @@ class Stack:
             theta: its parameters [d].
             buffers: its buffers by name, [*shape].
         """
-        model = copy.deepcopy(self.template)
+        model = copied(self.template)
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         with torch.no_grad():
             for name, tensor in {**self.layout.split(theta), **buffers}.items():
@@ -209,7 +211,7 @@ class Stack:
         for name, table, key in self._places:
             table[key] = member[name].clone() if training and name in self._replaced else member[name]
         try:
-            with self._derivatives():
+            with self._derivatives(), as_found(self._custom_parts):
                 outputs: Tensor = call_model(self.template, x)
             if training:
                 self._update_replaced(member)
