@@ -136,7 +136,7 @@ def connect(
         model_b: the end at t = 1, of the same architecture.
         loss: ``loss(outputs, targets)``, the mean over examples.
         data: a batch (inputs, targets) or (inputs, targets, weights), or a list of batches, as
-            `lossray.Hessian` takes them; dict inputs become keywords. Held on the models' device.
+            `lossray.Hessian` takes them. Held on the models' device.
         kind: "bezier", or "polychain", of straight pieces; "line" and "geometric" (between a model and its
             rescaled copy, see `lossray.rescale`) are not trained.
         bends: control points between the ends of a curve.

@@ -151,10 +151,12 @@ class Hessian(ModelMatrix):
 
     Args:
         model: any module.
-        loss: ``loss(outputs, targets)``, the mean over the examples of a batch; None with ``closure``.
+        loss: ``loss(outputs, targets)``, the mean over the examples of a batch; None with ``closure``. What
+            it holds itself, such as class weights, is taken in the dtype of the outputs.
         data: a batch (inputs, targets) or (inputs, targets, weights), a list of such batches, or a
-            DataLoader that gives the same batches each time. Dict inputs become keywords of the model.
-            Batches may differ in size: the mean is over examples.
+            DataLoader that gives the same batches each time. Inputs that are a mapping become keywords of
+            the model, those of a tuple or list its arguments. Batches may differ in size: the mean is over
+            examples.
         closure: ``closure(model, batch)`` returning (mean loss, weight), for losses of another form; ``data``
             is then a list of batches of any kind.
         train: evaluate in train mode. Batch norm then takes one batch only.

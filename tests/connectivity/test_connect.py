@@ -293,3 +293,27 @@ def test_a_training_that_diverges_is_an_error():
     a, b = seeded(plain, 1), seeded(plain, 2)
     with pytest.raises(ModelError, match="diverged at lr = 1e\\+09; pass less"):
         lossray.connect(a, b, mse, examples(), optimizer="sgd", lr=1e9, steps=20)
+
+
+class _Product(nn.Module):
+    """Two inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Linear(3, 2), nn.Linear(4, 2)
+
+    def forward(self, user, item):
+        return self.left(user) * self.right(item)
+
+
+def test_inputs_in_every_form_give_one_path():
+    """Class weights in float32 beside models in float64 too."""
+    torch.manual_seed(0)
+    ends = [_Product().double() for _ in "ab"]
+    user, item, y = torch.randn(15, 3), torch.randn(15, 4), torch.arange(15) % 2
+    loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 1.0]))
+    forms = ((user, item), [user, item], {"item": item, "user": user})
+    losses = [lossray.connect(*ends, loss, (form, y), "line").losses([0.0, 0.3, 1.0]) for form in forms]
+    assert all(torch.equal(own, losses[0]) for own in losses)
+    expected = nn.functional.cross_entropy(ends[1](user.double(), item.double()), y)
+    torch.testing.assert_close(losses[0][2], expected.detach())
