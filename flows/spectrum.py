@@ -19,8 +19,10 @@ from lossray.curvature.operators import PackedFisher, PackedGaussNewton, PackedH
 from lossray.curvature.transforms import PointOperator
 from lossray.errors import DataError, ModelError, StudyError
 from lossray.names import unknown_name
+from lossray.networks.functional import call_model
 from lossray.networks.losses import get_loss
 from lossray.networks.models import build_model, model_settings
+from lossray.networks.nests import described, rows
 from lossray.networks.weights import load_weights
 from lossray.plugins import add_user_folders, failure, is_spec
 from lossray.seeds import stream
@@ -133,15 +135,15 @@ def read_point(request: Request) -> Point:
     if request.weights is not None:
         load_weights(model, request.weights)
     model = model.to(dtype).eval()
+    few = rows(data.train.inputs, slice(2))
     try:
         with torch.no_grad():
-            get_loss(request.loss)(model(data.train.inputs[:2]), data.train.targets[:2])
+            get_loss(request.loss)(call_model(model, few), data.train.targets[:2])
     except (ModelError, StudyError):
         raise
     except Exception as error:  # a user's forward or loss may raise anything
-        shape = list(data.train.inputs[:2].shape)
         raise ModelError(
-            f"model {request.model!r} with loss {request.loss!r} on inputs {shape}: {failure(error)}"
+            f"model {request.model!r} with loss {request.loss!r} on inputs {described(few)}: {failure(error)}"
         ) from error
     return Point(model, data, request.examples or "all")
 

@@ -25,6 +25,7 @@ from lossray.networks.losses import (
     ignores_outputs,
     in_dtype_of_outputs,
     in_one_dtype,
+    is_one_logit,
     loss_name,
     zero_loss,
 )
@@ -171,6 +172,7 @@ class ModuleObjective:
             raise ModelError(
                 f"loss {self.names['loss']!r} raised {failure(error)}; it was given {described(outputs)} and "
                 f"targets {described(batch.targets)}{_dtypes(outputs, batch.targets)}"
+                f"{_hint(outputs, batch.targets)}"
             ) from error
         if not isinstance(value, Tensor) or value.ndim != 0:
             raise ModelError(
@@ -383,6 +385,12 @@ def _given(inputs: Any) -> str:
     if isinstance(inputs, tuple | list):
         return f"{len(inputs)} arguments, as the inputs are {described(inputs)}{_dtypes(*inputs)}"
     return f"{described(inputs)}{_dtypes(inputs)}"
+
+
+def _hint(outputs: Any, targets: Any) -> str:
+    """What helps where classes meet one output."""
+    classes = isinstance(targets, Tensor) and not targets.is_floating_point()
+    return f"; {zero_loss(outputs)}" if classes and is_one_logit(outputs) else ""
 
 
 def _dtypes(*values: Any) -> str:

@@ -174,12 +174,17 @@ def ignores_outputs(loss: Callable[[Tensor], Tensor], outputs: object) -> bool:
 
 def zero_loss(outputs: Tensor) -> str:
     """What is wrong with a loss that ignores these outputs, and what helps."""
-    if outputs.ndim > 1 and outputs.shape[1] == 1:
+    if is_one_logit(outputs):
         return (
             f"found outputs {list(outputs.shape)}: a softmax over one output is 1, and its loss 0, whatever "
             "the weights; return two outputs, or use binary_cross_entropy_with_logits with float targets"
         )
     return f"it is 0 whatever the outputs {list(outputs.shape)} are, so that all its curvature is 0"
+
+
+def is_one_logit(outputs: object) -> bool:
+    """Whether there is one output [B, 1, ...] for each example."""
+    return isinstance(outputs, Tensor) and outputs.ndim > 1 and outputs.shape[1] == 1
 
 
 def get_loss(name: str) -> Loss:

@@ -270,7 +270,7 @@ def test_places_and_points_out_of_range():
 
 def test_data_and_losses_that_cannot_be_used():
     a, b = seeded(plain, 1), seeded(plain, 2)
-    with pytest.raises(DataError, match="lengths"):
+    with pytest.raises(DataError, match="one entry for each example"):
         lossray.connect(a, b, mse, (torch.zeros(4, 4), torch.zeros(3, 3)))
     with pytest.raises(ModelError, match="a mean over minibatches would be wrong"):
         lossray.connect(a, b, lambda y, t: mse(y, t) * len(y), examples(), batch_size=16)

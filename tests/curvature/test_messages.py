@@ -76,6 +76,12 @@ CASES = {
     "detached": (Energy(alone=True), F.mse_loss, (X, X.sin()), "create_graph=True.*train=True"),
     "one logit": (net(1), nn.CrossEntropyLoss(), (X, 0 * Y), r"\[14, 1\].*softmax over one.*with_logits"),
     "one logit by name": (net(1), get_loss("cross_entropy"), (X, 0 * Y), "'cross_entropy'.*softmax over one"),
+    "one logit, two classes": (
+        net(1),
+        F.cross_entropy,
+        (X, Y % 2),
+        r"out of bounds.*softmax over one output",
+    ),
     "no effect": (net(), lambda o, t: (0 * o).mean(), (X, Y), r"lambda.*0 whatever the outputs \[14, 3\]"),
     "a dict of outputs": (
         Changed(lambda o: {"logits": o}),

@@ -31,6 +31,24 @@ def data():
     inputs = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
     return inputs, (inputs[:, 0] > 0).long() + (inputs[:, 1] > 0).long()
 
+def pair():
+    return (torch.ones(30, 4).cumsum(0) / 30, torch.ones(30, 2).cumsum(1)), torch.arange(30) % 3
+
+def named():
+    (user, item), targets = pair()
+    return {"item": item, "user": user}, targets
+
+class Product(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Linear(4, 3), nn.Linear(2, 3)
+
+    def forward(self, user, item):
+        return self.left(user) * self.right(item)
+
+def one_logit():
+    return nn.Linear(5, 1)
+
 def parts():
     inputs, targets = data()
     rest = inputs[30:], targets[30:]
@@ -118,6 +136,14 @@ def test_of_data_that_come_in_parts_the_training_part_is_taken():
     assert ": 30 examples" in spectrum(request(data="spectrum_own:parts"))
 
 
+def test_inputs_of_two_tensors_are_arguments_or_keywords():
+    texts = [
+        spectrum(request(model="spectrum_own:Product", data=f"spectrum_own:{d}")) for d in ("pair", "named")
+    ]
+    assert all("24 parameters" in text for text in texts)
+    assert len({text.split("30 examples", 1)[1] for text in texts}) == 1
+
+
 def test_a_parquet_file_has_a_label_and_inputs():
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(40, 5, generator=generator)
@@ -148,6 +174,12 @@ def test_a_parquet_file_has_a_label_and_inputs():
         ({"dtype": "float16"}, StudyError, "--dtype: found 'float16'; allowed: float32, float64"),
         ({"examples": 41}, StudyError, "--examples: found 41; allowed: at most 40"),
         ({"weights": "none.pt"}, ModelError, "none.pt: no such file"),
+        (
+            {"model": "spectrum_own:one_logit"},
+            ModelError,
+            r"outputs \[2, 1\]: a softmax over one output is 1.*binary_cross_entropy_with_logits",
+        ),
+        ({"model": "spectrum_own:Product"}, ModelError, r"on inputs \[2, 5\]: TypeError"),
     ],
 )
 def test_a_mistake_is_one_line_and_writes_nothing(tmp_path, changes, error, says):
