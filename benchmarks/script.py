@@ -19,6 +19,7 @@ import pandas as pd
 import psutil
 
 import lossray
+from benchmarks.quick import without_further_analyses
 from benchmarks.report import table, write_section
 
 SPECTRA_ONLY = ("angles.directions=[]", "angles.window=0")  # what comes nearest to the script's work
@@ -67,11 +68,12 @@ def _measure(seeds: int, repeats: int) -> Timings:
     Raises:
         SystemExit: the two do not see the same spectra.
     """
-    lossray_command = [str(Path(sys.executable).with_name("lossray")), "run", "quick"]
-    lossray_command += ["--set", f"seeds={seeds}", "--out"]
     plain_command = [sys.executable, "-m", "benchmarks.plain_study"]
     whole, spectra, theirs = [], [], []
     with tempfile.TemporaryDirectory() as folder:
+        study = str(without_further_analyses(folder))
+        lossray_command = [str(Path(sys.executable).with_name("lossray")), "run", study]
+        lossray_command += ["--set", f"seeds={seeds}", "--out"]
         for repeat in range(repeats):
             out, rows = Path(folder) / f"quick{repeat}", Path(folder) / f"plain{repeat}.json"
             whole.append(_seconds([*lossray_command, str(out)]))
@@ -132,7 +134,7 @@ def _body(timings: Sequence[Timings]) -> str:
         ("seeds", "study", "`lossray run`, s", "the script, s", "ratio"),
         [row for each in timings for row in each.rows()],
     )
-    return f"""`lossray run quick` against a script for the same runs and checkpoints: a loop over optimizers
+    return f"""The study `quick`, without the sections from [degeneracy] on, against a script for the same runs and checkpoints: a loop over optimizers
 and seeds with `torch.optim`, PyHessian's ten leading eigenvalues, trace and density (4 x 64) at each
 checkpoint on the same examples, and one process for each of {psutil.cpu_count()} cores by `multiprocessing`.
 All from the start of the process to its end; seconds are the median (smallest to largest) of the runs in

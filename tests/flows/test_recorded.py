@@ -1,10 +1,7 @@
 """A trajectory trained elsewhere: recorded, analysed like a trained one, extended, refused by name."""
 
 import json
-import re
-import runpy
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -260,26 +257,6 @@ def test_a_run_that_diverged_is_recorded_as_such_and_harms_no_other(own_study, o
         ("wild", 4): True,
     }
     assert table(out, "curvature")["lambda_max"].isna().sum() == 1
-
-
-def test_the_readme_is_right_to_the_letter(tmp_path, monkeypatch, forget_modules):
-    readme = Path(flows.__file__).parents[1] / "README.md"
-    section = readme.read_text().partition("## A trajectory of your own\n")[2].partition("\n## ")[0]
-    files = {name: text for name, text in re.findall(r"```\w+\n# (\S+)\n(.*?)```", section, re.DOTALL)}
-    assert files.keys() == {"train.py", "own.py", "own.toml"}
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
-    with torch.random.fork_rng(devices=[]):
-        runpy.run_path("train.py")
-    assert run("own.toml", "out/own") == 0
-    assert table("out/own", "curvature")["step"].tolist() == [0, 50, 100, 150, 200]
-    assert table("out/own", "checkpoints")["train_loss"].is_monotonic_decreasing
-    with torch.random.fork_rng(devices=[]):
-        runpy.run_path("train.py")  # from the same generator: the same weights, which change nothing
-    with pytest.raises(StoreError, match="step 0 of run 'run' is recorded already"):
-        lossray.record("out/own", nn.Linear(64, 10), None, 0)
 
 
 # ---- again

@@ -1,0 +1,14 @@
+"""The ready-made study `quick`, which `make demo` runs: a first look at every table."""
+
+import pytest
+
+import lossray
+from flows.study import run_study
+
+
+@pytest.mark.slow
+def test_quick_has_something_in_every_table(tmp_path):
+    out = str(tmp_path / "quick")
+    assert run_study("quick", out, in_process=True) == 0
+    tables = lossray.open_study(out).tables
+    assert {name for name, rows in tables.items() if not rows} == set()
