@@ -134,9 +134,10 @@ def _body(timings: Sequence[Timings]) -> str:
         ("seeds", "study", "`lossray run`, s", "the script, s", "ratio"),
         [row for each in timings for row in each.rows()],
     )
-    return f"""The study `quick`, without the sections from [degeneracy] on, against a script for the same runs
-and checkpoints: a loop over optimizers and seeds with `torch.optim`, PyHessian's ten leading eigenvalues, trace and density (4 x 64) at each
-checkpoint on the same examples, and one process for each of {psutil.cpu_count()} cores by `multiprocessing`.
+    return f"""The study `quick`, without the sections from [degeneracy] on, against a script for the same
+runs and checkpoints: a loop over optimizers and seeds with `torch.optim`, PyHessian's ten leading
+eigenvalues, trace and density (4 x 64) at each checkpoint on the same examples, and one process for each of
+{psutil.cpu_count()} cores by `multiprocessing`.
 All from the start of the process to its end; seconds are the median (smallest to largest) of the runs in
 turn: {repeats}. "Its spectra" leaves out directions, angles and replays
 (`{" ".join(f"--set {setting}" for setting in SPECTRA_ONLY)}`), which the script has not.
