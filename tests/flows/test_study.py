@@ -162,10 +162,10 @@ def test_a_second_run_changes_no_file_and_starts_no_ray(study_file, finished, no
 def test_a_ready_made_study_may_be_run_again_from_anywhere(study_file, out, tmp_path, monkeypatch):
     study_file()  # an empty folder elsewhere is the current directory
     small = ("seeds=1", "training.steps=2", "training.checkpoints.count=2", "curvature.top=1")
-    assert run("quick", out, *small) == 0
+    assert run("edge-of-stability", out, *small) == 0
     before = files(out)
     monkeypatch.chdir(tmp_path)
-    assert run("quick", out, *small) == 0
+    assert run("edge-of-stability", out, *small) == 0
     assert files(out) == before
 
 
