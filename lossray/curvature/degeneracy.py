@@ -208,19 +208,22 @@ def quadrature_counts(
             continue
         scale = float(nodes[weights > 0].max()) if scales is None else scales[r]
         members.append(
-            [_quadrature_count(nodes, weights, tau, scale, dim, found.exact) for tau in QUADRATURE_GRID]
+            [
+                _quadrature_count(nodes, weights, tau, scale, dim, found.exact, operator.dtype)
+                for tau in QUADRATURE_GRID
+            ]
         )
     return members
 
 
 def _quadrature_count(
-    nodes: Tensor, weights: Tensor, tau: float, scale: float, dim: int, exact: bool
+    nodes: Tensor, weights: Tensor, tau: float, scale: float, dim: int, exact: bool, dtype: torch.dtype
 ) -> Count:
-    below = (nodes <= tau * scale) & (weights > 0)
+    below = (nodes <= (tau + SAFETY * torch.finfo(dtype).eps) * scale) & (weights > 0)
     shares = dim * torch.where(below, weights, 0).sum(dim=1)  # [probes]
     estimate: Estimate = jackknife(shares.view(1, -1, 1), exact=exact)
     # Ritz values interlace the eigenvalues: as many of these exceed the threshold, and of a full set all do.
-    above = int(((nodes > tau * scale) & (weights > 0)).sum(dim=1).max())
+    above = int((~below & (weights > 0)).sum(dim=1).max())
     return Count(
         tau=tau,
         threshold=tau * scale,

@@ -45,6 +45,7 @@ from lossray.curvature.unit_conditions import (
     measured_rank,
 )
 from lossray.errors import DataError, ModelError
+from lossray.networks.ambient import seeded
 from lossray.networks.architecture import Node, graph_of
 from lossray.networks.functional import call_with
 from lossray.networks.losses import Loss
@@ -129,29 +130,32 @@ def structural_floor(model: nn.Module, data: Any, loss: Loss, *, dense_up_to: in
     nodes = graph_of(model)
     inputs, own = _examples(data, loss)
     outputs = _outputs(model, inputs)
+    own.gradient(outputs)  # what fails here fails for every use
     ignored = ignored_directions(own, outputs)
     layers = chain_of(model, inputs[:TESTED_EXAMPLES], outputs[:TESTED_EXAMPLES])
     pattern = None if layers is None else pattern_of(layers, inputs)
     if layers is None or pattern is None or not pattern.sharp:
         return _of_unknown(model, nodes, inputs, outputs, ignored)
-    smooth = in_one_piece(own, outputs, random_outputs(own, outputs))
-    if smooth and _is_linear_network(layers) and _is_full(own, outputs, ignored):
+    small = sum(layer.columns * len(layer.module.weight) for layer in layers) <= dense_up_to
+    linear = _is_linear_network(layers)
+    smooth = (small or linear) and in_one_piece(own, outputs, random_outputs(own, outputs))
+    if linear and smooth and _is_full(own, outputs, ignored):
         return _of_linear_network(layers, inputs, ignored)
     nullities = [layer_nullity(layers, i, inputs, pattern) for i in range(len(layers))]
     causes = {"first layer": nullities[0][0], "later layers": sum(total for total, _ in nullities[1:])}
     causes |= _ignored_causes(ignored, features=nullities[-1][1], bias=False)
     known = sum(causes.values())
-    whole, sure = None, False
-    if sum(layer.columns * len(layer.module.weight) for layer in layers) <= dense_up_to:
-        basis, certain = first_basis(layers, inputs, pattern)
-        analytic, exact = (own, True) if smooth else _surrogate(own, outputs)
-        if analytic is not None:
-            scale = natural_scale(analytic, outputs)
-            whole = generic_nullity(layers, pattern, basis, analytic, scale=scale, at_least=known)
-            sure = certain and exact
+    if not small:
+        return StructuralFloor(known, causes, False)
+    analytic, exact = (own, True) if smooth else _surrogate(own, outputs)
+    if analytic is None:
+        return StructuralFloor(known, causes, False)
+    basis, certain = first_basis(layers, inputs, pattern)
+    scale = natural_scale(analytic, outputs)
+    whole = generic_nullity(layers, pattern, basis, analytic, scale=scale, at_least=known)
     if whole is None:
         return StructuralFloor(known, causes, False)
-    return StructuralFloor(whole, causes | {"mixing": whole - known}, sure)
+    return StructuralFloor(whole, causes | {"mixing": whole - known}, certain and exact)
 
 
 def null_vectors(model: nn.Module, data: Any, loss: Loss) -> Tensor:
@@ -277,7 +281,8 @@ def _of_linear_network(layers: Sequence[Layer], inputs: Tensor, ignored: Ignored
 
 def _examples(data: Any, loss: Loss) -> tuple[Tensor, OutputLoss]:
     """All inputs [N, ...], floating ones in float64, and the loss on all targets."""
-    batches = [example_batch(raw) for raw in read_data(data, closure=False)]
+    with seeded(0, torch.device("cpu")):  # a DataLoader draws whenever it is read
+        batches = [example_batch(raw) for raw in read_data(data, closure=False)]
     if not all(isinstance(b.inputs, Tensor) and isinstance(b.targets, Tensor) for b in batches):
         raise DataError("the structural floor needs inputs and targets that are tensors")
     if not sum(len(batch.inputs) for batch in batches):

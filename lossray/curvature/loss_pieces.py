@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lossray.curvature.output_loss import MOST_OUTPUTS, OutputLoss, noise_like, norm
+from lossray.errors import ModelError
 
 POINTS, HALVINGS = 65, 40  # on the way between two sets of outputs
 ROUNDING = 1e-10  # share of the largest slope or curvature that no change is told from
@@ -33,7 +34,10 @@ def in_one_piece(own: OutputLoss, start: Tensor, end: Tensor) -> bool:
         found = own.product(outputs, direction) if which else own.gradient(outputs)
         return found.flatten(1)
 
-    return all(_is_continuous(partial(field, which), len(start), start.device) for which in (0, 1))
+    try:
+        return all(_is_continuous(partial(field, which), len(start), start.device) for which in (0, 1))
+    except ModelError:  # it takes no random outputs, as one of probabilities
+        return False
 
 
 def _is_continuous(field: Callable[[Tensor], Tensor], n: int, device: torch.device) -> bool:

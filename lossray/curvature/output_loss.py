@@ -108,11 +108,14 @@ def random_outputs(own: OutputLoss, like: Tensor, *, draw: int = 0) -> Tensor:
 def natural_scale(own: OutputLoss, like: Tensor) -> float:
     """Size of outputs at which the loss is far from saturated: 1, or that of the targets of a regression."""
     zero, direction = torch.zeros_like(like), noise_like(like, 0)
-    bent = norm(own.product(zero, direction))
-    scale = norm(own.gradient(zero)) / bent if bent > 0 else 1.0
-    if not (0 < scale < math.inf) or 1 / ALIKE <= scale <= ALIKE:
+    try:
+        bent = norm(own.product(zero, direction))
+        scale = norm(own.gradient(zero)) / bent if bent > 0 else 1.0
+        if not (0 < scale < math.inf) or 1 / ALIKE <= scale <= ALIKE:
+            return 1.0
+        there = norm(own.product(scale * direction, direction))
+    except ModelError:  # it takes no such outputs, as one of probabilities
         return 1.0
-    there = norm(own.product(scale * direction, direction))
     return scale if bent / 10 < there < 10 * bent else 1.0
 
 
@@ -143,14 +146,16 @@ def ignored_directions(own: OutputLoss, outputs: Tensor) -> Ignored:
     nothing = torch.zeros(0, classes, dtype=torch.float64, device=outputs.device)
     if outputs.ndim < 2 or not outputs.is_floating_point():
         return Ignored(nothing, nothing)
-    bases = _bases(own, outputs)
-    slopes = [own.gradient(base) for base in bases]
+    try:
+        bases = _bases(own, outputs)
+        slopes = [own.gradient(base) for base in bases]
+    except ModelError:  # it takes no random outputs, as one of probabilities
+        return Ignored(nothing, nothing)
     if not all(bool(torch.isfinite(slope).all()) for slope in slopes):
         return Ignored(nothing, nothing)
-    each = _null_space(torch.cat([slope.reshape(-1, classes) for slope in slopes]))
+    each = _null_space([slope.reshape(-1, classes) for slope in slopes])
     sums = [slope.reshape(len(slope), -1, classes).sum(dim=1) for slope in slopes]
-    sizes = [_sizes(slope) for slope in slopes]
-    common = each if outputs.ndim == 2 else _null_space(torch.cat(sums), torch.cat(sizes))
+    common = each if outputs.ndim == 2 else _null_space(sums, [_sizes(slope) for slope in slopes])
     noise = noise_like(outputs[..., :1], 1)
     kept = each if _stays(own, bases, [noise * u for u in each]) else nothing
     same = common if _stays(own, bases, [torch.ones_like(noise) * u for u in common]) else nothing
@@ -168,23 +173,33 @@ def _bases(own: OutputLoss, outputs: Tensor) -> list[Tensor]:
     return [*more, *(base for base in (outputs, wide) if bool(torch.isfinite(own.gradient(base)).all()))]
 
 
-def _null_space(rows: Tensor, sizes: Tensor | None = None) -> Tensor:
-    """Orthonormal directions [n, C] to which all ``rows`` are perpendicular, each weighed by its own size."""
-    sizes = _sizes(rows) if sizes is None else sizes
-    large = sizes > LARGE * sizes.max()  # those of saturated examples are rounding
-    used = rows[large] / sizes[large, None]
-    classes = rows.shape[1]
+def _null_space(parts: Sequence[Tensor], sizes: Sequence[Tensor] | None = None) -> Tensor:
+    """Orthonormal directions [n, C] to which all rows of the ``parts`` are perpendicular.
+
+    Args:
+        parts: [rows, C] each.
+        sizes: [rows] each, by which the rows are weighed; by default their lengths.
+    """
+    sizes = [_sizes(rows) for rows in parts] if sizes is None else sizes
+    used = [_scaled(rows, own) for rows, own in zip(parts, sizes, strict=True)]
+    some, classes = parts[0], parts[0].shape[1]
     if classes > MOST_OUTPUTS:
-        ones = torch.full((1, classes), classes**-0.5, dtype=rows.dtype, device=rows.device)
-        return ones if bool(((used @ ones.T).abs() <= IGNORED).all()) else ones[:0]
-    if len(used) > classes:
-        used = torch.linalg.qr(used, mode="r").R
-    if not len(used):
-        return torch.eye(classes, dtype=rows.dtype, device=rows.device)
-    _, values, vectors = torch.linalg.svd(used)
-    rank = int((values > IGNORED * len(rows) ** 0.5).sum())
+        ones = torch.full((1, classes), classes**-0.5, dtype=some.dtype, device=some.device)
+        return ones if all(bool(((rows @ ones.T).abs() <= IGNORED).all()) for rows in used) else ones[:0]
+    count = sum(len(rows) for rows in used)
+    if not count:
+        return torch.eye(classes, dtype=some.dtype, device=some.device)
+    joined = torch.cat([torch.linalg.qr(rows, mode="r").R if len(rows) > classes else rows for rows in used])
+    _, values, vectors = torch.linalg.svd(joined)
+    rank = int((values > IGNORED * count**0.5).sum())
     rest: Tensor = vectors[rank:]
     return rest
+
+
+def _scaled(rows: Tensor, sizes: Tensor) -> Tensor:
+    """Rows over their sizes, without those of saturated examples, which are rounding."""
+    large = sizes > LARGE * sizes.max()
+    return rows[large] / sizes[large, None]
 
 
 def _stays(own: OutputLoss, bases: Sequence[Tensor], shifts: Sequence[Tensor]) -> bool:

@@ -13,7 +13,7 @@ from lossray.curvature.degeneracy import dense_matrices
 from lossray.curvature.objectives import StackObjective, mean_losses
 from lossray.curvature.operators import PackedHessian
 
-TARGET = 1e-8  # |g| of a critical point
+TARGET = 1e-8  # |g| of a critical point, against |lambda|max times |theta| (or 1)
 CLOSE = 1e-4  # largest Newton step near one, against |theta|: where the loss vanishes at infinity none is
 CURVED = 1e-9  # share of |lambda|max below which a direction counts as flat in that step
 MOST_STEPS = 60
@@ -29,7 +29,8 @@ def polish(objective: StackObjective) -> Tensor:
         objective: R members, small enough that their Hessians are formed; evaluated in float64.
 
     Returns:
-        Parameters [R, d] float64 with |g| < 1e-8; NaN for a member that gets to no such point, or is dead.
+        Parameters [R, d] float64 with |g| < 1e-8 |lambda|max max(1, |theta|); NaN for a member that gets to
+        no such point, or is dead.
     """
     exact = objective.to(torch.float64)
     found = [_polished(exact.member(r)) for r in range(len(exact.theta))]
@@ -55,15 +56,15 @@ def _polished(objective: StackObjective) -> Tensor:
         slopes = vectors.T @ gradient
         curved = values.abs() > CURVED * scale
         newton = torch.linalg.vector_norm(slopes[curved] / values[curved])
-        near = float(newton) <= CLOSE * max(1.0, float(torch.linalg.vector_norm(theta)))
+        size = max(1.0, float(torch.linalg.vector_norm(theta)))
         norm = float(torch.linalg.vector_norm(gradient))
-        critical = near and norm < TARGET
+        critical = float(newton) <= CLOSE * size and norm < TARGET * scale * size
         if critical and norm > before / 2:
             return theta[0]  # down to rounding: what is null only here is null as far as can be seen
         before = norm
         for _ in range(MOST_TRIALS):
             step = -vectors @ (slopes / (values.abs() + damping))
-            if float(mean_losses(here, theta + step)[0]) <= loss * (1 + 4e-16):
+            if float(mean_losses(here, theta + step)[0]) <= loss + 4e-16 * abs(loss):
                 break
             damping *= FACTOR
         else:

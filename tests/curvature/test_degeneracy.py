@@ -311,6 +311,13 @@ def test_quadrature_counts_come_with_an_error_that_covers_the_truth():
             assert count.rank is None
 
 
+@pytest.mark.parametrize("turn", range(4))
+def test_a_quadrature_counts_what_equals_a_threshold_below_it(turn):
+    matrices = symmetric([1e-2, -1e-2, 0.1, 0.1, 0.5, 1.0], seed=turn)[0][None]
+    (counts,) = quadrature_counts(MatrixOperator(matrices), probes=1, steps=8, seeds=[0])
+    assert [(count.nullity, count.rank_at_least) for count in counts] == [(4, 2), (2, 4)]
+
+
 def test_quadrature_of_a_dead_member_is_empty_and_a_known_scale_is_used():
     matrices, _ = prescribed()
     alive = torch.tensor([False, True])

@@ -201,8 +201,12 @@ def test_layers_with_other_parameters_have_a_lower_bound_or_are_refused_by_name(
     assert found.structural_nullity == floor.dimension <= found.nullity
 
 
-def test_a_hook_that_changes_the_outputs_is_seen():
+@pytest.mark.parametrize("size", [1e-12, 1.0])
+def test_a_hook_that_changes_the_outputs_is_seen(size):
     model, data = chain([5, 4, 3], nn.Tanh), (noise(30, 5), classes(30, below=3))
+    with torch.no_grad():
+        for parameter in model[2].parameters():
+            parameter *= size
     model.register_forward_hook(lambda *args: args[2] ** 2)
     floor = structural_floor(model, data, F.cross_entropy)
     assert (floor.dimension, floor.complete) == (0, False)

@@ -135,6 +135,15 @@ def test_weights_of_examples_count():
     torch.testing.assert_close(own.gradient(outputs), expected)
 
 
+def test_a_loss_that_takes_no_random_outputs_ignores_nothing_and_has_a_quadratic():
+    own = OutputLoss(F.binary_cross_entropy, (VALUES > 0).double())
+    outputs = noise(N, C).sigmoid()
+    assert len(ignored_directions(own, outputs).common) == 0
+    assert not in_one_piece(own, outputs, random_outputs(own, outputs))
+    quadratic = taylor_loss(own, outputs)
+    assert not quadratic.quadratic
+
+
 def test_a_loss_that_cannot_be_differentiated_twice_is_refused_in_a_line():
     own = OutputLoss(F.multi_margin_loss, LABELS)
     with pytest.raises(ModelError, match="cannot be differentiated twice") as caught:

@@ -33,6 +33,16 @@ def test_least_squares_is_solved():
     torch.testing.assert_close(found, expected.expand(2, -1), rtol=1e-6, atol=1e-7)
 
 
+def test_the_scale_of_the_loss_decides_nothing():
+    plain, _ = objective({"name": "mlp", "widths": [2], "activation": "tanh"}, mse, n=40)
+    found = polish(plain)
+    for scale in (1e-9, 1e9):
+        scaled, _ = objective(
+            {"name": "mlp", "widths": [2], "activation": "tanh"}, lambda o, t, s=scale: s * mse(o, t), n=40
+        )
+        torch.testing.assert_close(polish(scaled)[:1], found[:1], rtol=1e-5, atol=1e-6)
+
+
 def test_near_a_teacher_the_symmetry_adds_null_directions_at_the_critical_point():
     """SCIENCE 2.1: H K_j theta = -K_j g, so that K_j theta is null there, one for each relu unit."""
     table = {"name": "mlp", "widths": [3]}
