@@ -4,6 +4,9 @@ BIN := .venv/bin
 OUT ?= out/quick
 INSTALLED := .venv/.installed
 PEERS := .venv/.peers
+# Rooms whose numbers hang on how a processor computes, and the instructions that every x86-64 processor has.
+NUMERICAL := $(addprefix tests/,curvature geometry networks training storage study connectivity ensembles findings)
+OLDEST := ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41
 
 .PHONY: demo test test-slow check docs benchmarks clean
 
@@ -17,6 +20,7 @@ test: $(INSTALLED) check
 
 test-slow: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(OLDEST) $(BIN)/python -m pytest -m "not slow and not ray and not cluster" $(NUMERICAL)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check
