@@ -161,7 +161,7 @@ def _trial(name: str, outputs: Tensor, targets: Tensor) -> str | None:
         return f"{name!r} on {shapes}: {failure(error)}"
     if not torch.allclose(once, twice, rtol=1e-3, atol=0, equal_nan=True):
         return (
-            f"{name!r} gives {float(once):.4g} for two examples and {float(twice):.4g} for the same examples "
+            f"{name!r} gives {float(once):.4g} for a few examples and {float(twice):.4g} for the same "
             "twice; allowed: the mean over examples"
         )
     if not torch.allclose(once, each.mean(), rtol=1e-3, equal_nan=True):

@@ -226,9 +226,11 @@ def _check_arguments(settings: FunctionSettings, function: Callable[..., object]
 
 def _examples(settings: FunctionSettings, pair: object, name: str) -> Examples:
     if not isinstance(pair, tuple | list) or len(pair) != 2:
+        drawn = hasattr(pair, "__getitem__") or hasattr(pair, "__iter__")  # a Dataset or a DataLoader
+        remedy = " as whole tensors" if drawn and not isinstance(pair, tuple | list) else ""
         raise DataError(
-            f"{settings.source} returned {type(pair).__name__} for {name or 'its '}data; "
-            "expected (inputs, targets), or a mapping of 'train', 'validation' and 'test' to such pairs"
+            f"{settings.source} returned {type(pair).__name__} for {name or 'its '}data; expected (inputs, "
+            f"targets){remedy}, or a mapping of 'train', 'validation' and 'test' to such pairs"
         )
     inputs = _inputs(pair[0], f"{settings.source}: {name}inputs")
     targets = _array(pair[1], f"{settings.source}: {name}targets")
@@ -283,7 +285,9 @@ def _array(value: object, what: str) -> Array:
     if array.dtype.kind in "bui":
         return np.array(array, dtype=np.int64, order="C")  # a copy: the function may keep and change its own
     if array.dtype.kind != "f":
-        raise DataError(f"{what} have dtype {array.dtype}; expected floats or integers")
+        words = array.dtype.kind in "UO" and what.endswith("targets")
+        remedy = ", such as np.unique(labels, return_inverse=True)[1]" if words else ""
+        raise DataError(f"{what} have dtype {array.dtype}; expected floats or integers{remedy}")
     array = np.array(array, dtype=np.float64, order="C")
     bad = np.flatnonzero(~np.isfinite(array.reshape(len(array), -1)).all(axis=1))
     if len(bad):

@@ -129,3 +129,17 @@ def test_accuracy_is_of_classes_and_their_outputs(outputs, targets, accuracy):
     _, found = evaluate_split(Outputs(torch.tensor(outputs)), torch.zeros(2, 1), {}, loss, Examples)
     assert found.tolist() == pytest.approx([torch.nan if accuracy is None else accuracy] * 2, nan_ok=True)
     assert shapes == {(torch.tensor(outputs).shape, (3,))}
+
+
+def test_words_and_data_loaders_are_told_what_to_return(tmp_path):
+    (tmp_path / "lossray_test_targets.py").write_text(
+        MODULE + "def words():\n    return X, np.resize(['u', 'v'], N)\n"
+        "def loader():\n"
+        "    data = torch.utils.data.TensorDataset(torch.tensor(X), torch.arange(N) % 2)\n"
+        "    return torch.utils.data.DataLoader(data)\n"
+    )
+    sys.modules.pop("lossray_test_targets", None)
+    with pytest.raises(DataError, match=r"targets have dtype <U1; .* np\.unique\(labels, return_"):
+        load("words")
+    with pytest.raises(DataError, match=r"returned DataLoader .*\(inputs, targets\) as whole tensors"):
+        load("loader")
