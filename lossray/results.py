@@ -182,7 +182,13 @@ def open_study(out: str | Path) -> StudyResults:
         StoreError: there is no store.
     """
     store = Store(str(out))
-    if not (store.exists("manifest.json") or store.committed_keys()):  # `lossray spectrum` writes none
+    try:
+        there = store.exists("manifest.json") or bool(
+            store.committed_keys()
+        )  # `lossray spectrum` writes none
+    except OSError as error:  # a file, or a folder that may not be read
+        raise StoreError(f"{store.url} is no store of a study: {error.strerror or error}") from error
+    if not there:
         raise StoreError(
             f"{store.url} is no store of a study: it has no manifest.json, which `lossray run` writes first"
         )
