@@ -15,7 +15,7 @@ from flows.driver import WAIT_SECONDS, Driver
 from flows.freeze import decide, study_device
 from flows.interrupt import Interrupt
 from flows.ledger import Ledger
-from flows.notes import keep_notes, kept_notes, notes_of
+from flows.notes import keep_notes, notes_of
 from flows.plan import Plan, make_plan
 from flows.progress import duration
 from flows.serial import run_serially
@@ -109,10 +109,9 @@ def run_study(
     for line in [*notes, *other_versions(request.manifest)]:
         _say(f"note: {line}")
     if is_complete(request):
-        if not is_recorded(request) or kept_notes(request.store) != notes:
+        if not is_recorded(request):
             with Lease(request.store):
                 freeze(request, try_settings(request, "cpu"))
-                keep_notes(request.store, notes)
         _say(f"{request.store.url} is complete: nothing to do")
         return DONE
     if request.edited:
