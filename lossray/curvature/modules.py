@@ -98,10 +98,10 @@ class ModuleObjective:
 
     @property
     def source(self) -> tuple[nn.Module, Loss, Iterable[Any]] | None:
-        """Model, loss and data as they were given; None with a closure, or in train mode."""
-        if self.loss is None or self.train:
+        """Model and data as they were given, and the loss in any dtype; None with a closure, in train mode."""
+        if self._loss is None or self.train:
             return None
-        return self._model, self.loss, self._data
+        return self._model, self._loss, self._data
 
     def to(self, dtype: torch.dtype) -> "ModuleObjective":
         """The same objective in another dtype, from the original parameters and data."""

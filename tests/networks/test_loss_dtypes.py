@@ -95,3 +95,12 @@ def test_losses_have_the_names_that_their_users_gave_them():
     assert loss_name(nn.BCEWithLogitsLoss()) == "BCEWithLogitsLoss"
     assert loss_name(lambda o, t: o) == "lambda"
     assert loss_name(in_dtype_of_outputs(nn.NLLLoss())) == "NLLLoss"
+
+
+def test_degeneracy_of_a_model_whose_loss_holds_float32():
+    """Its floor is looked for in float64."""
+    found, expected = (
+        lossray.degeneracy(lossray.Hessian(net(), own, (X, Y), dtype=D)) for own in LOSSES["module"]
+    )
+    assert found.structural_nullity is not None
+    assert (found.structural_nullity, found.nullity) == (expected.structural_nullity, expected.nullity)
