@@ -98,7 +98,7 @@ class ModuleObjective:
 
     @property
     def source(self) -> tuple[nn.Module, Loss, Iterable[Any]] | None:
-        """Model and data as they were given, and the loss in any dtype; None with a closure, in train mode."""
+        """Model and data as given, and the loss for any dtype; None with a closure, or in train mode."""
         if self._loss is None or self.train:
             return None
         return self._model, self._loss, self._data
