@@ -146,7 +146,8 @@ class Node:
         module: the layer of the user's own model; None for a call.
         inputs: names of the nodes whose values it takes, in order.
         function: gives the node's value from those of ``inputs``; a call keeps the mode (``self.training``)
-            that the model had when the graph was made.
+            that the model had when the graph was made. An input gives its default.
+        pooled: of a pool, how many spatial axes it averages over.
     """
 
     name: str
@@ -154,6 +155,7 @@ class Node:
     module: nn.Module | None
     inputs: tuple[str, ...]
     function: Callable[..., Any]
+    pooled: int = 0
 
 
 def graph_of(model: nn.Module) -> tuple[Node, ...]:
@@ -245,9 +247,11 @@ def _nodes(
     if node.op == "call_module":
         module = modules[str(node.target)]
         kind = _kind_of_layer(module) if len(inputs) == 1 and not node.kwargs else "other"
-        yield Node(name, kind, module, inputs, _call_of(node, module))
-    elif node.op in ("placeholder", "output"):
-        yield Node(name, "input" if node.op == "placeholder" else "output", None, inputs, _identity)
+        yield Node(name, kind, module, inputs, _call_of(node, module), _pooled(kind, type(module).__name__))
+    elif node.op == "placeholder":
+        yield Node(name, "input", None, inputs, _given(node))
+    elif node.op == "output":
+        yield Node(name, "output", None, inputs, _identity)
     elif node.op == "get_attr":
         owner, _, attribute = str(node.target).rpartition(".")
         tensor = getattr(modules[owner], attribute, None)
@@ -257,25 +261,44 @@ def _nodes(
     else:
         kind = _kind_of_call(node, operands)
         if kind == "flatten":
-            yield Node(name, kind, None, inputs[:1], _flatten)
+            call = _call_of(node, None) if len(inputs) == 1 else _flatten
+            yield Node(name, kind, None, inputs[:1], call)
         elif kind == "mean" and _is_spatial_mean(node, spatial.get(inputs[0], 0)):
             dims = tuple(range(2, 2 + spatial[inputs[0]]))
-            yield Node(name, "pool", None, inputs, lambda x: x.mean(dim=dims, keepdim=True))
+            yield Node(name, "pool", None, inputs, lambda x: x.mean(dim=dims, keepdim=True), len(dims))
             if not _argument(node, 2, "keepdim", False):
                 yield Node(f"{name}.flatten", "flatten", None, (name,), _flatten)
         else:
-            yield Node(name, "other" if kind == "mean" else kind, None, inputs, _call_of(node, None))
+            kind, called = "other" if kind == "mean" else kind, getattr(node.target, "__name__", "")
+            yield Node(name, kind, None, inputs, _call_of(node, None), _pooled(kind, called))
+
+
+def _pooled(kind: str, name: str) -> int:
+    """The spatial axes of a pool that is named "AvgPool2d" or "avg_pool2d"."""
+    return int(name[-2]) if kind in ("pool", "maxpool") and name[-1:] == "d" and name[-2:-1].isdigit() else 0
+
+
+def _given(node: fx.Node) -> Callable[..., Any]:
+    """The value of an input, or its default."""
+    return lambda *values: values[0] if values else next(iter(node.args), None)
 
 
 def _kind_of_layer(module: nn.Module) -> str:
-    """By the forward that it runs: a subclass with one of its own may do anything."""
+    """By the forward that it runs: a subclass or a module with one of its own may do anything."""
     for kind, classes in _MODULES.items():
         for base in classes:
             if isinstance(module, base) and type(module).forward is base.forward:
                 part = isinstance(module, nn.Flatten) and [module.start_dim, module.end_dim] != [1, -1]
                 pair = kind == "maxpool" and getattr(module, "return_indices", False)
-                return "other" if part or pair or parametrize.is_parametrized(module) else kind
+                own = "forward" in vars(module) or type(module).__call__ is not nn.Module.__call__
+                return "other" if part or pair or own or not _holds_its_weights(module) else kind
     return "other"
+
+
+def _holds_its_weights(module: nn.Module) -> bool:
+    """Whether weight and bias are parameters, and not made from others when they are needed."""
+    made = [name for name in ("weight", "bias") if isinstance(vars(module).get(name), Tensor)]
+    return not made and not parametrize.is_parametrized(module)
 
 
 def _kind_of_call(node: fx.Node, operands: tuple[fx.Node, ...]) -> str:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lossray.networks.architecture import Node
+from lossray.networks.hooks import made_by
+from lossray.networks.observed import Observed
 
 
 @dataclass(frozen=True)
@@ -149,8 +151,24 @@ def summed(walk: Walk, node: Node, inputs: Sequence[Channels | None]) -> Channel
 
 
 def described(node: Node) -> str:
-    """A node in a message: its name, and the class of its layer."""
-    return node.name if node.module is None else f"{node.name} ({type(node.module).__name__})"
+    """A node in a message: its name, the class of its layer, and what makes that layer's weights."""
+    if node.module is None:
+        return node.name
+    maker = made_by(node.module)
+    return f"{node.name} ({type(node.module).__name__}{f' with {maker}' if maker else ''})"
+
+
+def axes_of(seen: Observed, name: str, value: Channels | None) -> int | None:
+    """Number of axes of a node's value, of which ``value`` says where the channels are; None if unknown."""
+    known = seen.rank(name)
+    if known is not None or value is None:
+        return known
+    return {"channel": 2 + value.spatial, "blocks": 2, "tiles": 2}.get(value.axis)
+
+
+def pooled(node: Node, value: Channels) -> bool:
+    """Whether a pool leaves the channels where they are: it takes the axes after them."""
+    return value.axis == "channel" and node.pooled == value.spatial
 
 
 def fix_shared_and_frozen(

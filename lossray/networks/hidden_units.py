@@ -9,36 +9,42 @@ import torch
 from torch import Tensor, nn
 
 from lossray.errors import ModelError
-from lossray.networks.architecture import Node, graph_of
+from lossray.networks.architecture import Node
 from lossray.networks.channels import (
     Channels,
     HiddenGroup,
     Walk,
+    axes_of,
     described,
     fix_shared_and_frozen,
     flattened,
     free_groups,
     layer,
+    pooled,
     summed,
 )
 from lossray.networks.layout import uncompiled
+from lossray.networks.observed import REMEDY, Observed
 
 
-def hidden_groups(model: nn.Module) -> tuple[HiddenGroup, ...]:
+def hidden_groups(model: nn.Module, seen: Observed) -> tuple[HiddenGroup, ...]:
     """The groups of rescalable channels, in the order of the graph.
 
     With a norm layer its affine parameters are the incoming weights, and the layer before it is left alone.
     Affine parameters without an activation behind them (pre-norm attention) make no hidden units.
 
+    Args:
+        model: any module.
+        seen: its graph at work.
+
     Raises:
         ModelError: there are none; the message names the layer that breaks the symmetry.
     """
-    graph = graph_of(model)
     walk = Walk()
     values: dict[str, Channels | None] = {}
-    for node in graph:
-        values[node.name] = _step(walk, node, [values[name] for name in node.inputs])
-    fix_shared_and_frozen(walk, uncompiled(model), graph)
+    for node in seen.graph:
+        values[node.name] = _step(walk, node, [values[name] for name in node.inputs], seen)
+    fix_shared_and_frozen(walk, uncompiled(model), seen.graph)
     groups = tuple(group for _, group in free_groups(walk))
     if not groups:
         smooth = [reason for reason in walk.reasons if reason.startswith("activation")]
@@ -50,32 +56,34 @@ def hidden_groups(model: nn.Module) -> tuple[HiddenGroup, ...]:
     return groups
 
 
-def _step(walk: Walk, node: Node, inputs: list[Channels | None]) -> Channels | None:
+def _step(walk: Walk, node: Node, inputs: list[Channels | None], seen: Observed) -> Channels | None:
     """The channels of a node's value; None where nothing in it can be rescaled."""
     if node.kind in ("linear", "conv"):
         return layer(walk, node, inputs[0])
     if node.kind == "norm":
-        return _norm(walk, node, inputs[0])
+        return _norm(walk, node, inputs[0], axes_of(seen, node.inputs[0], inputs[0]))
     if node.kind == "add":
         return summed(walk, node, inputs)
     if node.kind in ("homogeneous", "dropout"):
         if node.kind == "homogeneous" and inputs[0] is not None and not isinstance(node.module, nn.Identity):
             walk.units.add(inputs[0].group)
         return inputs[0]
-    if node.kind in ("pool", "maxpool") and inputs[0] is not None and inputs[0].axis == "channel":
+    if node.kind in ("pool", "maxpool") and inputs[0] is not None and pooled(node, inputs[0]):
         return inputs[0]
-    if node.kind == "flatten" and inputs[0] is not None:
+    if node.kind == "flatten" and inputs[0] is not None and seen.flattens(node):
         return flattened(inputs[0])
     if node.kind == "smooth":
         walk.fix(inputs, f"activation {described(node)} is not positively homogeneous")
     elif node.kind == "other":
         walk.fix(inputs, f"{described(node)} is not known to be positively homogeneous")
+    elif node.kind == "flatten":
+        walk.fix(inputs, f"{described(node)} mixes channels with other axes" if any(inputs) else "")
     elif node.kind != "shape":
         walk.fix(inputs)
     return None
 
 
-def _norm(walk: Walk, node: Node, value: Channels | None) -> Channels | None:
+def _norm(walk: Walk, node: Node, value: Channels | None, axes: int | None) -> Channels | None:
     """The channels before a norm are fixed; its affine parameters begin a new group."""
     walk.fix([value])
     weight: Tensor | None = getattr(node.module, "weight", None)
@@ -83,9 +91,9 @@ def _norm(walk: Walk, node: Node, value: Channels | None) -> Channels | None:
     if weight is None:
         walk.reasons.append(f"{described(node)} has no affine parameters")
         return None
-    place = _normed_axis(node.module, value)
+    place = _normed_axis(node.module, value, axes)
     if place is None:
-        walk.reasons.append(f"{described(node)} normalises along axes whose channels are not known")
+        walk.reasons.append(f"{described(node)} normalises along axes whose channels are not known: {REMEDY}")
         return None
     axis, spatial = place
     count = len(weight)
@@ -94,17 +102,16 @@ def _norm(walk: Walk, node: Node, value: Channels | None) -> Channels | None:
     return Channels(group, count, axis, spatial)
 
 
-def _normed_axis(norm: nn.Module | None, value: Channels | None) -> tuple[str, int] | None:
-    """Axis of the affine parameters' channels, and the number of spatial axes; None where it is not known."""
+def _normed_axis(norm: nn.Module | None, value: Channels | None, axes: int | None) -> tuple[str, int] | None:
+    """Axis of the affine parameters' channels, and the number of spatial axes; None where it is not known.
+
+    All norms but LayerNorm have them along axis 1, whether that holds channels or tokens.
+    """
     if isinstance(norm, nn.LayerNorm):
         if value is not None and value.axis == "channel":
             whole = len(norm.normalized_shape) == 1 + value.spatial
             return ("channel", value.spatial) if whole else None
         return ("last", 0) if len(norm.normalized_shape) == 1 else None
-    if value is not None and value.axis == "channel":
-        return "channel", value.spatial
-    if isinstance(norm, nn.BatchNorm2d | nn.InstanceNorm2d):
-        return "channel", 2
-    if isinstance(norm, nn.BatchNorm3d | nn.InstanceNorm3d):
-        return "channel", 3
-    return None if value is None else ("last", 0)
+    if axes is None:
+        return None
+    return ("last", 0) if axes == 2 else ("channel", axes - 2)

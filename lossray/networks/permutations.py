@@ -5,27 +5,33 @@ parameters and running statistics move with the channels (Ainsworth et al., "Git
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from lossray.errors import ModelError
 from lossray.names import unknown_name
-from lossray.networks.architecture import Node, graph_of
+from lossray.networks.architecture import Node
 from lossray.networks.as_found import copied
 from lossray.networks.channels import (
     Channels,
     HiddenGroup,
     Walk,
+    axes_of,
     described,
     fix_shared_and_frozen,
     flattened,
     free_groups,
     layer,
+    pooled,
     summed,
 )
 from lossray.networks.layout import uncompiled
+from lossray.networks.observed import REMEDY, Observed, observe
+from lossray.seeds import generator
 
 Permutation = Sequence[int] | Tensor
 
@@ -57,11 +63,13 @@ class PermutationSymmetry:
         groups: number of channels of each.
         uses: the parameters and buffers in which its channels appear. A weight between two groups is in both.
         places: by name of a node of the model's graph, where its value holds a group's channels.
+        seen: the graph at work, and the inputs on which the symmetry was tried.
     """
 
     groups: dict[str, int]
     uses: dict[str, tuple[ChannelUse, ...]]
     places: dict[str, ChannelPlace]
+    seen: Observed = field(repr=False)
 
     def apply(self, tensors: Mapping[str, Tensor], permutations: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors after the permutations: what channel p[c] was, channel c becomes.
@@ -78,23 +86,30 @@ class PermutationSymmetry:
         return new
 
 
-def permutation_symmetry(model: nn.Module) -> PermutationSymmetry:
-    """The permutation symmetry of ``model``, derived from its operations.
+def permutation_symmetry(model: nn.Module, data: Any = None) -> PermutationSymmetry:
+    """The permutation symmetry of ``model``, derived from its operations and tried.
 
     Channels stay where they are if they reach the output, a grouped convolution, a group norm of several
     groups, a reshape, attention, or any operation that is not known; so do those with a weight that is frozen
-    or used in more than one place.
+    or used in more than one place. What is found is tried on a copy with other weights: the outputs must
+    stay.
+
+    Args:
+        model: left as it is.
+        data: some of its inputs, see `sample_of`; None: inputs that fit its layers are made up.
 
     Raises:
-        ModelError: nothing can be permuted; the message names what is in the way.
+        ModelError: nothing can be permuted, the message names what is in the way; the outputs depend on more
+            than the operations show; or no inputs are known.
+        DataError: data without inputs.
     """
-    graph = graph_of(model)
+    seen = observe(model, data)
     root = uncompiled(model)
     walk = Walk()
     values: dict[str, Channels | None] = {}
-    for node in graph:
-        values[node.name] = _step(walk, node, [values[name] for name in node.inputs])
-    fix_shared_and_frozen(walk, root, graph, buffers_change=True)
+    for node in seen.graph:
+        values[node.name] = _step(walk, node, [values[name] for name in node.inputs], seen)
+    fix_shared_and_frozen(walk, root, seen.graph, buffers_change=True)
     free = dict(free_groups(walk))
     if not free:
         causes = walk.reasons or ["it has no hidden layer"]
@@ -104,7 +119,7 @@ def permutation_symmetry(model: nn.Module) -> PermutationSymmetry:
             "the next layer"
         )
     names = {id(tensor): name for name, tensor in (*root.named_parameters(), *root.named_buffers())}
-    return PermutationSymmetry(
+    found = PermutationSymmetry(
         groups={group.name: group.count for group in free.values()},
         uses={group.name: _uses(group, names) for group in free.values()},
         places={
@@ -112,23 +127,31 @@ def permutation_symmetry(model: nn.Module) -> PermutationSymmetry:
             for name, value in values.items()
             if value is not None and walk.root(value.group) in free
         },
+        seen=seen,
     )
+    draw = generator(0, "tried permutations")
+    seen.require_kept(model, lambda own: permuted(own, found, _drawn(found, draw)))
+    return found
 
 
-def permute(model: nn.Module, permutations: Mapping[str, Permutation]) -> nn.Module:
+def permute(model: nn.Module, permutations: Mapping[str, Permutation], data: Any = None) -> nn.Module:
     """A copy of a model whose hidden channels have changed places: the same function.
 
     Args:
         model: left as it is.
         permutations: by name of the group, what channel becomes channel 0, 1, ... Groups without one stay.
+        data: some inputs of the model, on which it is checked that the function stays; see
+            `permutation_symmetry`.
 
     Returns:
         A new model in the same mode. The outputs change by rounding alone, as sums run in another order.
 
     Raises:
-        ModelError: nothing can be permuted, or a name or a permutation that cannot be used.
+        ModelError: nothing can be permuted, a name or a permutation that cannot be used, or the function
+            changes by more than rounding.
+        DataError: data without inputs.
     """
-    symmetry = permutation_symmetry(model)
+    symmetry = permutation_symmetry(model, data)
     if not isinstance(permutations, Mapping):
         raise ModelError(
             f"permute, permutations: found {type(permutations).__name__}; allowed: a dict, group to "
@@ -139,11 +162,24 @@ def permute(model: nn.Module, permutations: Mapping[str, Permutation]) -> nn.Mod
         if name not in symmetry.groups:
             raise ModelError(f"permute, group: {unknown_name(str(name), symmetry.groups)}")
         checked[name] = _checked(name, given, symmetry.groups[name])
+    symmetry.seen.require_kept(model, lambda own: permuted(own, symmetry, checked), as_it_is=True)
+    return permuted(model, symmetry, checked)
+
+
+def permuted(
+    model: nn.Module, symmetry: PermutationSymmetry, permutations: Mapping[str, Tensor]
+) -> nn.Module:
+    """A copy of a model after permutations that are known to be its own; nothing is checked."""
     new = copied(uncompiled(model))
     own = {name: tensor.detach() for name, tensor in (*new.named_parameters(), *new.named_buffers())}
-    for name, tensor in symmetry.apply(own, checked).items():
+    for name, tensor in symmetry.apply(own, permutations).items():
         own[name].copy_(tensor)
     return new
+
+
+def _drawn(symmetry: PermutationSymmetry, draw: torch.Generator) -> dict[str, Tensor]:
+    """A random permutation of each group."""
+    return {name: torch.randperm(count, generator=draw) for name, count in symmetry.groups.items()}
 
 
 def _moved(tensor: Tensor, elements: Tensor, permutation: Tensor) -> Tensor:
@@ -178,14 +214,14 @@ def _checked(name: str, given: Permutation, count: int) -> Tensor:
     return values.long()
 
 
-def _step(walk: Walk, node: Node, inputs: list[Channels | None]) -> Channels | None:
+def _step(walk: Walk, node: Node, inputs: list[Channels | None], seen: Observed) -> Channels | None:
     """The channels of a node's value; None where there are none that could be permuted."""
     if node.kind == "linear" or (node.kind == "conv" and getattr(node.module, "groups", 1) == 1):
         return layer(walk, node, inputs[0])
     if node.kind == "add":
         return summed(walk, node, inputs)
     if node.kind in ("smooth", "homogeneous", "dropout", "norm", "pool", "maxpool", "flatten"):
-        return None if inputs[0] is None else _through(walk, node, inputs[0])
+        return None if inputs[0] is None else _through(walk, node, inputs[0], seen)
     if node.kind == "conv":
         walk.fix(inputs, f"{described(node)} is a grouped convolution")
     elif node.kind == "other":
@@ -195,13 +231,25 @@ def _step(walk: Walk, node: Node, inputs: list[Channels | None]) -> Channels | N
     return None
 
 
-def _through(walk: Walk, node: Node, value: Channels) -> Channels | None:
+def _through(walk: Walk, node: Node, value: Channels, seen: Observed) -> Channels | None:
     """An operation that every channel goes through in the same way, but for tensors that move with it."""
-    if node.kind == "flatten":
+    if node.kind == "flatten" and seen.flattens(node):
         return flattened(value)
-    if node.kind in ("pool", "maxpool") and value.axis != "channel":
+    if node.kind == "flatten":
+        walk.fix([value], f"{described(node)} mixes channels with other axes")
+        return None
+    if node.kind in ("pool", "maxpool") and not pooled(node, value):
         walk.fix([value], f"{described(node)} pools an axis of channels")
         return None
+    if _takes_axis_1(node.module) and value.axis != "channel":
+        axes = axes_of(seen, node.inputs[0], value)
+        if axes is None:
+            walk.fix(
+                [value], f"{described(node)} acts along axis 1, which may hold channels or not: {REMEDY}"
+            )
+            return None
+        if axes > 2:
+            return value  # along the tokens: all channels alike
     if node.kind == "norm" and not _treats_alike(node.module, value):
         walk.fix([value], f"{described(node)} does not normalise all channels alike")
         return None
@@ -215,6 +263,12 @@ def _through(walk: Walk, node: Node, value: Channels) -> Channels | None:
             return None
         walk.attach(value.group, (tensor, channels))
     return value
+
+
+def _takes_axis_1(module: nn.Module | None) -> bool:
+    """Whether a layer has parameters, statistics or groups along axis 1."""
+    norm = isinstance(module, _NormBase | nn.GroupNorm)
+    return norm or (isinstance(module, nn.PReLU) and module.num_parameters > 1)
 
 
 def _treats_alike(norm: nn.Module | None, value: Channels) -> bool:
@@ -241,6 +295,5 @@ def _channels_of(tensor: Tensor, value: Channels) -> Tensor | None:
     if value.axis == "channel":
         channels = torch.arange(value.count).view(-1, *(1 for _ in tensor.shape[1:]))
         return channels.expand_as(tensor) if len(tensor) == value.count else None
-    # Of a value [B, T, C] a batch norm has one entry a token: told from [B, C] by their number alone.
     along = value.along(tensor.shape[-1])
     return None if along is None else along.expand_as(tensor)

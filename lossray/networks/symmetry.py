@@ -4,14 +4,18 @@ Multiplying a hidden unit's incoming weights and bias by alpha > 0 and dividing 
 leaves the function as it is.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lossray.networks.balance import balanced_factors
+from lossray.networks.as_found import copied
 from lossray.networks.hidden_units import hidden_groups
-from lossray.networks.layout import Layout
+from lossray.networks.layout import Layout, layout_of, uncompiled
+from lossray.networks.observed import Observed, observe
+from lossray.seeds import generator
 
 
 @dataclass(frozen=True)
@@ -25,12 +29,14 @@ class RescalingSymmetry:
         outgoing: unit whose outgoing weights it belongs to, [d] int64; -1 for none.
         groups: the units of each hidden layer, by its name. Layers whose outputs are added share their units,
             under the name of the first; with a norm, it is the norm's name.
+        seen: the model's graph at work, and the inputs on which the symmetry was tried.
     """
 
     units: int
     incoming: Tensor
     outgoing: Tensor
     groups: dict[str, slice]
+    seen: Observed = field(repr=False)
 
     def diagonal(self, factors: Tensor) -> Tensor:
         """The gauge D = alpha_incoming / alpha_outgoing, [..., d], of factors alpha [..., units]."""
@@ -82,13 +88,23 @@ class RescalingSymmetry:
         return zeros.index_add_(-1, owner.to(values.device) + 1, values.double())[..., 1:]
 
 
-def rescaling_symmetry(model: nn.Module, layout: Layout) -> RescalingSymmetry:
-    """The rescaling symmetry of ``model`` in the coordinates of ``layout``, which is `layout_of(model)`.
+def rescaling_symmetry(model: nn.Module, layout: Layout, data: Any = None) -> RescalingSymmetry:
+    """The rescaling symmetry of ``model``, derived from its operations and tried.
+
+    What is found is tried on a copy with other weights: the outputs must stay.
+
+    Args:
+        model: left as it is.
+        layout: `layout_of(model)`, whose coordinates the symmetry is in.
+        data: some of its inputs, see `sample_of`; None: inputs that fit its layers are made up.
 
     Raises:
-        ModelError: no hidden layer can be rescaled; the message names the layer that breaks the symmetry.
+        ModelError: no hidden layer can be rescaled, the message names the layer that breaks the symmetry; the
+            outputs depend on more than the operations show; or no inputs are known.
+        DataError: data without inputs.
     """
-    hidden = hidden_groups(model)
+    seen = observe(model, data)
+    hidden = hidden_groups(model, seen)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     starts = torch.tensor([0, *layout.sizes]).cumsum(0).tolist()
     offsets = {id(parameter): start for parameter, start in zip(trainable, starts, strict=False)}
@@ -103,4 +119,19 @@ def rescaling_symmetry(model: nn.Module, layout: Layout) -> RescalingSymmetry:
             owners[start : start + use.tensor.numel()] = units + use.channels.reshape(-1)
         groups[group.name] = slice(units, units + group.count)
         units += group.count
-    return RescalingSymmetry(units, incoming, outgoing, groups)
+    found = RescalingSymmetry(units, incoming, outgoing, groups, seen)
+    tried = torch.randn(units, generator=generator(0, "tried factors"), dtype=torch.float64).exp()
+    seen.require_kept(model, lambda own: rescaled(own, found, tried))
+    return found
+
+
+def rescaled(model: nn.Module, symmetry: RescalingSymmetry, alpha: Tensor) -> nn.Module:
+    """A copy of a model whose units are rescaled by factors [units] float64; nothing is checked."""
+    layout = layout_of(uncompiled(model))
+    diagonals = layout.split(symmetry.diagonal(alpha))
+    new = copied(uncompiled(model))
+    trainable = [parameter for parameter in new.parameters() if parameter.requires_grad]
+    with torch.no_grad():
+        for parameter, diagonal in zip(trainable, diagonals.values(), strict=True):
+            parameter.copy_(parameter.double() * diagonal.to(parameter.device))
+    return new

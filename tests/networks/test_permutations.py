@@ -120,6 +120,10 @@ NETWORKS = {
         chain(conv, nn.SiLU(), nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(4, 3)),
         {"0": 4},
     ),
+    "norm of the tokens": (
+        chain(nn.Linear(8, 4), nn.BatchNorm2d(1), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3)),
+        {"0": 4},
+    ),
     "recurrent": (Recurrent, {"hidden": 5}),
     "grouped convolution": (
         chain(
@@ -246,7 +250,6 @@ def test_modes_dtype_and_requires_grad_stay_and_a_compiled_model_gives_a_plain_o
         ),
         (chain(conv, nn.Flatten(2), nn.MultiheadAttention(64, 2)), "not known to treat all channels alike"),
         (chain(nn.Flatten(), weight_norm(nn.Linear(64, 4)), nn.ReLU(), nn.Linear(4, 3)), "Parametrized"),
-        (chain(nn.Linear(8, 4), nn.BatchNorm2d(1), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3)), "not known"),
         (chain(nn.Linear(8, 4), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(8, 3)), "pools an axis of channels"),
         (
             chain(conv, nn.ReLU(), nn.Linear(8, 8), nn.Flatten()),
