@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lossray.connectivity.matching import Permutations, assignment
 from lossray.errors import ModelError
 from lossray.networks.architecture import Node, graph_of
-from lossray.networks.as_found import copied
+from lossray.networks.copies import double_copy
+from lossray.networks.observed import values_of
 from lossray.networks.permutations import ChannelPlace, PermutationSymmetry
 
 EXAMPLES_AT_ONCE = 256  # of which all activations are held
@@ -18,7 +20,7 @@ KINDS = ("linear", "conv", "norm", "homogeneous", "smooth", "add")  # what chang
 
 
 def activation_matching(
-    symmetry: PermutationSymmetry, model: nn.Module, to: nn.Module, inputs: Sequence[Tensor]
+    symmetry: PermutationSymmetry, model: nn.Module, to: nn.Module, inputs: Sequence[Any]
 ) -> Permutations:
     """The permutation of each group whose channels correlate most with those of ``to`` (2209.04836, 3.1).
 
@@ -30,12 +32,14 @@ def activation_matching(
         symmetry: of both models.
         model: what is to be permuted; evaluated in eval mode and float64, as is ``to``. Both are left alone.
         to: a model of the same architecture.
-        inputs: batches [B, ...].
+        inputs: batches, as `call_model` takes them, on the model's device.
 
     Raises:
-        ModelError: the architectures differ, or take several inputs.
+        ModelError: the architectures differ.
     """
-    twins = [copied(own).eval().double().to(inputs[0].device) for own in (model, to)]
+    twins = [double_copy(own) for own in (model, to)]
+    for twin in twins:
+        twin.to(next(twins[0].parameters()).device)
     graphs = [graph_of(twin) for twin in twins]
     if [(node.name, node.kind, node.inputs) for node in graphs[0]] != [
         (node.name, node.kind, node.inputs) for node in graphs[1]
@@ -44,7 +48,7 @@ def activation_matching(
     moments: dict[str, Moments] = {}
     with torch.no_grad():
         for batch in inputs:
-            for part in batch.split(EXAMPLES_AT_ONCE):
+            for part in _parts(batch):
                 _observe(symmetry, (graphs[0], graphs[1]), part, moments)
     gains = {g: torch.zeros(count, count, dtype=torch.float64) for g, count in symmetry.groups.items()}
     for node, place in symmetry.places.items():
@@ -92,11 +96,11 @@ class Moments:
 def _observe(
     symmetry: PermutationSymmetry,
     graphs: tuple[tuple[Node, ...], tuple[Node, ...]],
-    inputs: Tensor,
+    inputs: Any,
     moments: dict[str, Moments],
 ) -> None:
     """Add one batch to the moments, by name of the node."""
-    for (node, value), (_, other) in zip(*(_values(graph, inputs) for graph in graphs), strict=True):
+    for (node, value), (_, other) in zip(*(values_of(graph, inputs) for graph in graphs), strict=True):
         place = symmetry.places.get(node.name)
         if place is None or place.axis not in ("channel", "last") or node.kind not in KINDS:
             continue
@@ -104,16 +108,13 @@ def _observe(
         moments[node.name] = moments[node.name].merged(new) if node.name in moments else new
 
 
+def _parts(inputs: Any) -> Iterator[Any]:
+    """The inputs of a batch, some examples at a time."""
+    size = next(len(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
+    for start in range(0, size, EXAMPLES_AT_ONCE):
+        rows = slice(start, start + EXAMPLES_AT_ONCE)
+        yield tree_map(lambda leaf, own=rows: leaf[own] if isinstance(leaf, Tensor) else leaf, inputs)
+
+
 def _by_channel(value: Tensor, place: ChannelPlace) -> Tensor:
     return (value.movedim(1, -1) if place.axis == "channel" else value).flatten(0, -2)
-
-
-def _values(graph: tuple[Node, ...], inputs: Tensor) -> Iterator[tuple[Node, Any]]:
-    """Every node and its value, while that is fresh: a later node may change it in place."""
-    if [node.kind for node in graph].count("input") != 1:
-        raise ModelError("align, matching 'activations': the model takes several inputs; allowed: one tensor")
-    values: dict[str, Any] = {}
-    for node in graph:
-        own = (inputs,) if node.kind == "input" else tuple(values[name] for name in node.inputs)
-        values[node.name] = node.function(*own)
-        yield node, values[node.name]

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lossray.connectivity.activations import activation_matching
 from lossray.connectivity.matching import Permutations, weight_matching
@@ -18,16 +19,15 @@ from lossray.curvature.data import as_tensors, described, read_data
 from lossray.errors import DataError, ModelError, StudyError
 from lossray.names import unknown_name
 from lossray.networks.as_found import copied
+from lossray.networks.copies import double_copy
+from lossray.networks.function_change import require_kept
 from lossray.networks.layout import Layout, layout_of, require_module, tensors_of, uncompiled
-from lossray.networks.permutations import PermutationSymmetry, permutation_symmetry, permute
-from lossray.networks.rescaling import rescale
-from lossray.networks.symmetry import RescalingSymmetry, rescaling_symmetry
-from lossray.plugins import failure
+from lossray.networks.permutations import PermutationSymmetry, permutation_symmetry, permuted
+from lossray.networks.symmetry import RescalingSymmetry, rescaled, rescaling_symmetry
 
 Kind = Literal["permutation", "scale", "both"]
 Matching = Literal["weights", "activations"]
 
-LARGEST_CHANGE = 1e-9  # of the outputs, relative, in float64: rounding is some orders of magnitude below
 EXAMPLES_AT_ONCE = 1024  # in a forward pass
 NEEDED = "allowed: two models of one architecture"
 INPUTS = "allowed: inputs [B, ...], (inputs, targets), or a list of such pairs"
@@ -68,7 +68,7 @@ def align(
         model: left as it is.
         to: a model of the same architecture, left as it is.
         data: inputs [B, ...], (inputs, targets), or a list of such pairs: on them it is checked that the
-            function stays.
+            function stays; without them on inputs that fit the model's layers and are made up.
         kind: "permutation", "scale" (ReLU networks), or "both": what the architecture allows of the two.
         matching: units are matched by their "weights", or by their "activations" on the data.
 
@@ -77,8 +77,8 @@ def align(
         bring it closer is not used.
 
     Raises:
-        ModelError: the architectures differ or have no such symmetry, weights are not finite, or the function
-            changes by more than rounding.
+        ModelError: the architectures differ or have no such symmetry, weights are not finite, the function
+            changes by more than rounding, or no inputs are known on which to see that.
         DataError: no data for the activations, or data without inputs.
         StudyError: an unknown kind or matching.
     """
@@ -97,15 +97,15 @@ def aligned(
     inputs = () if data is None else tuple(_inputs(data, next(model.parameters()).device))
     if matching == "activations" and not inputs:
         raise DataError(f"align, matching 'activations': found no data; {INPUTS}")
-    task = _Task.of(model, to, kind)
+    task = _Task.of(model, to, kind, inputs[0] if inputs else None)
     found = min((task.placed(p) for p in _candidates(task, inputs, matching)), key=lambda one: one.distance)
     before = _distance(model, to)
-    new = _changed(model, found)
+    new = task.changed(model, found)
     distance = _distance(new, to)
     if distance > before:  # by the rounding of the weights
         found, new, distance = task.unmoved, copied(model), before
-    change = _function_change(model, found, inputs) if inputs else None
-    return Alignment(new, found.permutations, found.factors, before, distance, change)
+    change = task.function_change(found, inputs)
+    return Alignment(new, found.permutations, found.factors, before, distance, change if inputs else None)
 
 
 @dataclass(frozen=True)
@@ -130,19 +130,20 @@ class _Task:
     units: RescalingSymmetry | None
 
     @staticmethod
-    def of(model: nn.Module, to: nn.Module, kind: Kind) -> "_Task":
+    def of(model: nn.Module, to: nn.Module, kind: Kind, inputs: Any) -> "_Task":
         """Of two models of one architecture; with "both", one symmetry is enough."""
+        data = None if inputs is None else (inputs, None)
         layout = layout_of(model)
         channels, units = None, None
         if kind != "scale":
             try:
-                channels = permutation_symmetry(model)
+                channels = permutation_symmetry(model, data)
             except ModelError:
                 if kind == "permutation":
                     raise
         if kind != "permutation":
             try:
-                units = rescaling_symmetry(model, layout)
+                units = rescaling_symmetry(model, layout, data)
             except ModelError:
                 if channels is None:
                     raise
@@ -179,11 +180,36 @@ class _Task:
             thetas = thetas * self.units.diagonal(self.units.balance_factors(thetas))
             yield self.layout.split(thetas[0]), self.layout.split(thetas[1])
 
+    def changed(self, model: nn.Module, found: _Candidate) -> nn.Module:
+        """The model, or its copy in another dtype, after a candidate."""
+        new = model
+        if self.channels is not None:
+            new = permuted(new, self.channels, found.permutations)
+        if self.units is not None:
+            new = rescaled(new, self.units, torch.cat([found.factors[name] for name in self.units.groups]))
+        return new
+
+    def function_change(self, found: _Candidate, inputs: Sequence[Any]) -> float:
+        """Largest |f - f'| over largest |f|, in eval mode and float64; without inputs on made-up ones.
+
+        Raises:
+            ModelError: it is more than rounding, or the model cannot take the inputs.
+        """
+        symmetry = self.channels or self.units
+        assert symmetry is not None
+        seen = symmetry.seen
+        double = double_copy(self.model)
+        other = self.changed(double, found)
+        try:
+            return require_kept(double, other, inputs or seen.batches, eps=seen.eps)
+        except ModelError as error:
+            raise ModelError(f"align: {error}") from error
+
     def _joined(self, tensors: dict[str, Tensor]) -> Tensor:
         return torch.cat([tensors[name].reshape(-1) for name in self.layout.names])
 
 
-def _candidates(task: _Task, inputs: Sequence[Tensor], matching: Matching) -> Iterator[Permutations]:
+def _candidates(task: _Task, inputs: Sequence[Any], matching: Matching) -> Iterator[Permutations]:
     """Permutations to choose from."""
     yield task.unmoved.permutations
     if task.channels is None:
@@ -195,53 +221,24 @@ def _candidates(task: _Task, inputs: Sequence[Tensor], matching: Matching) -> It
             yield weight_matching(task.channels, source, target)
 
 
-def _changed(model: nn.Module, found: _Candidate) -> nn.Module:
-    new = permute(model, found.permutations) if found.permutations else copied(model)
-    return rescale(new, found.factors) if found.factors else new
-
-
-def _function_change(model: nn.Module, found: _Candidate, inputs: Sequence[Tensor]) -> float:
-    """Largest |f - f'| over largest |f|, in eval mode and float64.
-
-    Raises:
-        ModelError: it is more than rounding, or the model cannot take the inputs.
-    """
-    double = copied(model).eval().double()
-    other = _changed(double, found)
-    sizes = []
-    for part in [part for batch in inputs for part in batch.split(EXAMPLES_AT_ONCE)]:
-        before, after = _outputs(double, part), _outputs(other, part)
-        sizes.append(torch.stack([(after - before).abs().max(), before.abs().max()]))
-    difference, largest = torch.stack(sizes).amax(dim=0).tolist()  # NaN stays NaN
-    change = difference / largest if difference else 0.0
-    if not change <= LARGEST_CHANGE:
-        raise ModelError(
-            f"align: the outputs of {type(model).__name__} change by {change:.2g} of the largest, where "
-            f"{LARGEST_CHANGE:g} is allowed for rounding: they depend on more than its layers show"
-        )
-    return change
-
-
-@torch.no_grad()
-def _outputs(model: nn.Module, inputs: Tensor) -> Tensor:
-    try:
-        outputs = model(inputs)
-    except Exception as error:  # a user's forward may raise anything
-        raise ModelError(
-            f"align: {type(model).__name__} on inputs {list(inputs.shape)}: {failure(error)}"
-        ) from error
-    if not isinstance(outputs, Tensor):
-        raise ModelError(f"align: {type(model).__name__} returns {described(outputs)}; allowed: a tensor")
-    return outputs
-
-
-def _inputs(data: Any, device: torch.device) -> Iterator[Tensor]:
-    """The inputs of every batch, in float64 where they are floats."""
+def _inputs(data: Any, device: torch.device) -> Iterator[Any]:
+    """The inputs of every batch, in float64 where they are floats, in parts."""
     for raw in read_data(data):
         inputs = as_tensors(raw[0] if isinstance(raw, tuple | list) and raw else raw)
-        if not isinstance(inputs, Tensor) or inputs.ndim == 0 or len(inputs) == 0:
+        tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+        if not tensors or any(leaf.ndim == 0 or len(leaf) == 0 for leaf in tensors):
             raise DataError(f"align, data: found {described(inputs)}; {INPUTS}")
-        yield inputs.to(device, torch.float64 if inputs.is_floating_point() else inputs.dtype)
+        for start in range(0, len(tensors[0]), EXAMPLES_AT_ONCE):
+            yield _part(inputs, slice(start, start + EXAMPLES_AT_ONCE), device)
+
+
+def _part(inputs: Any, rows: slice, device: torch.device) -> Any:
+    def moved(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf[rows].to(device, torch.float64 if leaf.is_floating_point() else leaf.dtype)
+
+    return tree_map(moved, inputs)
 
 
 def _require_same_architecture(model: nn.Module, to: nn.Module) -> None:
