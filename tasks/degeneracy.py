@@ -180,7 +180,8 @@ def _with_symmetry(point: Point, member: Member) -> Member:
 def _symmetry(point: Point) -> RescalingSymmetry | None:
     """How units can be rescaled; None where they cannot."""
     try:
-        return rescaling_symmetry(point.stack.template, point.stack.layout)
+        data = (point.dataset.train.inputs, None)
+        return rescaling_symmetry(point.stack.template, point.stack.layout, data)
     except ModelError:
         return None
 

@@ -17,6 +17,7 @@ from lossray.geometry.vectors import Name
 from lossray.networks.symmetry import rescaling_symmetry
 from lossray.seeds import stream
 from lossray.study import Pack, Study
+from lossray.training.evaluation import keeps_function
 from tasks.point import Point
 
 RAW = "raw"
@@ -101,9 +102,14 @@ def _gauge(name: str, point: Point) -> Gauge | None:
 
 
 def _balanced(point: Point) -> Gauge | None:
-    """None where no rescaling leaves the function as it is."""
+    """None where no rescaling leaves the function of every run as it is, which is measured."""
+    inputs = point.dataset.train.inputs
     try:
-        symmetry = rescaling_symmetry(point.stack.template, point.stack.layout)
+        symmetry = rescaling_symmetry(point.stack.template, point.stack.layout, (inputs, None))
     except ModelError:
         return None
-    return gauges.balanced(symmetry.diagonal(symmetry.balance_factors(point.theta)))
+    diagonal = symmetry.diagonal(symmetry.balance_factors(point.theta))
+    scaled = point.theta.double() * diagonal
+    eps = symmetry.seen.eps
+    kept = keeps_function(point.stack, point.theta, scaled, point.buffers, inputs, eps=eps)
+    return gauges.balanced(diagonal) if bool((kept | ~point.alive).all()) else None

@@ -21,7 +21,7 @@ from lossray.storage.checkpoints import read_checkpoint
 from lossray.storage.store import Store
 from lossray.study import Pack
 from lossray.training.datasets import Dataset
-from lossray.training.evaluation import output_change
+from lossray.training.evaluation import keeps_function, output_change
 from tasks.context import Context
 from tasks.record import Attempt
 
@@ -84,8 +84,9 @@ def possible(site: Site) -> bool:
     aligned, template = site.job.aligned, site.stack.template
     if not is_tensor(site.dataset.train.inputs):  # whose symmetries are not known
         return aligned == "none"
-    scalable = partial(rescaling_symmetry, template, site.stack.layout)
-    permutable = partial(permutation_symmetry, template)
+    data = (site.dataset.train.inputs, None)
+    scalable = partial(rescaling_symmetry, template, site.stack.layout, data)
+    permutable = partial(permutation_symmetry, template, data)
     if aligned == "both":  # either is enough
         return _exists(permutable) or _exists(scalable)
     if aligned == "permutation":
@@ -150,7 +151,8 @@ def _stacked(ends: Sequence[Tensors]) -> dict[str, Tensor]:
 
 def _rescaled(site: Site, ends: Ends) -> Ends:
     """D theta with log-normal factors."""
-    symmetry = rescaling_symmetry(site.stack.template, site.stack.layout)
+    data = (site.dataset.train.inputs, None)
+    symmetry = rescaling_symmetry(site.stack.template, site.stack.layout, data)
     seeds = [stream(site.seed(run), "connectivity/rescaled") for _, run in site.job.pairs]
     sigma = torch.full((len(seeds),), site.settings.sigma, dtype=torch.float64)
     diagonal = symmetry.diagonal(random_factors(seeds, symmetry.units, sigma=sigma)).to(ends.b.device)
@@ -161,6 +163,13 @@ def _rescaled(site: Site, ends: Ends) -> Ends:
     buffers = {name: _exact(tensor) for name, tensor in ends.buffers_b.items()}
     inputs = mapped(_exact, site.dataset.train.inputs)
     change = output_change(site.stack, ends.b.double(), scaled, buffers, inputs)
+    kept = keeps_function(site.stack, ends.b, scaled, buffers, inputs, eps=symmetry.seen.eps)
+    for p in torch.nonzero(ends.alive & ~kept)[:, 0].tolist():
+        raise ModelError(
+            f"run {site.job.pairs[p][1]}: its outputs change by {float(change[p]):.2g} of the largest in "
+            "another gauge, which is no rounding: they depend on more than its layers show; set "
+            "connectivity.rescaled to false"
+        )
     return replace(ends, b=rounded.where(rounded != 0, smallest), function_change=change)
 
 

@@ -7,7 +7,7 @@ and one entry of METHODS.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -44,20 +44,21 @@ class Method:
         model, optimizer = problem.stack.template, problem.optimizer
         if self.needs is not None and not is_tensor(problem.dataset.train.inputs):
             return "the model takes several inputs: its symmetries are not known"
+        data = (problem.dataset.train.inputs, None)
         if self.needs is not None:
             try:
-                rescaling_symmetry(model, problem.stack.layout)
+                rescaling_symmetry(model, problem.stack.layout, data)
             except ModelError as error:
-                if self.needs != "alignment" or not _can_be_permuted(model):
+                if self.needs != "alignment" or not _can_be_permuted(model, data):
                     return str(error)
         if self.needs == "rates" and equivalent_rates(optimizer, torch.ones(1)) is None:
             return f"optimizer {optimizer.name!r}: no learning rates are equal to a rescaling"
         return None
 
 
-def _can_be_permuted(model: nn.Module) -> bool:
+def _can_be_permuted(model: nn.Module, data: Any) -> bool:
     try:
-        permutation_symmetry(uncompiled(model))
+        permutation_symmetry(uncompiled(model), data)
     except ModelError:
         return False
     return True

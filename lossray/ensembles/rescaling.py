@@ -16,11 +16,12 @@ from lossray.curvature.operators import PackedHessian
 from lossray.curvature.ritz import largest_ritz_values
 from lossray.ensembles.bench import PRODUCT, Bench, Point, Problem
 from lossray.ensembles.lines import line_barrier
+from lossray.errors import ModelError
 from lossray.networks.nests import chunks, count, rows
 from lossray.networks.random_gauges import random_factors
 from lossray.networks.symmetry import RescalingSymmetry, rescaling_symmetry
 from lossray.seeds import generator
-from lossray.training.evaluation import CHUNK, output_change
+from lossray.training.evaluation import CHUNK, keeps_function, output_change
 from lossray.training.optimizers import OPTIMIZERS, OptimizerSettings
 from lossray.training.steps import LearningRates
 
@@ -72,13 +73,14 @@ class Gauges:
         powers_of_two: round factors to powers of two.
 
     Raises:
-        ModelError: the architecture has no rescaling symmetry.
+        ModelError: the architecture has no rescaling symmetry, or a run's function changes.
     """
 
     def __init__(self, bench: Bench, *, sigma: float, powers_of_two: bool) -> None:
         stack = bench.problem.stack
         self.bench, self.sigma, self.powers_of_two = bench, sigma, powers_of_two
-        self.symmetry = rescaling_symmetry(stack.template, stack.layout)
+        self.inputs = bench.problem.dataset.train.inputs
+        self.symmetry = rescaling_symmetry(stack.template, stack.layout, (self.inputs, None))
         self.drawn: list[Rescaling] = []
         self._dead: Tensor | None = None  # [R, units]
 
@@ -91,7 +93,8 @@ class Gauges:
         sigma = torch.full((len(bench.problem.seeds),), self.sigma, dtype=torch.float64)
         trying = np.ones(len(sigma), dtype=bool)
         for trial in range(HALVINGS + 1):
-            diagonal = self._diagonal(point, sigma, dead)
+            exact = self._diagonal(sigma, dead).to(point.theta.device)
+            diagonal = exact.to(point.theta.dtype)
             scaled = replace(point, theta=point.theta * diagonal)
             after = largest_eigenvalue(bench.problem, scaled)
             bench.pay(self._estimate * trying)
@@ -101,6 +104,7 @@ class Gauges:
             if trial == HALVINGS or not trying.any():
                 break
             sigma = torch.where(torch.from_numpy(trying), sigma / 2, sigma)
+        self._require_kept(point, exact)
         found = Rescaling(
             diagonal,
             sigma,
@@ -114,21 +118,34 @@ class Gauges:
         self.drawn.append(found)
         return found
 
+    def _require_kept(self, point: Point, diagonal: Tensor) -> None:
+        """Refuse a rescaling that changes the function of a run by more than rounding."""
+        stack, scaled = self.bench.problem.stack, point.theta.double() * diagonal
+        eps = self.symmetry.seen.eps
+        kept = keeps_function(stack, point.theta, scaled, point.buffers, self.inputs, eps=eps)
+        if bool((point.alive & ~kept).any()):
+            seed = self.bench.problem.seeds[int((point.alive & ~kept).nonzero()[0])]
+            raise ModelError(
+                f"the run of seed {seed}: its outputs change by more than rounding where its units are "
+                "rescaled: they depend on more than its layers show; take the methods that rescale out of "
+                "ensembles.methods"
+            )
+
     def _dead_units(self, point: Point) -> Tensor:
         """Those at the first point. They get no gradient; one that wakes up later keeps its gauge."""
         if self._dead is None:
             self._dead = dead_units(self.bench, self.symmetry, point)
         return self._dead
 
-    def _diagonal(self, point: Point, sigma: Tensor, dead: Tensor) -> Tensor:
-        """D [R, d]: log-normal factors; 1 for dead units."""
+    def _diagonal(self, sigma: Tensor, dead: Tensor) -> Tensor:
+        """D [R, d] float64: log-normal factors; 1 for dead units."""
         factors = random_factors(
             self.bench.seeds("rescale", len(self.drawn)),
             self.symmetry.units,
             sigma=sigma,
             powers_of_two=self.powers_of_two,
         )
-        return self.symmetry.diagonal(factors.masked_fill(dead.cpu(), 1.0)).to(point.theta)
+        return self.symmetry.diagonal(factors.masked_fill(dead.cpu(), 1.0))
 
     @property
     def _limit(self) -> float | None:

@@ -5,13 +5,17 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from lossray.networks.function_change import EPS, LARGEST_CHANGE, LARGEST_NOISE, ROUNDINGS
 from lossray.networks.losses import Loss
 from lossray.networks.nests import Inputs, chunks
 from lossray.networks.stack import Stack
+from lossray.seeds import generator
 from lossray.training.datasets import Dataset, Split
 
 # Examples times members per forward pass, which bounds the memory that activations take.
 CHUNK = 4096
+
+CHECKED_EXAMPLES = 64  # on which it is checked that a function stays
 
 SPLITS = ("train", "validation", "test")
 METRICS = tuple(f"{split}_{metric}" for split in SPLITS for metric in ("loss", "accuracy"))
@@ -54,6 +58,39 @@ def evaluate(
         own_loss, accuracy = evaluate_split(stack, theta, buffers, loss, getattr(dataset, name))
         evaluation[f"{name}_loss"], evaluation[f"{name}_accuracy"] = own_loss, accuracy
     return evaluation
+
+
+@torch.no_grad()
+def keeps_function(
+    stack: Stack,
+    theta: Tensor,
+    other: Tensor,
+    buffers: Mapping[str, Tensor],
+    inputs: Tensor,
+    *,
+    eps: float = EPS,
+) -> Tensor:
+    """Whether other weights give the same outputs up to rounding, in float64 on some inputs, [R] bool.
+
+    Args:
+        stack: the architecture, evaluated in eval mode.
+        theta: parameters [R, d].
+        other: parameters [R, d], in float64 as they were computed: rounded ones differ by more.
+        buffers: of both, by name, [R, *shape].
+        inputs: [N, ...], of which the first are taken.
+        eps: of the coarsest numbers that the model computes with.
+    """
+    double = {name: own.double() if own.is_floating_point() else own for name, own in buffers.items()}
+    some = inputs[:CHECKED_EXAMPLES]
+    some = some.double() if some.is_floating_point() else some
+    change = output_change(stack, theta.double(), other.double(), double, some)
+    kept = change <= max(LARGEST_CHANGE, ROUNDINGS * eps)
+    if bool(kept.all()):
+        return kept
+    draw = generator(0, "function change")
+    noise = eps * torch.randn(theta.shape, generator=draw, dtype=torch.float64).to(theta.device)
+    noisy = output_change(stack, theta.double(), theta.double() * (1 + noise), double, some)
+    return kept | (change <= (ROUNDINGS * noisy).clamp(max=LARGEST_NOISE))
 
 
 @torch.no_grad()
