@@ -1,6 +1,6 @@
 """Paths between the last checkpoints of a setting's runs: the tables `paths` and `barriers`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import ray
@@ -11,6 +11,7 @@ from lossray.connectivity.barriers import barriers
 from lossray.connectivity.curves import evaluate_path, train_curves
 from lossray.connectivity.paths import Path, bent, geometric, straight
 from lossray.connectivity.settings import ConnectivitySettings
+from lossray.networks.batch_norm import has_statistics
 from lossray.seeds import stream
 from lossray.storage.checkpoints import read_checkpoint
 from lossray.storage.store import Store
@@ -39,7 +40,7 @@ def connect_runs(job: ConnectivityJob, device: torch.device | None = None) -> No
     """Align, train, evaluate, publish the rows, and commit.
 
     An architecture without the symmetry that an alignment or a rescaling needs has no rows of it, nor has a
-    pair whose frozen parameters differ.
+    pair whose frozen parameters differ, or buffers other than batch norm's so that the loss would jump.
 
     Args:
         job: which runs.
@@ -134,6 +135,7 @@ def _rows(site: Site, joined: Joined) -> tuple[list[Row], list[Row]]:
     values = evaluate_path(path, site.stack, ends.buffers_a, ends.buffers_b, loss, site.dataset, ts)
     values = {name: own.masked_fill(dead, torch.nan) for name, own in values.items()}
     lengths = path.lengths(ts).masked_fill(dead, torch.nan)
+    alike = _treated_alike(site, path, ends, values)
     paths: list[Row] = []
     found: list[Row] = []
     for p in range(len(site.job.pairs)):
@@ -145,10 +147,22 @@ def _rows(site: Site, joined: Joined) -> tuple[list[Row], list[Row]]:
             | {name: finite(float(value[i])) for name, value in own.items()}
             for i, t in enumerate(ts)
         ]
-        barrier = asdict(barriers(ts, lengths[p], own))
+        barrier = asdict(barriers(ts, lengths[p], {name: value[p] for name, value in alike.items()}))
         described = _described(joined, p, float(lengths[p, -1]))
         found.append(shared | {name: finite(float(value)) for name, value in barrier.items()} | described)
     return paths, found
+
+
+def _treated_alike(site: Site, path: Path, ends: Ends, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Values [P, T], those of the ends with recomputed batch-norm statistics as all between them have."""
+    if not has_statistics(site.stack.template):
+        return dict(values)
+    loss, sides = loss_of(site.job.context), (ends.buffers_a, ends.buffers_b)
+    own = evaluate_path(path, site.stack, *sides, loss, site.dataset, [0.0, 1.0], alike=True)
+    return {
+        name: torch.cat([own[name][:, :1], value[:, 1:-1], own[name][:, 1:]], dim=1) + 0 * value[:, :1]
+        for name, value in values.items()
+    }  # NaN where the pair has diverged
 
 
 def _shared(job: ConnectivityJob, p: int, kind: str) -> Row:

@@ -8,9 +8,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lossray.connectivity.jumps import jumps
 from lossray.connectivity.members import align_members
 from lossray.connectivity.settings import Alignment, ConnectivitySettings
 from lossray.errors import ModelError
+from lossray.networks.batch_norm import statistics_of
 from lossray.networks.nests import is_tensor, mapped
 from lossray.networks.permutations import permutation_symmetry
 from lossray.networks.random_gauges import random_factors
@@ -21,8 +23,8 @@ from lossray.storage.checkpoints import read_checkpoint
 from lossray.storage.store import Store
 from lossray.study import Pack
 from lossray.training.datasets import Dataset
-from lossray.training.evaluation import keeps_function, output_change
-from tasks.context import Context
+from lossray.training.evaluation import evaluate_split, keeps_function, output_change
+from tasks.context import Context, loss_of
 from tasks.record import Attempt
 
 # In place of an alignment: of a run with a rescaled copy of itself.
@@ -103,17 +105,33 @@ def _exists(symmetry: Callable[[], object]) -> bool:
 
 
 def joinable(site: Site) -> Site:
-    """The site with those pairs alone whose frozen parameters agree: a path moves the trainable ones."""
+    """The site with those pairs alone that a path can join, which moves trainable parameters.
+
+    Frozen ones must agree, and other buffers than batch norm's as far as the loss depends on them.
+    """
     frozen = [name for name, own in site.stack.template.named_parameters() if not own.requires_grad]
-    if not frozen:
+    buffers = {name for name, _ in site.stack.template.named_buffers()}
+    if not frozen and buffers <= statistics_of(site.stack.template):
         return site
     ends = _as_they_are(site)
+    jump = _jumps(site, ends)
     same = [
         all(torch.equal(ends.buffers_a[name][p], ends.buffers_b[name][p]) for name in frozen)
+        and not bool(jump[p] & ends.alive[p])
         for p in range(len(site.job.pairs))
     ]
     pairs = tuple(pair for pair, own in zip(site.job.pairs, same, strict=True) if own)
     return replace(site, job=replace(site.job, pairs=pairs))
+
+
+def _jumps(site: Site, ends: Ends) -> Tensor:
+    """Whether the loss would jump at the second end, [P]."""
+    train, loss = site.dataset.train, loss_of(site.job.context)
+
+    def losses(theta: Tensor, buffers: Mapping[str, Tensor]) -> Tensor:
+        return evaluate_split(site.stack, theta, buffers, loss, train)[0]
+
+    return jumps(site.stack, ends.b, ends.buffers_a, ends.buffers_b, train.inputs, losses)
 
 
 def ends_of(site: Site) -> Ends:

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from lossray.connectivity.barriers import above_chord
 from lossray.connectivity.curves import points_along, train_curves
 from lossray.connectivity.examples import Examples, Indexed, joined
+from lossray.connectivity.jumps import differing, jumps
 from lossray.connectivity.paths import CURVES, KINDS, Kind, Path, bent, geometric, straight
 from lossray.curvature.example_mean import require_example_mean
 from lossray.curvature.modules import ModuleObjective
 from lossray.errors import ModelError, StudyError
 from lossray.names import unknown_name
+from lossray.networks.batch_norm import has_statistics
 from lossray.networks.as_found import copied
 from lossray.networks.layout import require_module, uncompiled
 from lossray.networks.losses import Loss, in_dtype_of_outputs
@@ -77,7 +79,8 @@ class Connection:
             points: how many, evenly spaced in t from end to end.
 
         Returns:
-            Columns t, loss (the mean over the examples) and arc_length (from t = 0).
+            Columns t, loss (the mean over the examples), arc_length (from t = 0), and recomputed: the loss
+            with recomputed batch-norm statistics at the ends too, of which the barrier is taken.
 
         Raises:
             StudyError: fewer than two points.
@@ -86,21 +89,41 @@ class Connection:
             raise StudyError(f"connect, points: found {points}; allowed: 2 or more")
         ts = [i / (points - 1) for i in range(points)]
         lengths = self.path.lengths(ts)[0]
-        return pd.DataFrame({"t": ts, "loss": self.losses(ts).tolist(), "arc_length": lengths.tolist()})
+        losses = self.losses(ts)
+        frame = {"t": ts, "loss": losses.tolist(), "arc_length": lengths.tolist()}
+        return pd.DataFrame(frame | {"recomputed": self._treated_alike(ts, losses).tolist()})
 
     def losses(self, ts: Sequence[float]) -> Tensor:
-        """The loss at T places, [T] float64."""
-        with torch.no_grad():
-            return torch.cat([self._means(theta, buffers) for theta, buffers in self._points(ts)]).cpu()
+        """The loss at T places, [T] float64: at t = 0 and t = 1 that of the models as they are."""
+        return self._losses(ts, alike=False)
 
     @cached_property
     def barrier(self) -> float:
-        """The largest loss above the chord of the ends' losses (2110.06296), at 25 points."""
-        ts = torch.linspace(0, 1, POINTS, dtype=torch.float64)
-        return above_chord(ts, self.losses(ts.tolist()))
+        """The largest loss above the chord of the ends' losses (2110.06296), at 25 points.
 
-    def _points(self, ts: Sequence[float]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        return points_along(self.path, self._stack, *self._buffers, self._examples.indices, ts)
+        Batch norm has the statistics of the data at all of them: ends with others of their own would be
+        compared with what lies between by another measure.
+        """
+        ts = torch.linspace(0, 1, POINTS, dtype=torch.float64)
+        return above_chord(ts, self._treated_alike(ts.tolist(), self.losses(ts.tolist())))
+
+    def _treated_alike(self, ts: Sequence[float], losses: Tensor) -> Tensor:
+        """Losses at ts from end to end, those of the ends with recomputed batch-norm statistics."""
+        if not has_statistics(self._stack.template):
+            return losses
+        ends = self._losses([0.0, 1.0], alike=True)
+        return torch.cat([ends[:1], losses[1:-1], ends[1:]])
+
+    def _losses(self, ts: Sequence[float], *, alike: bool) -> Tensor:
+        with torch.no_grad():
+            points = self._points(ts, alike=alike)
+            return torch.cat([self._means(theta, buffers) for theta, buffers in points]).cpu()
+
+    def _points(
+        self, ts: Sequence[float], *, alike: bool = False
+    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        indices = self._examples.indices
+        return points_along(self.path, self._stack, *self._buffers, indices, ts, alike=alike)
 
     def _means(self, theta: Tensor, buffers: Members) -> Tensor:
         """Mean losses [R] float64 over all examples, by the user's batches."""
@@ -148,8 +171,9 @@ def connect(
         seed: of minibatches, places and dropout.
 
     Raises:
-        ModelError: models of different architectures, a model or loss that cannot be used, a geometric path
-            between ends whose signs differ, or a training that diverges.
+        ModelError: models of different architectures, or with buffers other than batch norm's that differ and
+            matter; a model or loss that cannot be used, a geometric path between ends whose signs differ, or
+            a training that diverges.
         DataError: data that cannot be used.
         StudyError: an impossible argument.
     """
@@ -165,6 +189,7 @@ def connect(
     objectives = [ModuleObjective(end, loss, data) for end in ends]
     start = _start(ends, objectives[0], loss, kind, bends)
     _require_same_function(start, objectives[1])
+    _require_no_jump(start)
     if kind not in CURVES:
         return start
     if not (objectives[0].coupled or takes_all(len(start._examples.indices), batch_size)):
@@ -288,3 +313,17 @@ def _same_outputs(start: Connection, objective: ModuleObjective) -> bool:
             if not bool((found - own).abs().amax() <= SAME_LOSS * own.abs().amax()):
                 return False
     return True
+
+
+def _require_no_jump(start: Connection) -> None:
+    """Refuse ends whose buffers, other than batch norm's, differ so that the loss would jump at t = 1."""
+    stack, (side_a, side_b) = start._stack, start._buffers
+    with torch.no_grad():
+        jump = jumps(stack, start.path.points[-1], side_a, side_b, start._examples.indices, start._means)
+    if bool(jump.any()):
+        names = [repr(name.removeprefix("model.")) for name in differing(stack, side_a, side_b)]
+        raise ModelError(
+            f"connect: the buffers {', '.join(names)} differ between the models, and a path moves weights "
+            "alone: with those of model_a all along, the loss would jump at t = 1; let both models have the "
+            "same, or make them parameters"
+        )

@@ -107,6 +107,8 @@ def evaluate_path(
     loss: Loss,
     dataset: Dataset,
     ts: Sequence[float],
+    *,
+    alike: bool = False,
 ) -> dict[str, Tensor]:
     """Loss and accuracy on all splits at T places of each path.
 
@@ -121,22 +123,34 @@ def evaluate_path(
         loss: mean over examples.
         dataset: on the device of the path.
         ts: places, 0 to 1.
+        alike: treat the ends as what lies between them.
 
     Returns:
         METRICS of lossray.training.evaluation by name, [R, T] float64.
     """
     members = path.points.shape[1]
     found: dict[str, list[Tensor]] = {name: [] for name in METRICS}
-    for theta, buffers in points_along(path, stack, buffers_a, buffers_b, dataset.train.inputs, ts):
+    inputs = dataset.train.inputs
+    for theta, buffers in points_along(path, stack, buffers_a, buffers_b, inputs, ts, alike=alike):
         for name, values in evaluate(stack, theta, buffers, loss, dataset).items():
             found[name].append(values.view(-1, members))
     return {name: torch.cat(values).T.contiguous() for name, values in found.items()}
 
 
 def points_along(
-    path: Path, stack: Stack, buffers_a: Members, buffers_b: Members, inputs: Tensor, ts: Sequence[float]
+    path: Path,
+    stack: Stack,
+    buffers_a: Members,
+    buffers_b: Members,
+    inputs: Tensor,
+    ts: Sequence[float],
+    *,
+    alike: bool = False,
 ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """Parameters [P * R, d] and buffers [P * R, *shape] at P places after the other, until all T are done."""
+    """Parameters [P * R, d] and buffers [P * R, *shape] at P places after the other, until all T are done.
+
+    With ``alike`` batch norm has recomputed statistics at the ends too.
+    """
     members, dim = path.points.shape[1:]
     at_once = max(1, min(MEMBERS_AT_ONCE // members, PARAMETERS_AT_ONCE // (members * dim)))
     for start in range(0, len(ts), at_once):
@@ -144,7 +158,9 @@ def points_along(
         theta = torch.cat([path.at(t) for t in places])
         sides = [buffers_b if t == 1 else buffers_a for t in places]
         buffers = {name: torch.cat([side[name] for side in sides]) for name in buffers_a}
-        inner = torch.tensor([0 < t < 1 for t in places], device=theta.device).repeat_interleave(members)
+        inner = torch.tensor([alike or 0 < t < 1 for t in places], device=theta.device).repeat_interleave(
+            members
+        )
         if has_statistics(stack.template) and bool(inner.any()):
             refreshed = refresh_statistics(stack, theta, buffers, inputs)
             buffers = {

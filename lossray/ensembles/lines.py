@@ -6,8 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lossray.connectivity.jumps import jumps
 from lossray.ensembles.bench import Point, Problem
 from lossray.networks.batch_norm import has_statistics, refresh_statistics
+from lossray.networks.stack import Members
 from lossray.training.datasets import Split
 from lossray.training.evaluation import evaluate_split
 
@@ -15,7 +17,11 @@ PLACES = (0.25, 0.5, 0.75)  # of a line, where its barrier is looked for
 
 
 def line_barrier(problem: Problem, a: Point, b: Point, examples: Split) -> Tensor:
-    """Largest rise of the loss above the chord of its ends, at PLACES and at least 0; [R] float64."""
+    """Largest rise of the loss above the chord of its ends, at PLACES and at least 0; [R] float64.
+
+    Batch norm has statistics of the training inputs at the ends too. NaN where other buffers differ between
+    the ends, and the loss would jump.
+    """
     ends = [_losses(problem, point.theta, point, examples) for point in (a, b)]
     return _rise(problem, (a, b), (ends[0], ends[1]), examples)
 
@@ -36,17 +42,24 @@ def _rise(
     (a, b), (first, last) = points, ends
     rises = []
     for t in PLACES:
-        loss = _losses(problem, torch.lerp(a.theta, b.theta, t), a, examples, between=True)
+        loss = _losses(problem, torch.lerp(a.theta, b.theta, t), a, examples)
         rises.append(loss - ((1 - t) * first + t * last))
-    return torch.stack(rises).amax(dim=0).clamp(min=0)
+    return torch.stack(rises).amax(dim=0).clamp(min=0).masked_fill(_jumps(problem, a, b, examples), torch.nan)
 
 
-def _losses(
-    problem: Problem, theta: Tensor, point: Point, examples: Split, *, between: bool = False
-) -> Tensor:
-    """Losses [R] with the buffers of a point; between two, batch norm is refreshed on the training inputs."""
+def _jumps(problem: Problem, a: Point, b: Point, examples: Split) -> Tensor:
+    """Whether the loss would jump at b, [R]."""
+
+    def losses(theta: Tensor, buffers: Members) -> Tensor:
+        return evaluate_split(problem.stack, theta, buffers, problem.loss, examples)[0]
+
+    return jumps(problem.stack, b.theta, a.buffers, b.buffers, problem.dataset.train.inputs, losses)
+
+
+def _losses(problem: Problem, theta: Tensor, point: Point, examples: Split) -> Tensor:
+    """Losses [R] with the buffers of a point, batch norm's refreshed on the training inputs."""
     buffers = point.buffers
-    if between and has_statistics(problem.stack.template):
+    if has_statistics(problem.stack.template):
         buffers = refresh_statistics(problem.stack, theta, buffers, problem.dataset.train.inputs)
     losses, _ = evaluate_split(problem.stack, theta, buffers, problem.loss, examples)
     return losses

@@ -22,6 +22,13 @@ def has_statistics(model: nn.Module) -> bool:
     return bool(_layers(model))
 
 
+def statistics_of(model: nn.Module) -> set[str]:
+    """The names of what `refresh_statistics` recomputes."""
+    own = [(layer.running_mean, layer.running_var, layer.num_batches_tracked) for layer in _layers(model)]
+    kept = {id(tensor) for tensors in own for tensor in tensors}
+    return {name for name, tensor in model.named_buffers() if id(tensor) in kept}
+
+
 @torch.no_grad()
 def refresh_statistics(stack: Stack, theta: Tensor, buffers: Members, inputs: Inputs) -> dict[str, Tensor]:
     """The buffers with the running statistics that ``inputs`` have at ``theta``.

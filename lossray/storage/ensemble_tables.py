@@ -56,7 +56,12 @@ BARRIERS = TableSchema(
         PATH_KIND,
         *ENDS,
         Column("bends", INTEGER, "1", "control points between the ends"),
-        number("barrier", LOSS, "max_t of L(t) - ((1 - t) L(0) + t L(1)), L the training loss (2110.06296)"),
+        number(
+            "barrier",
+            LOSS,
+            "max_t of L(t) - ((1 - t) L(0) + t L(1)), L the training loss (2110.06296); here and in what "
+            "follows batch norm has the statistics of the training examples at every t, the ends included",
+        ),
         number("barrier_test", LOSS, "the same of the test loss"),
         number("barrier_frankle", "1", "largest test error minus the mean of the ends' (1912.05671)"),
         number("barrier_frankle_train", "1", "the same of the training error"),
