@@ -1,7 +1,8 @@
 """The training loop of a pack: yields checkpoints, writes nothing.
 
 A run is determined by its seed and step: data order and noise come from counters (lossray.seeds), so a pack
-resumed from a checkpoint goes on bit for bit, and a member does not depend on who else is in its pack.
+resumed from a checkpoint goes on bit for bit, and a member does not depend on who else is in its pack, but
+for rounding: vmap's kernels add up in another order than those of a single model.
 """
 
 import time
