@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lossray.networks.function_change import EPS, LARGEST_CHANGE, LARGEST_NOISE, ROUNDINGS
 from lossray.networks.losses import Loss
-from lossray.networks.nests import Inputs, chunks
+from lossray.networks.nests import Inputs, as_floats, chunks, rows
 from lossray.networks.stack import Stack
 from lossray.seeds import generator
 from lossray.training.datasets import Dataset, Split
@@ -66,7 +66,7 @@ def keeps_function(
     theta: Tensor,
     other: Tensor,
     buffers: Mapping[str, Tensor],
-    inputs: Tensor,
+    inputs: Inputs,
     *,
     eps: float = EPS,
 ) -> Tensor:
@@ -77,12 +77,11 @@ def keeps_function(
         theta: parameters [R, d].
         other: parameters [R, d], in float64 as they were computed: rounded ones differ by more.
         buffers: of both, by name, [R, *shape].
-        inputs: [N, ...], of which the first are taken.
+        inputs: [N, ...], or a nest, of which the first are taken.
         eps: of the coarsest numbers that the model computes with.
     """
     double = {name: own.double() if own.is_floating_point() else own for name, own in buffers.items()}
-    some = inputs[:CHECKED_EXAMPLES]
-    some = some.double() if some.is_floating_point() else some
+    some = as_floats(rows(inputs, slice(CHECKED_EXAMPLES)), torch.float64)
     change = output_change(stack, theta.double(), other.double(), double, some)
     kept = change <= max(LARGEST_CHANGE, ROUNDINGS * eps)
     if bool(kept.all()):
