@@ -19,8 +19,8 @@ from lossray.curvature.example_mean import require_example_mean
 from lossray.curvature.modules import ModuleObjective
 from lossray.errors import ModelError, StudyError
 from lossray.names import unknown_name
-from lossray.networks.batch_norm import has_statistics
 from lossray.networks.as_found import copied
+from lossray.networks.batch_norm import has_statistics
 from lossray.networks.layout import require_module, uncompiled
 from lossray.networks.losses import Loss, in_dtype_of_outputs
 from lossray.networks.stack import Members, Stack, stack_models

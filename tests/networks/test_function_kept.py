@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 import lossray
 from lossray.connectivity.alignment import aligned
 from lossray.errors import ModelError
-from lossray.networks.copies import copied
+from lossray.networks.as_found import copied
 from lossray.networks.layout import layout_of
 from lossray.networks.permutations import permutation_symmetry, permute
 from lossray.networks.symmetry import rescaling_symmetry
