@@ -13,6 +13,7 @@ from lossray.errors import StoreError
 from lossray.settings import content_hash
 from lossray.storage.publish import publish_tables
 from lossray.storage.store import Store
+from lossray.study import versions_of
 from lossray.training.datasets import Dataset, analysis_fingerprint, analysis_set
 from tasks.record import Stopwatch
 from tasks.spectra import curvature_rows, density_rows, eigenvalue_rows
@@ -54,7 +55,8 @@ def publish(
     """Write the rows, under a run that is named by the model and the content of all that was analysed."""
     request = origin.request
     content = {**request, "weights": _weights_hash(origin.model), "data": origin.data.fingerprint}
-    key = content_hash({"kind": "spectrum", **content})
+    # With the versions of its numbers: those of another lossray stand beside, under another run.
+    key = content_hash({"kind": "spectrum", "versions": versions_of("curvature"), **content})
     run_id = f"{request['model'].rpartition(':')[2]}-{key[:8]}"
     own = {"run_id": run_id, "step": 0, "operator": request["operator"], "block": "all"}
     settings = {

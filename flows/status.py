@@ -2,11 +2,14 @@
 
 import pandas as pd
 
+from flows.plan import make_plan
 from flows.progress import duration
+from flows.superseded import explained, find_superseded
 from lossray.errors import StoreError
-from lossray.results import open_study
+from lossray.results import StudyResults, open_study
 from lossray.storage.lease import is_free, read_holder
 from lossray.storage.store import Store
+from tasks.context import Context
 
 CELL_WIDTH = 32  # characters of a cell that `lossray tables` shows
 SILENCE_SECONDS = 60.0  # heartbeat age after which a driver on another machine counts as gone
@@ -23,7 +26,19 @@ def describe(out: str) -> str:
     if len(tasks):
         counts = tasks.groupby(["kind", "status"]).size().unstack(fill_value=0)
         lines += ["", counts.to_string()]
+    lines += [f"next run: {line}" for line in _superseded(study)]
     return "\n".join([*lines, *_failures(tasks[tasks["status"] == "failed"])])
+
+
+def _superseded(study: StudyResults) -> list[str]:
+    """What this version of lossray would compute again; of recorded runs only their files would tell."""
+    if not study.store.exists("manifest.json") or study.study.source is not None:
+        return []
+    manifest, store = study.manifest, study.store
+    inputs = manifest.inputs
+    context = Context(store.url, study.study, manifest.folder, inputs.data_key, inputs.sources)
+    plan = make_plan(context, manifest.packs, inputs)
+    return explained(find_superseded(store, plan, (), manifest.versions.get("lossray", "unknown")))
 
 
 def list_tables(out: str) -> str:

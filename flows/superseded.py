@@ -19,6 +19,18 @@ from tasks.record import versions_in
 COLUMNS = ["task_key", "kind", "status", "pack_id", "step", "versions", "lossray_version"]
 REPLACED = "checkpoints of the run were replaced, deleted or added"
 OTHERWISE = "the study asks for it otherwise"
+OBJECTS = {  # what a line calls a kind of task, and what it counts, in the order of the work
+    "checkpoint": ("training", "checkpoint"),
+    "training": ("the record", "pack"),
+    "curvature": ("curvature", "checkpoint"),
+    "pair": ("comparison", "pair"),
+    "degeneracy": ("degeneracy", "checkpoint"),
+    "trajectory": ("trajectory", "pack"),
+    "separations": ("separations", "pack"),
+    "surfaces": ("surfaces", "checkpoint"),
+    "connectivity": ("connectivity", "task"),
+    "ensemble": ("ensembles", "task"),
+}
 FIRST = ("tasks", "failures")  # without its record a task's parts are invisible
 
 
@@ -132,9 +144,11 @@ def withdraw(store: Store, keep: Collection[str]) -> None:
 def explained(superseded: Iterable[Superseded]) -> list[str]:
     """One line for each kind and reason: "curvature of 24 checkpoints will be computed again: ..."."""
     groups = Counter((found.kind, found.again, found.reason) for found in superseded if found.done)
+    order = sorted(groups, key=lambda group: (list(OBJECTS).index(group[0]), not group[1], group[2]))
     return [
-        f"{_counted(kind, count)} will be {'computed again' if again else 'withdrawn'}: {reason}"
-        for (kind, again, reason), count in sorted(groups.items())
+        f"{_counted(kind, groups[kind, again, reason])} will be "
+        f"{'computed again' if again else 'withdrawn'}: {reason}"
+        for kind, again, reason in order
     ]
 
 
@@ -191,15 +205,5 @@ def _numbers(changed: Iterable[str]) -> bool:
 
 def _counted(kind: str, count: int) -> str:
     """How many results of one kind: "curvature of 24 checkpoints"."""
-    units = {
-        "training": "pack",
-        "checkpoint": "checkpoint",
-        "curvature": "checkpoint",
-        "degeneracy": "checkpoint",
-        "surfaces": "checkpoint",
-        "pair": "pair",
-    }
-    unit = units.get(kind, "task")
-    many = f"{count} {unit}{'' if count == 1 else 's'}"
-    names = {"checkpoint": "training of", "pair": "comparison of", "training": "runs of"}
-    return f"{names.get(kind, f'{kind} of')} {many}{' of checkpoints' if kind == 'pair' else ''}"
+    what, unit = OBJECTS[kind]
+    return f"{what} of {count} {unit}{'' if count == 1 else 's'}"

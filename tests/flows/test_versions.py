@@ -1,5 +1,6 @@
 """A newer lossray meets an older store: what is read, what is computed again, and what is refused."""
 
+import contextlib
 import json
 import shutil
 import sys
@@ -14,12 +15,14 @@ import lossray
 import tasks.curvature
 import tasks.training
 from flows.estimate import dry_run
+from flows.status import describe
 from flows.study import run_study
+from flows.superseded import withdraw
 from lossray.errors import StoreError
 from lossray.packages import running
 from lossray.storage import checkpoints
 from lossray.storage.lease import Lease
-from lossray.storage.publish import assemble
+from lossray.storage.publish import assemble, publish_tables
 from lossray.storage.rows import to_arrow, to_bytes
 from lossray.storage.schema import number
 from lossray.storage.store import Store
@@ -189,7 +192,14 @@ def _schema(name):
         (_schema("tasks"), {}),
         (
             _again("key", "key"),
-            {"runs": 1, "training": 2, "curvature": 2, "degeneracy": 2, "comparison": 1, "trajectory": 1},
+            {
+                "the record": 1,
+                "training": 2,
+                "curvature": 2,
+                "degeneracy": 2,
+                "comparison": 1,
+                "trajectory": 1,
+            },
         ),
     ],
 )
@@ -203,9 +213,12 @@ def test_what_a_version_changes_is_named_first_computed_again_and_never_mixed(
         "flows.study.Lease", lambda store, lease=Lease: said.append(capsys.readouterr().err) or lease(store)
     )
     before = files(out)
+    status = describe(str(out)).splitlines()
+    assert len([line for line in status if line.startswith("next run: ")]) == len(kinds)
     assert run(study, out) == 0
-    notes = [line.split()[1:4:2] for line in said[0].splitlines() if "will be computed again" in line]
-    assert {kind: int(count) for kind, count in notes} == kinds
+    assert "next run: " not in describe(str(out))
+    notes = [line.partition(" of ") for line in said[0].splitlines() if "will be computed again" in line]
+    assert {kind.removeprefix("note: "): int(what.split()[0]) for kind, _, what in notes} == kinds
     tables = assemble(Store(str(out)), "tasks").to_pylist()
     assert {row["versions"] for row in tables} == {versions_text(versions_of(row["kind"])) for row in tables}
     assert len([row for row in tables if row["kind"] == "curvature"]) == 2
@@ -246,6 +259,34 @@ def test_an_interrupted_withdrawal_goes_on_and_every_number_is_a_new_one(tiny, m
     assert [row["eigenvalue"] for row in after] == [1.5 * row["eigenvalue"] for row in before]
     committed = Store(str(out)).committed_keys()
     assert {Path(path).stem for path in files(out / "parts")} == committed  # nothing is left behind
+
+
+def test_after_any_number_of_deletes_what_is_left_is_whole_or_invisible(monkeypatch):
+    for stop in range(9):
+        store = Store(f"memory://withdrawal-{stop}")
+        for key in ("a", "b", "stays"):
+            for table in ("training", "checkpoints"):
+                store.publish(table, key, [{"run_id": key, "step": 1}])
+            if key == "b":
+                store.commit({"task_key": key, "kind": "checkpoint", "status": "failed"})
+                for table in ("training", "checkpoints"):
+                    store.publish(table, key, [{"run_id": key, "step": 2}])
+            store.commit({"task_key": key, "kind": "checkpoint", "status": "done"})
+        left = [stop]
+
+        def delete(store, path, delete=Store.delete, left=left):
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            delete(store, path)
+
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(Store, "delete", delete)
+            withdraw(store, {"stays"})
+        publish_tables(store)  # refuses what is half there
+        assert {row["status"] for row in assemble(store, "tasks").to_pylist()} == {"done"}
+        withdraw(store, {"stays"})
+        assert {Path(path).stem for path in store.paths("parts")} == {"stays"}
 
 
 def test_another_training_never_takes_the_checkpoints_of_this_one(tiny, monkeypatch):
@@ -306,6 +347,9 @@ def test_a_left_out_section_keeps_its_rows_until_its_numbers_change(tiny, study_
     assert run(study, out) == 0
     assert stable(out, "degeneracy") == rows != []
     monkeypatch.setattr(keys, "DEGENERACY_VERSION", keys.DEGENERACY_VERSION + 1)
+    before = files(out)
+    assert "\ndegeneracy of 2 checkpoints will be withdrawn: lossray" in dry_run(study, str(out))
+    assert files(out) == before
     assert run(study, out) == 0
     assert "note: degeneracy of 2 checkpoints will be withdrawn: lossray" in capsys.readouterr().err
     assert stable(out, "degeneracy") == []

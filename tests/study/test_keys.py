@@ -1,9 +1,12 @@
 """Task keys: changed by everything that a result depends on, and by nothing else."""
 
 from dataclasses import replace
+from typing import Annotated
 
 import pytest
 
+from lossray.curvature.analysis import CurvatureSettings
+from lossray.settings import ADDED, Settings
 from lossray.storage.tables import TABLES
 from lossray.study import (
     StudyInputs,
@@ -19,7 +22,10 @@ from lossray.study import (
     surface_members,
     training_key,
     trajectory_key,
+    versions_of,
 )
+from lossray.study.keys import CURVATURE_VERSION, KEY_VERSION
+from tasks.record import versions_in, versions_text
 
 MODEL, LOSS, DATA, OTHER = "own_model:f", "own_loss:f", "own_data:f", "own_other:f"
 
@@ -171,6 +177,41 @@ def test_keys_of_steps_and_kinds_differ():
     found += [checkpoint_key(found[0], step) for step in (0, 10)]
     found += [curvature_key(pack, step, one, inputs()) for step in (0, 10)]
     assert len(set(found)) == 5
+
+
+class Younger(CurvatureSettings):
+    added: Annotated[bool, ADDED] = False
+
+
+def test_an_added_setting_is_in_keys_where_it_is_set_alone():
+    one = study()
+    left, given = (
+        one.model_copy(update={"curvature": Younger(**dict(one.curvature), **own)})
+        for own in ({}, {"added": True})
+    )
+    assert left.curvature.plain() == {**one.curvature.plain(), "added": False}
+    assert keys(left, inputs()) == BASE
+    assert keys(given, inputs())[0] == BASE[0]
+    assert keys(given, inputs())[1] != BASE[1]
+
+
+def test_an_added_setting_of_a_section_within_a_section_counts_likewise():
+    class Outer(Settings):
+        own: int = 1
+        inner: Younger = Younger()
+
+    assert Outer(inner=Younger(added=True)).content() == Outer(inner=Younger(added=True)).plain()
+    assert Outer().content() == {"own": 1, "inner": CurvatureSettings().plain()}
+
+
+def test_the_versions_of_a_kind_are_those_that_its_key_holds():
+    kinds = ("training", "checkpoint", "curvature", "pair", "degeneracy", "trajectory", "separations")
+    for kind in (*kinds, "surfaces", "connectivity", "ensemble"):
+        found = versions_of(kind)
+        assert found["training"] == KEY_VERSION
+        assert versions_in(versions_text(found)) == found
+    assert versions_of("pair")["curvature"] == versions_of("surfaces")["curvature"] == CURVATURE_VERSION
+    assert versions_of("unheard of") == {}
 
 
 def test_study_inputs_hash_the_users_modules(tmp_path, monkeypatch):

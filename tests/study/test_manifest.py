@@ -56,6 +56,8 @@ def test_records_versions_place_and_time(manifest, tmp_path):
     [
         (lambda plain: [], "format version None"),
         (lambda plain: plain | {"format_version": 99}, "format version 99"),
+        (lambda plain: plain | {"format_version": "1"}, "format version 1"),
+        (lambda plain: plain | {"format_version": 0}, "format version 0"),
         (lambda plain: {key: value for key, value in plain.items() if key != "packs"}, "damaged"),
         (lambda plain: plain | {"surprise": 1}, "damaged"),
         (lambda plain: plain | {"packs": [{}]}, "damaged"),
@@ -123,6 +125,16 @@ def test_data_may_move_as_long_as_the_content_is_the_same():
     check_extension(manifest, there, INPUTS)
     with pytest.raises(StoreError, match=r"data.path: the store has 'here', the study says 'there'"):
         check_extension(manifest, there, replace(INPUTS, data_key="e" * 64))
+
+
+def test_a_setting_that_the_store_is_older_than_counts_as_its_default(manifest):
+    plain = json.loads(json.dumps(manifest.plain()))
+    del plain["study"]["curvature"]["tolerance"], plain["study"]["training"]["log_every"]
+    del plain["study"]["models"][0]["dropout"]
+    older = Manifest.from_plain(plain)
+    check_extension(older, study(), INPUTS)
+    with pytest.raises(StoreError, match=r"curvature\.tolerance: the store has 0\.001, the study says 0\.01"):
+        check_extension(older, study(curvature={"tolerance": 0.01}), INPUTS)
 
 
 def test_a_source_that_only_a_new_model_uses_may_be_anything(manifest):
