@@ -45,6 +45,8 @@ TINY = {
     "trajectory": {},
 }
 EXTENSION = """
+[trajectory]
+
 [connectivity]
 kinds = ["line"]
 points = 3
@@ -133,7 +135,7 @@ def test_a_kept_store_is_extended_and_what_stands_stays_bit_for_bit(kept, capsys
         "train",
         lambda *a, train=tasks.training.train, **k: trained.append(k["pack_id"]) or train(*a, **k),
     )
-    text = text.replace("seeds = 2", "seeds = 3", 1)
+    text = text.partition("[degeneracy]")[0].replace("seeds = 2", "seeds = 3", 1)  # whose rows stay
     text = text.replace("[training]", '[[optimizers]]\nname = "sgd"\nlr = 0.05\n\n[training]')
     (kept / "study.toml").write_text(text + EXTENSION)
     assert run(kept / "study.toml", out) == 0
@@ -155,6 +157,19 @@ def test_a_kept_store_is_extended_and_what_stands_stays_bit_for_bit(kept, capsys
     assert len(study.table("tasks").query("kind == 'curvature'")) == 6
     assert study.model(min(runs), 4).training is False
     assert run(kept / "study.toml", out) == 0
+    assert "is complete: nothing to do" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_kept_store_is_resumed_with_all_its_sections(kept, capsys):
+    assert run(kept / "study.toml", kept / "out") == 0
+    said = capsys.readouterr().err
+    kinds = ("curvature", "degeneracy", "trajectory", "separations", "surfaces")
+    assert {kind: f"note: {kind} of" in said for kind in kinds} == {
+        kind: not _unchanged(kind) for kind in kinds
+    }
+    assert len(lossray.open_study(kept / "out").table("tasks")) == 12
+    assert run(kept / "study.toml", kept / "out") == 0
     assert "is complete: nothing to do" in capsys.readouterr().err
 
 
