@@ -38,7 +38,7 @@ def _superseded(study: StudyResults) -> list[str]:
     inputs = manifest.inputs
     context = Context(store.url, study.study, manifest.folder, inputs.data_key, inputs.sources)
     plan = make_plan(context, manifest.packs, inputs)
-    return explained(find_superseded(store, plan, (), manifest.versions.get("lossray", "unknown")))
+    return explained(find_superseded(store, plan, (), manifest.versions.get("lossray", "unknown"), {}))
 
 
 def list_tables(out: str) -> str:
