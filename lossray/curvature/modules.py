@@ -22,12 +22,12 @@ from lossray.networks.functional import call_model, call_with
 from lossray.networks.layout import layout_of, require_module, uncompiled
 from lossray.networks.losses import (
     Loss,
-    ignores_outputs,
+    ignores_one_logit,
     in_dtype_of_outputs,
     in_one_dtype,
     is_one_logit,
     loss_name,
-    zero_loss,
+    one_logit,
 )
 from lossray.networks.weight_norm import twice_differentiable
 from lossray.plugins import failure
@@ -331,13 +331,13 @@ class ModuleObjective:
         )
 
     def _require_effect(self) -> None:
-        """Refuse a loss that is 0 whatever the outputs: all its curvature is 0 too."""
+        """Refuse a softmax over one output: its loss is 0 whatever the weights."""
         batch = converted(next(iter(self._read())), self.device, self.dtype)
         part = batch if self.coupled else replace(batch.pick(slice(0, CHECKED_EXAMPLES)), weights=None)
         with torch.no_grad():
             outputs = self._evaluate(self.theta, part)
-        if ignores_outputs(lambda changed: self._mean(changed, part), outputs):
-            raise ModelError(f"loss {self.names['loss']!r} of {self.names['model']}: {zero_loss(outputs)}")
+        if ignores_one_logit(lambda changed: self._mean(changed, part), outputs):
+            raise ModelError(f"loss {self.names['loss']!r} of {self.names['model']}: {one_logit(outputs)}")
 
     def _random_part(self, batch: Batch) -> str:
         """The model, or the loss if the model's outputs stay."""
@@ -390,7 +390,7 @@ def _given(inputs: Any) -> str:
 def _hint(outputs: Any, targets: Any) -> str:
     """What helps where classes meet one output."""
     classes = isinstance(targets, Tensor) and not targets.is_floating_point()
-    return f"; {zero_loss(outputs)}" if classes and is_one_logit(outputs) else ""
+    return f"; {one_logit(outputs)}" if classes and is_one_logit(outputs) else ""
 
 
 def _dtypes(*values: Any) -> str:

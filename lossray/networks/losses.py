@@ -37,7 +37,7 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
             "allowed: logits [B, C] and classes [B], or a function of your own as loss"
         )
     if outputs.shape[1] < 2:
-        raise ModelError(f"loss 'cross_entropy': {zero_loss(outputs)}")
+        raise ModelError(f"loss 'cross_entropy': {one_logit(outputs)}")
     return F.cross_entropy(outputs, targets)
 
 
@@ -157,14 +157,14 @@ def in_one_dtype(call: Callable[[], Value], dtype: torch.dtype | None) -> Value:
         return value
 
 
-def ignores_outputs(loss: Callable[[Tensor], Tensor], outputs: object) -> bool:
-    """Whether a loss is exactly 0 at the outputs, and still is when all of them are others.
+def ignores_one_logit(loss: Callable[[Tensor], Tensor], outputs: object) -> bool:
+    """Whether a loss is exactly 0 at outputs [B, 1, ...], and still is when all of them are others.
 
     Args:
         loss: of outputs alone.
-        outputs: [B, ...]; for anything but a floating tensor the answer is no.
+        outputs: for anything but a floating tensor [B, 1, ...] the answer is no.
     """
-    if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
+    if not isinstance(outputs, Tensor) or not outputs.is_floating_point() or not is_one_logit(outputs):
         return False
     random = torch.randn(outputs.shape, generator=generator(0, "outputs"), dtype=torch.float64)
     with torch.no_grad():
@@ -172,14 +172,12 @@ def ignores_outputs(loss: Callable[[Tensor], Tensor], outputs: object) -> bool:
         return bool(loss(outputs) == 0) and bool(loss(changed) == 0)
 
 
-def zero_loss(outputs: Tensor) -> str:
-    """What is wrong with a loss that ignores these outputs, and what helps."""
-    if is_one_logit(outputs):
-        return (
-            f"found outputs {list(outputs.shape)}: a softmax over one output is 1, and its loss 0, whatever "
-            "the weights; return two outputs, or use binary_cross_entropy_with_logits with float targets"
-        )
-    return f"it is 0 whatever the outputs {list(outputs.shape)} are, so that all its curvature is 0"
+def one_logit(outputs: Tensor) -> str:
+    """What is wrong with a softmax over one output, and what helps."""
+    return (
+        f"found outputs {list(outputs.shape)}: a softmax over one output is 1, and its loss 0, whatever "
+        "the weights; return two outputs, or use binary_cross_entropy_with_logits with float targets"
+    )
 
 
 def is_one_logit(outputs: object) -> bool:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lossray.curvature.objectives import example_losses
 from lossray.errors import LossrayError, ModelError, StudyError
 from lossray.networks.layout import tensors_of
-from lossray.networks.losses import LOSSES, get_loss, ignores_outputs, zero_loss
+from lossray.networks.losses import LOSSES, get_loss, ignores_one_logit, one_logit
 from lossray.networks.models import build_model, require_outputs, try_model
 from lossray.networks.nests import rows
 from lossray.plugins import failure
@@ -151,8 +151,8 @@ def _trial(name: str, outputs: Tensor, targets: Tensor) -> str | None:
     try:
         loss = get_loss(name)
         once, twice = loss(outputs, targets), loss(torch.cat([outputs] * 2), torch.cat([targets] * 2))
-        if ignores_outputs(lambda changed: loss(changed, targets), outputs):
-            return f"{name!r}: {zero_loss(outputs)}"
+        if ignores_one_logit(lambda changed: loss(changed, targets), outputs):
+            return f"{name!r}: {one_logit(outputs)}"
         columns = _one_column(outputs) and _one_column(targets) and outputs.ndim != targets.ndim
         each = example_losses(loss, outputs, targets) if columns else once
     except LossrayError as error:
