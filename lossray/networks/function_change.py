@@ -71,7 +71,7 @@ def outputs_of(model: nn.Module, inputs: Any) -> Tensor:
     """All outputs, flat, [n] float64; torch's generators start alike in each call.
 
     Raises:
-        ModelError: the model cannot take the inputs, or returns no floating-point tensor.
+        ModelError: the model cannot take the inputs, or returns no floating-point tensor, or one not finite.
     """
     device = next(model.parameters()).device
     try:
@@ -82,7 +82,12 @@ def outputs_of(model: nn.Module, inputs: Any) -> Tensor:
         raise ModelError(
             f"{type(model).__name__} on inputs {', '.join(map(str, shapes))}: {failure(error)}"
         ) from error
-    return flat(outputs, type(model).__name__)
+    found = flat(outputs, type(model).__name__)
+    if not bool(found.isfinite().all()):
+        raise ModelError(
+            f"{type(model).__name__} has outputs that are not finite: no change of them is known"
+        )
+    return found
 
 
 def flat(outputs: Any, name: str) -> Tensor:

@@ -55,14 +55,14 @@ def absences(study: Study, dataset: Dataset) -> list[str]:
 def _built(study: Study, i: int, settings: ModelSettings, dataset: Dataset) -> _Built:
     with torch.random.fork_rng(devices=[]):
         model = build_model(settings, dataset.input_shape, dataset.n_outputs)
-    layout = layout_of(model)
+    layout, data = layout_of(model), (dataset.train.inputs, None)
     names = settings.optimizers
     return _Built(
         place=f"models[{i}]",
         name=settings.name,
         dim=layout.dim,
-        no_rescaling=_refusal(lambda: rescaling_symmetry(model, layout)),
-        no_permutation=_refusal(lambda: permutation_symmetry(model)),
+        no_rescaling=_refusal(lambda: rescaling_symmetry(model, layout, data)),
+        no_permutation=_refusal(lambda: permutation_symmetry(model, data)),
         optimizers=tuple(own for own in study.optimizers if names is None or own.name in names),
     )
 
