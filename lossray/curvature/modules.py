@@ -19,6 +19,7 @@ from lossray.curvature.objectives import Batch, converted, example_losses
 from lossray.errors import DataError, LossrayError, ModelError
 from lossray.networks.ambient import seeded
 from lossray.networks.functional import call_model, call_with
+from lossray.networks.holding import gradient_in_place, holding
 from lossray.networks.layout import layout_of, require_module, uncompiled
 from lossray.networks.losses import (
     Loss,
@@ -156,6 +157,26 @@ class ModuleObjective:
         """Loss of each example alone, [1, B]."""
         assert self._loss is not None
         return example_losses(self._loss, outputs[0], batch.targets)[None]
+
+    def plain_gradient(self, theta: Tensor, batch: Batch) -> Tensor:
+        """Gradient [1, d] of the loss over ``batch``; see `Objective`."""
+        with self._held(theta) as parameters:
+            result = self._called.function(self._model, batch.inputs)
+            value: Tensor = self._mean(result, batch) if self.closure is None else result[0]
+            return gradient_in_place(value, parameters)[None]
+
+    def plain_outputs(self, theta: Tensor, batch: Batch) -> Tensor:
+        """Outputs [1, B, ...]; see `Objective`."""
+        with self._held(theta), torch.no_grad():
+            outputs: Tensor = self._called.function(self._model, batch.inputs)[None]
+        return outputs
+
+    @contextmanager
+    def _held(self, theta: Tensor) -> Iterator[list[Tensor]]:
+        """The module itself in its mode and with the weights ``theta`` [1, d]."""
+        tensors = {**self.layout.split(theta[0]), **self._converted_state}
+        with _mode(self._model, self.train), holding(self._model, tensors) as held:
+            yield held[: len(self.layout.names)]
 
     # The model and the loss.
 

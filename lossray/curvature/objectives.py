@@ -8,6 +8,7 @@ examples, or by the weights of these: a mean over examples, never a mean of batc
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.func import vmap
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lossray.networks.holding import gradient_in_place, holding
 from lossray.networks.layout import Layout
 from lossray.networks.losses import Loss
 from lossray.networks.stack import Stack
@@ -92,6 +94,15 @@ class Objective(Protocol):
 
     def example_losses(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Loss of each example alone, [R, B]."""
+
+    def plain_gradient(self, theta: Tensor, batch: Batch) -> Tensor:
+        """Gradient [1, d] of the loss of one member, by the module with its weights changed in place.
+
+        Another way than `losses`, which puts theta in the place of the registered parameters.
+        """
+
+    def plain_outputs(self, theta: Tensor, batch: Batch) -> Tensor:
+        """Outputs [1, B, ...] of one member, in the same way; detached."""
 
     def to(self, dtype: torch.dtype) -> "Objective":
         """The same objective in another dtype, from the original parameters and data."""
@@ -194,6 +205,24 @@ class StackObjective:
     def example_losses(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Loss of each example alone, [R, B]."""
         return self._each(partial(example_losses, self.loss), outputs, batch.targets)
+
+    def plain_gradient(self, theta: Tensor, batch: Batch) -> Tensor:
+        """Gradient [1, d] of the loss of one member; see `Objective`."""
+        with self._held(theta) as parameters:
+            value = self.loss(self.stack.template(batch.inputs), batch.targets)
+            return gradient_in_place(value, parameters)[None]
+
+    def plain_outputs(self, theta: Tensor, batch: Batch) -> Tensor:
+        """Outputs [1, B, ...] of one member; see `Objective`."""
+        with self._held(theta), torch.no_grad():
+            outputs: Tensor = self.stack.template(batch.inputs)[None]
+        return outputs
+
+    def _held(self, theta: Tensor) -> AbstractContextManager[list[Tensor]]:
+        """The template in eval mode with the weights of one member, [1, d], and its buffers."""
+        self.stack.template.eval()
+        buffers = {name: tensor[0] for name, tensor in self._buffers.items()}
+        return holding(self.stack.template, {**self.layout.split(theta[0]), **buffers})
 
     def _each(self, function: Callable[..., Tensor], outputs: Tensor, targets: Any) -> Tensor:
         """``function(outputs, targets)`` of every member, by the stack's executor."""

@@ -3,11 +3,20 @@
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from lossray.curvature.derivative_check import (
+    TrialMaker,
+    derivative_errors,
+    example_trial,
+    gradient_trial,
+    output_trial,
+    slope_trial,
+)
 from lossray.curvature.example_mean import require_example_mean
 from lossray.curvature.modes import ProductMode, plan_products
 from lossray.curvature.objectives import Objective, StackObjective
@@ -57,6 +66,7 @@ class ObjectiveOperator:
     """
 
     make_piece: ClassVar[PieceMaker]
+    trials: ClassVar[tuple[TrialMaker, ...]]  # of the derivatives that the pieces take
 
     def __init__(self, objective: Objective, *, mode: str = "auto") -> None:
         self.objective, self.layout = objective, objective.layout
@@ -90,8 +100,10 @@ class ObjectiveOperator:
 
         Raises:
             ValueError: another shape.
+            ModelError: at the first product, the derivatives are not those of the model.
         """
         block = self._block(vectors)
+        self.require_derivatives()
         self.matvecs += block.shape[1]
         with _differentiating(self.objective):
             products = self._sum(self._pieces(), block.to(self.device, self.dtype))
@@ -119,6 +131,22 @@ class ObjectiveOperator:
         the model cannot be evaluated in float64.
         """
         return error_norms(self, vectors)
+
+    @cached_property
+    def derivative_error(self) -> Tensor:
+        """How far autograd's derivatives are from a finite difference, relative: [R] float64.
+
+        NaN where it cannot be told: without float64, or at a kink.
+
+        Raises:
+            ModelError: too far.
+        """
+        with _differentiating(self.objective):
+            return derivative_errors(self.objective, type(self).trials)
+
+    def require_derivatives(self) -> None:
+        """Refuse derivatives that are not those of the model, once."""
+        _ = self.derivative_error
 
     def _check(self) -> None:
         """Refuse an objective that has no such operator."""
@@ -190,12 +218,14 @@ class PackedHessian(ObjectiveOperator):
     """The Hessians of the mean losses."""
 
     make_piece = staticmethod(hessian_piece)
+    trials = (gradient_trial,)
 
 
 class PackedGaussNewton(ObjectiveOperator):
     """J' (d2 loss / d outputs2) J: the Hessians of the losses of the linearised networks."""
 
     make_piece = staticmethod(gauss_newton_piece)
+    trials = (output_trial, slope_trial)
 
     def _check(self) -> None:
         _require_loss(self.objective, "Gauss-Newton needs the outputs and the loss apart")
@@ -205,6 +235,7 @@ class PackedFisher(ObjectiveOperator):
     """The empirical Fisher: the mean of g_n g_n' over the examples, g_n the gradient of example n's loss."""
 
     make_piece = staticmethod(fisher_piece)
+    trials = (output_trial, example_trial)
 
     def _check(self) -> None:
         _require_loss(self.objective, "the empirical Fisher needs the loss of each example")

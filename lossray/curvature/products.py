@@ -35,8 +35,8 @@ def hessian_piece(objective: Objective, batch: Batch, *, linearized: bool = Fals
     theta = objective.theta
     losses = batch.share * objective.losses(theta, batch)
     _require_dependence(objective, losses)
-    gradient = _derivative(losses.sum(), theta, create_graph=True)
-    product = _pullback(gradient, theta)
+    gradient = derivative(losses.sum(), theta, create_graph=True)
+    product = pullback(gradient, theta)
     if linearized:
         objective_sum = lambda point: batch.share * objective.losses(point, batch).sum()  # noqa: E731
         product = linearize(grad(objective_sum), theta.detach())[1]
@@ -50,9 +50,9 @@ def gauss_newton_piece(objective: Objective, batch: Batch, *, linearized: bool =
     leaf = outputs.detach().requires_grad_()
     losses = batch.share * objective.losses_of(leaf, batch)
     _require_dependence(objective, outputs, losses)
-    slope = _derivative(losses.sum(), leaf, create_graph=True)
-    push = _pushforward(objective, outputs, batch, linearized=linearized)
-    curve, pull = _pullback(slope, leaf), _pullback(outputs, theta)
+    slope = derivative(losses.sum(), leaf, create_graph=True)
+    push = pushforward(objective, outputs, batch, linearized=linearized)
+    curve, pull = pullback(slope, leaf), pullback(outputs, theta)
     return Piece(losses.detach(), pull(slope.detach()), lambda vectors: pull(curve(push(vectors))))
 
 
@@ -63,11 +63,11 @@ def fisher_piece(objective: Objective, batch: Batch, *, linearized: bool = False
     leaf = outputs.detach().requires_grad_()
     each = objective.example_losses(leaf, batch)  # [R, B]
     _require_dependence(objective, outputs, each)
-    slopes = _derivative(each.sum(), leaf)  # [R, B, ...]
+    slopes = derivative(each.sum(), leaf)  # [R, B, ...]
     weights = torch.ones_like(each[0]) if batch.weights is None else batch.weights
     shares = batch.share * weights / weights.sum()
-    push = _pushforward(objective, outputs, batch, linearized=linearized)
-    pull = _pullback(outputs, theta)
+    push = pushforward(objective, outputs, batch, linearized=linearized)
+    pull = pullback(outputs, theta)
 
     def weighted(scalars: Tensor) -> Tensor:
         """The slopes times one scalar per member and example."""
@@ -81,26 +81,26 @@ def fisher_piece(objective: Objective, batch: Batch, *, linearized: bool = False
     return Piece((each * shares).sum(dim=1).detach(), gradient, product)
 
 
-def _pushforward(objective: Objective, outputs: Tensor, batch: Batch, *, linearized: bool) -> Linear:
+def pushforward(objective: Objective, outputs: Tensor, batch: Batch, *, linearized: bool) -> Linear:
     """The map v -> J v. J' u is linear in u, so its own derivative in u, pulled back along v, is J v."""
     theta = objective.theta
     if linearized:
         jvp: Linear = linearize(lambda point: objective.outputs(point, batch), theta.detach())[1]
         return jvp
     dummy = torch.zeros_like(outputs).requires_grad_()
-    return _pullback(_derivative(outputs, theta, dummy, create_graph=True), dummy)
+    return pullback(derivative(outputs, theta, dummy, create_graph=True), dummy)
 
 
-def _pullback(values: Tensor, point: Tensor) -> Linear:
+def pullback(values: Tensor, point: Tensor) -> Linear:
     """The map u -> (d values / d point)' u, through a graph that stays."""
 
     def pull(vectors: Tensor) -> Tensor:
-        return _derivative(values, point, vectors, retain_graph=True)
+        return derivative(values, point, vectors, retain_graph=True)
 
     return pull
 
 
-def _derivative(
+def derivative(
     values: Tensor,
     point: Tensor,
     vectors: Tensor | None = None,
