@@ -96,6 +96,10 @@ class CurvatureOperator(PackedOperator, Protocol):
     def gradient(self) -> Tensor:
         """Gradients [R, d], float64."""
 
+    @property
+    def derivative_error(self) -> Tensor:
+        """How far autograd's derivatives are from a finite difference, relative, [R]; NaN if unknown."""
+
     def product_error(self, vectors: Tensor) -> Tensor:
         """How far the products with unit vectors [R, d] are from those in float64, [R]."""
 

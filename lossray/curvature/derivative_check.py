@@ -6,9 +6,9 @@ then wrong while the products stay symmetric, and every residual small. The diff
 over a few examples and along a random direction, of the module itself with its weights changed in place.
 
 A kink between the two points of a difference makes it wrong too, with a probability that falls with the step
-and the number of examples, as does rounding where a model computes in float32. Both show in the
-difference over a longer step. So nothing is refused before several attempts with ever smaller steps and fewer
-examples have failed, and agree about it.
+and the number of examples; so does one at the point, and rounding where a model computes in float32. Each
+sets the differences ahead and behind apart. So nothing is refused before two attempts have failed in which
+these agree, the second with a smaller step over fewer examples.
 """
 
 import math
@@ -18,18 +18,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lossray.curvature.objectives import Batch, Objective
+from lossray.curvature.objectives import Batch, Objective, converted
 from lossray.curvature.products import derivative, hessian_piece, pullback, pushforward
 from lossray.curvature.representative import representative
 from lossray.errors import ModelError
 from lossray.seeds import generator
 
-LARGEST = 1e-4  # relative difference of sound derivatives; they reach 1e-8
+LARGEST = {torch.float64: 1e-4, torch.float32: 1e-2}  # relative difference of derivatives in these dtypes
 ATTEMPTS = ((8, 1e-6), (4, 1e-7), (2, 1e-8), (1, 1e-8))  # examples, and the step as a share of |theta|
 CONSIDERED = 256  # examples from which these are chosen
-LONGER = 3  # the other step, over the first
-SETTLED = 0.1  # of a difference is the most that the other step may change where the difference is meant
-SETTLED_ATTEMPTS = 2  # that must agree
+AGREEING = 0.1  # of the difference: how far those ahead and behind may be apart where it is meant
+AGREEING_ATTEMPTS = 2  # that refuse
 FLOOR = 1e-3  # of what is differentiated, over the length of the point: derivatives below may be rounding
 
 
@@ -42,77 +41,87 @@ class Trial:
     length: float  # of the point: the step's unit
 
 
-TrialMaker = Callable[[Objective, Batch, int], Trial]  # of one member, at examples, with a seed
-
-
 @dataclass(frozen=True)
-class Outcome:
-    """Of one trial."""
+class Side:
+    """One way to evaluate a member at a few examples."""
 
-    error: float
-    settled: bool  # another step says the same
+    objective: Objective
+    batch: Batch  # in the objective's dtype
+
+
+TrialMaker = Callable[[Side, Side, int], Trial]  # as products do it, in float64 with changed weights; a seed
 
 
 def derivative_errors(objective: Objective, makers: Sequence[TrialMaker]) -> Tensor:
     """The relative difference of each member, [R] float64: NaN where it cannot be told, or of dead members.
 
     Args:
-        objective: in any dtype; compared in float64.
+        objective: in any dtype; its derivatives are compared in float64, or in its own where that fails.
         makers: what the operator differentiates.
 
     Raises:
         ModelError: a derivative is not that of the function.
     """
     errors = torch.full((len(objective.dead),), math.nan, dtype=torch.float64, device=objective.device)
-    try:
-        exact = objective.to(torch.float64)
-        first = next(iter(exact.batches()))
-    except Exception:  # whatever a user's model or data raise in another dtype
-        return errors
+    exact = objective.to(torch.float64)
+    first = next(iter(exact.batches()))
     for r in (~objective.dead).nonzero().flatten().tolist():
-        member = exact.member(r)
-        found = [_error(member, first, maker) for maker in makers]
-        errors[r] = max(found) if not any(map(math.isnan, found)) else math.nan
+        found = [_error(objective.member(r), exact.member(r), first, maker) for maker in makers]
+        errors[r] = torch.tensor(found).max()  # NaN stays NaN
     return errors
 
 
-def _error(objective: Objective, batch: Batch, maker: TrialMaker) -> float:
-    """The smallest difference of the attempts; NaN where none is small and they do not agree."""
-    settled = []
-    for seed, (examples, share) in enumerate(ATTEMPTS):
+def _error(objective: Objective, exact: Objective, batch: Batch, maker: TrialMaker) -> float:
+    """The difference in the first attempt where it is small; NaN where the others do not agree."""
+    agreeing = []
+    for seed, (count, share) in enumerate(ATTEMPTS):
+        error, meant, dtype = _attempt(objective, exact, _few(exact, batch, count), maker, seed, share)
+        if error <= LARGEST[dtype]:
+            return error
+        if meant:
+            agreeing.append(error)
+        if len(agreeing) == AGREEING_ATTEMPTS:
+            raise ModelError(_message(objective, max(agreeing)))
+    return math.nan
+
+
+def _attempt(
+    objective: Objective, exact: Objective, few: Batch, maker: TrialMaker, seed: int, share: float
+) -> tuple[float, bool, torch.dtype]:
+    """The difference, whether it is meant, and the dtype of the derivative: float64 if that works."""
+    plain = Side(exact, few)
+    for own in (exact, objective):
         try:
-            trial = maker(objective, _few(objective, batch, examples), seed)
-            outcome = _outcome(trial, share)
+            trial = maker(Side(own, converted(few, own.device, own.dtype)), plain, seed)
+            return *_difference(trial, share, LARGEST[own.dtype]), own.dtype
         except Exception:  # a user's model may take no such number of examples, or no float64
             continue
-        if outcome.error <= LARGEST:
-            return outcome.error
-        if outcome.settled:
-            settled.append(outcome.error)
-    if len(settled) < SETTLED_ATTEMPTS:
-        return math.nan
-    raise ModelError(
-        f"model {objective.names['model']!r} with loss {objective.names['loss']!r}: what autograd gives for "
-        f"the second derivatives differs from a finite difference by {min(settled):.2g} of its size. Likely "
-        "causes: an autograd.Function whose backward cannot be differentiated (it detaches, or keeps tensors "
-        "of its forward pass), weights that are read past their module (from a list, or from a tensor made "
-        "of them before), detach() or no_grad() on the way, a state that moves with the weights (spectral "
-        "norm in train mode). Use differentiable operations of torch on registered parameters, and eval mode"
-    )
+    return math.nan, False, objective.dtype
 
 
-def _outcome(trial: Trial, share: float) -> Outcome:
+def _difference(trial: Trial, share: float, largest: float) -> tuple[float, bool]:
+    """The relative difference, and whether it is meant rather than due to a kink or to rounding."""
     step = share * (trial.length or 1.0)
     ahead, behind = trial.function(step), trial.function(-step)
-    difference = (ahead - behind) / (2 * step)
+    central = (ahead - behind) / (2 * step)
     floor = FLOOR * _norm(ahead) / (trial.length or 1.0)
-    gap, size = _norm(trial.found - difference), max(_norm(trial.found), _norm(difference), floor)
+    gap, size = _norm(trial.found - central), max(_norm(trial.found), _norm(central), floor)
     error = gap / size if size else 0.0
-    if error <= LARGEST or not math.isfinite(error):
-        return Outcome(error, False)
-    longer = LONGER * step
-    other = (trial.function(longer) - trial.function(-longer)) / (2 * longer)
-    return Outcome(error, _norm(difference - other) <= SETTLED * gap)
+    if error <= largest or not math.isfinite(error):
+        return error, False
+    apart = _norm(ahead - 2 * trial.function(0.0) + behind) / step
+    return error, apart <= AGREEING * gap
+
+
+def _message(objective: Objective, error: float) -> str:
+    return (
+        f"model {objective.names['model']!r} with loss {objective.names['loss']!r}: what autograd gives for "
+        f"its derivatives differs from a finite difference by {error:.2g} of its size. Likely causes: an "
+        "autograd.Function whose backward cannot be differentiated (it detaches, or keeps tensors of its "
+        "forward pass), weights that are read past their module (from a list, or from a tensor made of them "
+        "before), detach() or no_grad() on the way, a state that moves with the weights (spectral norm in "
+        "train mode). Use differentiable operations of torch on registered parameters, and eval mode"
+    )
 
 
 def _few(objective: Objective, batch: Batch, count: int) -> Batch:
@@ -127,46 +136,59 @@ def _few(objective: Objective, batch: Batch, count: int) -> Batch:
 # ---- what is differentiated
 
 
-def gradient_trial(objective: Objective, batch: Batch, seed: int) -> Trial:
+def gradient_trial(own: Side, plain: Side, seed: int) -> Trial:
     """The gradient of the loss in the parameters, whose derivative is the Hessian."""
-    theta = objective.theta.detach()
+    theta = plain.objective.theta.detach()
     direction = _direction(theta, seed)
-    found = hessian_piece(objective, batch).product(direction)
-    return Trial(found, lambda step: objective.plain_gradient(theta + step * direction, batch), _norm(theta))
+    found = hessian_piece(own.objective, own.batch).product(direction.to(own.objective.dtype))
+
+    def gradient(step: float) -> Tensor:
+        return plain.objective.plain_gradient(theta + step * direction, plain.batch)
+
+    return Trial(found.double(), gradient, _norm(theta))
 
 
-def output_trial(objective: Objective, batch: Batch, seed: int) -> Trial:
+def output_trial(own: Side, plain: Side, seed: int) -> Trial:
     """The outputs in the parameters, whose derivative is J."""
-    theta = objective.theta.detach()
+    theta = plain.objective.theta.detach()
     direction = _direction(theta, seed)
-    outputs = objective.outputs(objective.theta, batch)
-    found = pushforward(objective, outputs, batch, linearized=False)(direction)
-    return Trial(found, lambda step: objective.plain_outputs(theta + step * direction, batch), _norm(theta))
+    outputs = own.objective.outputs(own.objective.theta, own.batch)
+    push = pushforward(own.objective, outputs, own.batch, linearized=False)
+
+    def moved(step: float) -> Tensor:
+        return plain.objective.plain_outputs(theta + step * direction, plain.batch)
+
+    return Trial(push(direction.to(own.objective.dtype)).double(), moved, _norm(theta))
 
 
-def slope_trial(objective: Objective, batch: Batch, seed: int) -> Trial:
+def slope_trial(own: Side, plain: Side, seed: int) -> Trial:
     """The slope of the loss in the outputs, whose derivative is its Hessian there."""
-    outputs = objective.outputs(objective.theta, batch).detach().requires_grad_()
+    outputs = own.objective.outputs(own.objective.theta, own.batch).detach().requires_grad_()
     direction = _direction(outputs, seed)
 
-    def slope(point: Tensor, *, keep: bool = False) -> Tensor:
-        return derivative(objective.losses_of(point, batch).sum(), point, create_graph=keep)
+    def slope(side: Side, point: Tensor, *, keep: bool = False) -> Tensor:
+        return derivative(side.objective.losses_of(point, side.batch).sum(), point, create_graph=keep)
 
-    found = pullback(slope(outputs, keep=True), outputs)(direction)
-    return Trial(found, lambda step: slope(outputs + step * direction), _norm(outputs))
+    found = pullback(slope(own, outputs, keep=True), outputs)(direction)
+    return Trial(found.double(), lambda step: slope(plain, _ahead(outputs, step, direction)), _norm(outputs))
 
 
-def example_trial(objective: Objective, batch: Batch, seed: int) -> Trial:
+def example_trial(own: Side, plain: Side, seed: int) -> Trial:
     """The losses of the examples in the outputs, whose derivatives are their slopes."""
-    outputs = objective.outputs(objective.theta, batch).detach().requires_grad_()
+    outputs = own.objective.outputs(own.objective.theta, own.batch).detach().requires_grad_()
     direction = _direction(outputs, seed)
-    slopes = derivative(objective.example_losses(outputs, batch).sum(), outputs)
+    slopes = derivative(own.objective.example_losses(outputs, own.batch).sum(), outputs)
     found = (slopes * direction).reshape(*slopes.shape[:2], -1).sum(dim=2)
 
     def losses(step: float) -> Tensor:
-        return objective.example_losses(outputs + step * direction, batch).detach()
+        return plain.objective.example_losses(_ahead(outputs, step, direction), plain.batch).detach()
 
-    return Trial(found, losses, _norm(outputs))
+    return Trial(found.double(), losses, _norm(outputs))
+
+
+def _ahead(point: Tensor, step: float, direction: Tensor) -> Tensor:
+    """The point in float64, so much along the direction, as a leaf."""
+    return (point.detach().double() + step * direction.double()).requires_grad_()
 
 
 def _direction(point: Tensor, seed: int) -> Tensor:

@@ -78,6 +78,17 @@ class CurvatureMatrix:
         return self.packed.gradient[0]
 
     @property
+    def derivative_error(self) -> float:
+        """How far autograd's derivatives are from a finite difference in float64, relative.
+
+        NaN where it cannot be told: at a kink, or where the model does not work in float64.
+
+        Raises:
+            ModelError: too far for the products to be those of the model.
+        """
+        return float(self.packed.derivative_error[0])
+
+    @property
     def parameter_names(self) -> tuple[str, ...]:
         """The parameters whose elements the axes hold, in order."""
         return self.packed.layout.names
@@ -90,6 +101,7 @@ class CurvatureMatrix:
 
         Raises:
             ValueError: another shape, or numbers that are not real and floating-point.
+            ModelError: at the first product, the derivatives are not those of the model.
         """
         if isinstance(vectors, np.ndarray):
             return self._product(torch.from_numpy(np.array(vectors))).numpy()

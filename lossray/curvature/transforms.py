@@ -39,6 +39,10 @@ class PointOperator(PackedOperator, Protocol):
     def matvecs(self) -> int:
         """Products so far."""
 
+    @property
+    def derivative_error(self) -> Tensor:
+        """How far autograd's derivatives are from a finite difference, relative, [R]; NaN if unknown."""
+
     def difference(self, vectors: Tensor) -> Tensor:
         """Products minus those in float64, [R, d] or [R, b, d]."""
 
@@ -70,6 +74,11 @@ class PackedScaled:
     def matvecs(self) -> int:
         """Products so far, of the operator underneath."""
         return self.operator.matvecs
+
+    @property
+    def derivative_error(self) -> Tensor:
+        """That of the operator underneath, [R]; see `ObjectiveOperator`."""
+        return self.operator.derivative_error
 
     def apply(self, vectors: Tensor) -> Tensor:
         """The products with ``vectors`` [R, d] or [R, b, d], float64."""
@@ -138,6 +147,11 @@ class PackedRestricted:
     def matvecs(self) -> int:
         """Products so far, of the operator underneath."""
         return self.operator.matvecs
+
+    @property
+    def derivative_error(self) -> Tensor:
+        """That of the operator underneath, [R]; see `ObjectiveOperator`."""
+        return self.operator.derivative_error
 
     def apply(self, vectors: Tensor) -> Tensor:
         """The products with ``vectors`` [R, d] or [R, b, d], float64."""

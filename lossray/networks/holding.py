@@ -5,14 +5,16 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 
 @contextmanager
 def holding(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[list[Tensor]]:
     """Exchange the storages of parameters and buffers, whose objects stay: whoever refers to them sees it.
 
-    That is unlike `call_with`, which puts other objects in the place of registered ones. Afterwards all is as
-    it was, also tensors that layers keep beside their parameters.
+    So do tensors beside them that share their storage, such as ``weight.detach()`` in a list. That is unlike
+    `call_with`, which puts other objects in the place of registered ones. Afterwards all is as it was, also
+    what layers keep beside their parameters.
 
     Args:
         model: whose tensors are exchanged.
@@ -23,22 +25,41 @@ def holding(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[list[Te
     """
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     exchanged = {name: own[name] for name in tensors if name in own}
-    storages = {name: tensor.data for name, tensor in exchanged.items()}
-    beside = [
+    named = {(tensor.data_ptr(), tensor.shape): name for name, tensor in exchanged.items()}
+    pairs = [(tensor, name) for name, tensor in exchanged.items()]
+    for other in _beside(model):
+        name = named.get((other.data_ptr(), other.shape))
+        if name is not None and other is not exchanged[name]:
+            pairs.append((other, name))
+    storages = [(tensor, tensor.data) for tensor, _ in pairs]
+    attributes = [
         (module.__dict__, key, value)
         for module in model.modules()
         for key, value in module.__dict__.items()
         if isinstance(value, Tensor)
     ]
     try:
-        for name, tensor in exchanged.items():
-            tensor.data = tensors[name].detach().clone()
+        new = {name: tensors[name].detach().clone() for name in exchanged}
+        for tensor, name in pairs:
+            tensor.data = new[name]
         yield [tensor for tensor in exchanged.values() if isinstance(tensor, nn.Parameter)]
     finally:
-        for name, tensor in exchanged.items():
-            tensor.data = storages[name]
-        for table, key, value in beside:
+        for tensor, storage in storages:
+            tensor.data = storage
+        for table, key, value in attributes:
             table[key] = value
+
+
+def _beside(model: nn.Module) -> list[Tensor]:
+    """Tensors that layers hold besides what is registered: as attributes, in lists and tables."""
+    return [
+        leaf
+        for module in model.modules()
+        for key, value in module.__dict__.items()
+        if key not in ("_parameters", "_buffers", "_modules")
+        for leaf in tree_leaves(value)
+        if isinstance(leaf, Tensor)
+    ]
 
 
 def gradient_in_place(value: Tensor, parameters: list[Tensor]) -> Tensor:
