@@ -141,6 +141,7 @@ def curvature_rows(
             "effective_dimension_regulariser": finite(float(analysis.regulariser[r])),
             "matvecs": int(analysis.matvecs[r]) if alive else None,
             "orthogonality_loss": finite(float(analysis.pairs.orthogonality_loss[r])),
+            "derivative_error": finite(float(analysis.derivative_error[r])),
             "dim": operator.shape[1],
             "loss": finite(float(analysis.losses[r])),
             "gradient_norm": finite(float(analysis.gradient_norm[r])),

@@ -112,6 +112,7 @@ class MemberAnalysis:
     smallest: MemberPairs
     ipr: Tensor  # [top]
     product_error: float
+    derivative_error: float
     density: SpectralDensity
     trace: MemberEstimate
     frobenius: MemberEstimate
@@ -133,6 +134,7 @@ class Analysis:
     smallest: EigenPairs  # the algebraically smallest, [R, 1]
     ipr: Tensor  # [R, top] inverse participation ratios sum v_i^4 of the largest: 1/d spread, 1 localised
     product_error: Tensor  # [R] |(H - H in float64) v|, v the top vector; NaN where float64 does not work
+    derivative_error: Tensor  # [R] of autograd against a finite difference, relative; NaN: cannot be told
     density: Densities
     trace: Estimate
     frobenius: Estimate  # Frobenius norm
@@ -149,10 +151,11 @@ class Analysis:
     def member(self, r: int) -> "MemberAnalysis":
         """The analysis of one member."""
         return MemberAnalysis(
-            pairs=self.pairs.member(r),
-            smallest=self.smallest.member(r),
+            pairs=replace(self.pairs.member(r), derivative_error=float(self.derivative_error[r])),
+            smallest=replace(self.smallest.member(r), derivative_error=float(self.derivative_error[r])),
             ipr=self.ipr[r],
             product_error=float(self.product_error[r]),
+            derivative_error=float(self.derivative_error[r]),
             density=self.density.member(r),
             trace=self.trace.member(r),
             frobenius=self.frobenius.member(r),
@@ -260,6 +263,7 @@ def _summary(
         product_error=operator.product_error(leading.nan_to_num(nan=0.0)).masked_fill(
             leading.isnan().any(dim=1), float("nan")
         ),
+        derivative_error=operator.derivative_error.masked_fill(~analysed, float("nan")),
         density=density,
         trace=trace,
         frobenius=frobenius,

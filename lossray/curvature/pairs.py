@@ -51,6 +51,7 @@ class MemberPairs:
     scale: float
     matvecs: int
     orthogonality_loss: float
+    derivative_error: float = math.nan  # of the operator; NaN where it is not known
 
     def __len__(self) -> int:
         """Number of pairs k."""

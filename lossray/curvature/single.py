@@ -3,6 +3,7 @@
 Thin: a single operator is a pack of one member.
 """
 
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -70,7 +71,8 @@ def eigenpairs(
         guesses=None if start is None else _guesses(start, packed.shape[1]),
         relative_to=checked_relative_to(relative_to),
     )
-    parts = [pairs.member(0) for pairs in ends]
+    error = float(packed.derivative_error[0])
+    parts = [replace(pairs.member(0), derivative_error=error) for pairs in ends]
     return parts[0] if len(parts) == 1 else _joined(*parts)
 
 
@@ -176,4 +178,5 @@ def _joined(largest: MemberPairs, smallest: MemberPairs) -> MemberPairs:
         scale=largest.scale,
         matvecs=largest.matvecs + len(smallest),
         orthogonality_loss=max(largest.orthogonality_loss, smallest.orthogonality_loss),
+        derivative_error=largest.derivative_error,
     )

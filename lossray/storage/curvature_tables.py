@@ -97,6 +97,12 @@ CURVATURES = TableSchema(
         number("effective_dimension_regulariser", CURVATURE, "the regulariser in it: |lambda|max / 100"),
         Column("matvecs", INTEGER, "products", "products of the operator with a vector, all told"),
         number("orthogonality_loss", "1", "largest |Q'Q - I| of the Krylov basis"),
+        number(
+            "derivative_error",
+            "1",
+            "relative difference of autograd's derivatives and a finite difference along a random direction; "
+            "null where it cannot be told, at a kink or without float64",
+        ),
         Column("dim", INTEGER, "1", "order of the operator: parameters in the block"),
         Column("n_examples", INTEGER, "examples", "size of the analysis set"),
         Column("data_fingerprint", TEXT, "", "hash of the analysis set's contents"),

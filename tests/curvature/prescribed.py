@@ -20,6 +20,7 @@ class Rotated:
         self.matvecs = 0
         self.losses = torch.zeros(self.shape[0], dtype=torch.float64)
         self.gradient = torch.zeros(self.shape, dtype=torch.float64)
+        self.derivative_error = torch.zeros(self.shape[0], dtype=torch.float64)
 
     def product_error(self, vectors: Tensor) -> Tensor:
         exact = self._reflect(self.spectra * self._reflect(vectors, self.mirrors), self.mirrors.flip(0))
