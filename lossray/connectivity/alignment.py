@@ -16,6 +16,7 @@ from lossray.connectivity.activations import activation_matching
 from lossray.connectivity.matching import Permutations, weight_matching
 from lossray.connectivity.scaling import nearest_factors
 from lossray.curvature.data import as_tensors, described, read_data
+from lossray.curvature.finite import require_finite_inputs
 from lossray.errors import DataError, ModelError, StudyError
 from lossray.names import unknown_name
 from lossray.networks.as_found import copied
@@ -223,11 +224,12 @@ def _candidates(task: _Task, inputs: Sequence[Any], matching: Matching) -> Itera
 
 def _inputs(data: Any, device: torch.device) -> Iterator[Any]:
     """The inputs of every batch, in float64 where they are floats, in parts."""
-    for raw in read_data(data):
+    for number, raw in enumerate(read_data(data)):
         inputs = as_tensors(raw[0] if isinstance(raw, tuple | list) and raw else raw)
         tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
         if not tensors or any(leaf.ndim == 0 or len(leaf) == 0 for leaf in tensors):
             raise DataError(f"align, data: found {described(inputs)}; {INPUTS}")
+        require_finite_inputs(inputs, number)
         for start in range(0, len(tensors[0]), EXAMPLES_AT_ONCE):
             yield _part(inputs, slice(start, start + EXAMPLES_AT_ONCE), device)
 

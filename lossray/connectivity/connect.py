@@ -16,6 +16,7 @@ from lossray.connectivity.examples import Examples, Indexed, joined
 from lossray.connectivity.jumps import differing, jumps
 from lossray.connectivity.paths import CURVES, KINDS, Kind, Path, bent, geometric, straight
 from lossray.curvature.example_mean import require_example_mean
+from lossray.curvature.finite import require_finite_loss
 from lossray.curvature.modules import ModuleObjective
 from lossray.errors import ModelError, StudyError
 from lossray.names import unknown_name
@@ -187,6 +188,7 @@ def connect(
     _require_same_architecture(model_a, model_b)
     ends = (copied(uncompiled(model_a)), copied(uncompiled(model_b)))
     objectives = [ModuleObjective(end, loss, data) for end in ends]
+    _loss_of(objectives[0])
     start = _start(ends, objectives[0], loss, kind, bends)
     _require_same_function(start, objectives[1])
     _require_no_jump(start)
@@ -288,9 +290,7 @@ def _shapes(model: nn.Module) -> list[tuple[str, str]]:
 
 def _require_same_function(start: Connection, objective: ModuleObjective) -> None:
     """Refuse a model_b that computes something else with its weights than model_a's architecture would."""
-    with torch.no_grad():
-        batches = objective.batches()
-        own = sum(batch.share * float(objective.losses(objective.theta, batch)) for batch in batches)
+    own = _loss_of(objective)
     found = float(start.losses([1.0]))
     if abs(found - own) <= SAME_LOSS * max(abs(own), abs(found)) or _same_outputs(start, objective):
         return
@@ -298,6 +298,19 @@ def _require_same_function(start: Connection, objective: ModuleObjective) -> Non
         f"connect: model_b has a loss of {own:.6g}, and its weights in model_a's architecture one of "
         f"{found:.6g}; {NEEDED}"
     )
+
+
+def _loss_of(objective: ModuleObjective) -> float:
+    """The loss over all examples, finite.
+
+    Raises:
+        DataError: it is not, in some example.
+    """
+    with torch.no_grad():
+        batches = objective.batches()
+        loss = sum(batch.share * float(objective.losses(objective.theta, batch)) for batch in batches)
+        require_finite_loss(objective, torch.tensor(loss))
+    return loss
 
 
 def _same_outputs(start: Connection, objective: ModuleObjective) -> bool:

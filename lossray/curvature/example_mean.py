@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lossray.curvature.finite import require_finite_batches
 from lossray.curvature.graph_memory import held_bytes
 from lossray.curvature.mean_remedy import remedy
 from lossray.curvature.objectives import Batch, Objective
@@ -23,9 +24,9 @@ from lossray.curvature.representative import representative, representatives
 from lossray.errors import LossrayError, ModelError
 from lossray.seeds import generator
 
-LOSS_EXAMPLES = 1024  # for the loss of outputs
+LOSS_EXAMPLES = 512  # for the loss of outputs
 MODEL_EXAMPLES = 24  # for the model
-AT_ONCE = 128  # examples of a forward pass
+AT_ONCE = 256  # examples of a forward pass
 GRAPH_BYTES = 2**28  # of the model's graph over the few examples, about
 GRAPH_OF_FORWARD = 8  # bytes of a twice differentiated graph in float64, in those that a forward pass keeps
 MOST_SHAPES = 4  # sets of examples of one shape that are tried
@@ -69,6 +70,7 @@ def require_example_mean(
 
     Raises:
         ModelError: it is not.
+        DataError: it is not finite in some example.
     """
     try:
         found = differences(objective, anywhere=anywhere, alone=alone)
@@ -80,6 +82,8 @@ def require_example_mean(
     worst = max((one for one in found if not one.same), key=lambda one: one.size, default=None)
     if worst is None:
         return
+    if not math.isfinite(worst.size) and not objective.may_diverge:
+        require_finite_batches(objective)
     apart = f"by {worst.size:.2g} of its size" if math.isfinite(worst.size) else "and on a part is not finite"
     raise ModelError(
         f"{_subject(objective)} is no mean over examples: over some of them it differs from the mean over "

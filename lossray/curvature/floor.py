@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from lossray.curvature.chains import Layer, chain_of, is_bare, pattern_of, places_of
 from lossray.curvature.data import described, example_batch, read_data
 from lossray.curvature.degeneracy import Count
+from lossray.curvature.finite import require_finite_inputs
 from lossray.curvature.loss_pieces import in_one_piece, taylor_loss
 from lossray.curvature.mixing import generic_nullity
 from lossray.curvature.output_loss import (
@@ -285,6 +286,8 @@ def _examples(data: Any, loss: Loss) -> tuple[Tensor, OutputLoss]:
         batches = [example_batch(raw) for raw in read_data(data, closure=False)]
     if not all(isinstance(b.inputs, Tensor) and isinstance(b.targets, Tensor) for b in batches):
         raise DataError("the structural floor needs inputs and targets that are tensors")
+    for number, batch in enumerate(batches):
+        require_finite_inputs(batch.inputs, number)
     if not sum(len(batch.inputs) for batch in batches):
         raise DataError("data: found no example; at least one is needed")
     kept = [slice(None) if batch.weights is None else batch.weights > 0 for batch in batches]

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from lossray.curvature.data import described, example_batch, read_data
 from lossray.curvature.example_mean import require_example_mean
+from lossray.curvature.finite import require_finite_inputs, require_finite_loss
 from lossray.curvature.objectives import Batch, converted, example_losses
 from lossray.errors import DataError, LossrayError, ModelError
 from lossray.networks.ambient import seeded
@@ -83,6 +84,7 @@ class ModuleObjective:
             "loss": loss_name(loss or closure),
         }
         self.dead = torch.zeros(1, dtype=torch.bool, device=self.device)
+        self.may_diverge = False
         self._model = model
         self._called = _Called(model, closure or call_model)
         self._derivatives = twice_differentiable(model)
@@ -288,9 +290,8 @@ class ModuleObjective:
                 f"which examples share it, so that {len(self._sizes)} batches have no common mean loss: pass "
                 "one batch, or train=False"
             )
-        for i, loss in enumerate(first):
-            if not math.isfinite(loss):
-                raise DataError(f"batch {i} of the data: the loss is {loss}, which has no curvature")
+        for loss in first:
+            require_finite_loss(self, torch.tensor(loss))
         self._pass = 2
         second, _, _ = self._survey()
         self._pass = 0
@@ -311,6 +312,8 @@ class ModuleObjective:
         sizes: list[int | None] = []
         weights: list[float] = []
         for i, raw in enumerate(self._read()):
+            if self._pass == 1 and self.closure is None:
+                require_finite_inputs(raw.inputs, i)
             batch = converted(raw, self.device, self.dtype)
             loss, weight = self._sample(batch, stream(self._pass, "model", i))
             losses.append(loss)
@@ -326,7 +329,10 @@ class ModuleObjective:
                 return float(value.detach()), weight
             part = batch if self.coupled else batch.pick(slice(0, CHECKED_EXAMPLES))
             part = replace(part, weights=None)
-            return float(self._mean(self._evaluate(self.theta, part), part).detach()), batch.share
+            loss = float(self._mean(self._evaluate(self.theta, part), part).detach())
+            if not math.isfinite(loss):  # the first examples may be ignored targets alone
+                loss = float(self._mean(self._evaluate(self.theta, batch), batch).detach())
+            return loss, batch.share
 
     def _compare(self, first: list[float], second: list[float]) -> None:
         """Refuse losses that differ from one evaluation to the next."""

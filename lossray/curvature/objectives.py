@@ -70,6 +70,7 @@ class Objective(Protocol):
 
     theta: Tensor  # [R, d], a leaf in the dtype of the products; zeros for dead members
     dead: Tensor  # [R] bool: members with a parameter that is not finite; what is theirs becomes NaN
+    may_diverge: bool  # whether a member's loss may be infinite, and its results then NaN
     dtype: torch.dtype
     device: torch.device
     layout: Layout
@@ -147,6 +148,7 @@ class StackObjective:
             "loss": getattr(loss, "__name__", "loss"),
         }
         self.dead = ~torch.isfinite(theta).all(dim=1)
+        self.may_diverge = True
         self._raw = [Batch(x, y, len(y) / total) for x, y in batches if len(y)]
         self._point = theta.detach().clone()
         self._state = {name: tensor.detach().clone() for name, tensor in buffers.items()}

@@ -18,6 +18,7 @@ from lossray.curvature.derivative_check import (
     slope_trial,
 )
 from lossray.curvature.example_mean import require_example_mean
+from lossray.curvature.finite import require_finite_loss
 from lossray.curvature.modes import ProductMode, plan_products
 from lossray.curvature.objectives import Objective, StackObjective
 from lossray.curvature.precision import exact_products
@@ -86,6 +87,8 @@ class ObjectiveOperator:
             if self.mode == "linearized":
                 self._keep_linearized()
             losses, gradient = self._first_pass()
+            if not objective.may_diverge:
+                require_finite_loss(objective, losses, gradient)
         self.losses, self.gradient = self._masked(losses), self._masked(gradient)
 
     def apply(self, vectors: Tensor) -> Tensor:
@@ -107,6 +110,8 @@ class ObjectiveOperator:
         self.matvecs += block.shape[1]
         with _differentiating(self.objective):
             products = self._sum(self._pieces(), block.to(self.device, self.dtype))
+        if not self.objective.may_diverge:
+            self._require_finite(products, block)
         return self._masked(products.view(vectors.shape))
 
     def difference(self, vectors: Tensor) -> Tensor:
@@ -150,6 +155,15 @@ class ObjectiveOperator:
 
     def _check(self) -> None:
         """Refuse an objective that has no such operator."""
+
+    def _require_finite(self, products: Tensor, block: Tensor) -> None:
+        """Refuse products of finite vectors that are not finite."""
+        if not bool(torch.isfinite(products).all()) and bool(torch.isfinite(block).all()):
+            raise ModelError(
+                f"{self.objective.names['model']} with loss {self.objective.names['loss']!r}: loss and "
+                "gradient are finite and the second derivatives are not, as those of a root or a norm at 0; "
+                "keep away from such points, for example by adding a small number under the root"
+            )
 
     def _pieces(self) -> Iterator[Piece]:
         if self._kept is not None:

@@ -192,7 +192,7 @@ def test_closures_have_a_hessian_alone() -> None:
         ((X, Y, torch.ones(3)), r"weights of a batch: found a tensor \[3\]; needed: one for each of 12"),
         ((X, Y, -torch.ones(12)), "negative or non-finite"),
         ((X, Y, torch.zeros(12)), "no example with a positive weight"),
-        ((X * float("nan"), Y), "batch 0 of the data: the loss is nan"),
+        ((X * float("nan"), Y), "batch 0 of the data: found nan in the inputs of example 0"),
         (None, "data: found None"),
     ],
 )
