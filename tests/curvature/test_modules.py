@@ -302,6 +302,7 @@ def test_data_stay_where_they_are() -> None:
             yield X[5:], Y[5:]
 
     hessian = lossray.Hessian(_net(), cross_entropy, Data(), mode="recompute")
+    hessian.packed.require_derivatives()  # before the first product
     before = len(readings)
     hessian @ torch.ones(43, 4)  # a block reads the data once
     assert len(readings) == before + 1
