@@ -19,7 +19,7 @@ from lossray.ensembles.recipes import Members, Options
 from lossray.ensembles.rescaling import equivalent_rates
 from lossray.errors import ModelError
 from lossray.networks.layout import uncompiled
-from lossray.networks.nests import is_tensor
+from lossray.networks.nests import SEVERAL_INPUTS, is_tensor
 from lossray.networks.permutations import permutation_symmetry
 from lossray.networks.symmetry import rescaling_symmetry
 
@@ -43,7 +43,7 @@ class Method:
         """Why the method cannot be applied to these runs; None where it can."""
         model, optimizer = problem.stack.template, problem.optimizer
         if self.needs is not None and not is_tensor(problem.dataset.train.inputs):
-            return "the model takes several inputs: its symmetries are not known"
+            return SEVERAL_INPUTS
         data = (problem.dataset.train.inputs, None)
         if self.needs is not None:
             try:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+SEVERAL_INPUTS = "the model takes several inputs: its symmetries are not known"
 Inputs = Any  # Tensor | tuple[Tensor, ...] | dict[str, Tensor]; arrays likewise while data are read
 
 

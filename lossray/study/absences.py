@@ -11,6 +11,7 @@ from lossray.errors import ModelError
 from lossray.networks.layers import ModelSettings
 from lossray.networks.layout import layout_of
 from lossray.networks.models import build_model
+from lossray.networks.nests import SEVERAL_INPUTS, is_tensor
 from lossray.networks.permutations import permutation_symmetry
 from lossray.networks.symmetry import rescaling_symmetry
 from lossray.study.settings import OF_THE_NEXT_BATCH, Study
@@ -27,6 +28,7 @@ class _Built:
     dim: int
     no_rescaling: str | None
     no_permutation: str | None
+    several: str | None  # why copies in another gauge or order are left out although there are symmetries
     optimizers: tuple[OptimizerSettings, ...]
 
 
@@ -47,6 +49,7 @@ def absences(study: Study, dataset: Dataset) -> list[str]:
         *_of_alignment(study, models),
         *_of_optimizers(study),
         *_of_rates(study, models),
+        *_of_floors(study, models),
         *_of_size(study, models),
         *_of_seeds(study),
     ]
@@ -63,6 +66,7 @@ def _built(study: Study, i: int, settings: ModelSettings, dataset: Dataset) -> _
         dim=layout.dim,
         no_rescaling=_refusal(lambda: rescaling_symmetry(model, layout, data)),
         no_permutation=_refusal(lambda: permutation_symmetry(model, data)),
+        several=None if is_tensor(dataset.train.inputs) else SEVERAL_INPUTS,
         optimizers=tuple(own for own in study.optimizers if names is None or own.name in names),
     )
 
@@ -103,15 +107,15 @@ def _of_windows(study: Study) -> Iterator[str]:
 
 
 def _of_rescaling(study: Study, models: Sequence[_Built]) -> Iterator[str]:
-    lost = [
-        f"gauge {name!r}" for name in study.angles.gauges if name == "balanced" and study.angles.directions
-    ]
+    gauge = ["gauge 'balanced'"] if "balanced" in study.angles.gauges and study.angles.directions else []
+    lost = []
     if study.connectivity is not None and study.source is None:
         lost += ["paths to rescaled copies"] if study.connectivity.rescaled else []
         lost += ["paths aligned by 'scale'"] if "scale" in study.connectivity.align else []
     methods = _methods(study, ("rescaling", "rates"))
     lost += [f"ensembles {', '.join(methods)}"] if methods else []
-    yield from _by_reason(models, lost, lambda model: model.no_rescaling)
+    yield from _by_reason(models, [*gauge, *lost], lambda model: model.no_rescaling)
+    yield from _by_reason(models, lost, lambda model: None if model.no_rescaling else model.several)
 
 
 def _of_alignment(study: Study, models: Sequence[_Built]) -> Iterator[str]:
@@ -119,10 +123,12 @@ def _of_alignment(study: Study, models: Sequence[_Built]) -> Iterator[str]:
         return
     align = study.connectivity.align if study.connectivity is not None else ()
     permuted = ["paths aligned by 'permutation'"] if "permutation" in align else []
-    yield from _by_reason(models, permuted, lambda model: model.no_permutation)
+    yield from _by_reason(models, permuted, lambda model: model.no_permutation or model.several)
     either = ["paths aligned by 'both'"] if "both" in align else []
     either += [f"ensembles {', '.join(own)}"] if (own := _methods(study, ("alignment",))) else []
-    yield from _by_reason(models, either, lambda m: m.no_permutation if m.no_rescaling else None)
+    yield from _by_reason(
+        models, either, lambda model: (model.no_permutation if model.no_rescaling else None) or model.several
+    )
 
 
 def _by_reason(
@@ -131,6 +137,11 @@ def _by_reason(
     """A line for each reason that some of the models give, with those models."""
     for text, own in _grouped((reason(model), model.place) for model in models).items() if lost else ():
         yield f"{', '.join(own)}: no {'; no '.join(lost)}: {text}"
+
+
+def _of_floors(study: Study, models: Sequence[_Built]) -> Iterator[str]:
+    lost = ["structural nullity"] if study.degeneracy is not None else []
+    yield from _by_reason(models, lost, lambda model: model.several)
 
 
 def _of_size(study: Study, models: Sequence[_Built]) -> Iterator[str]:

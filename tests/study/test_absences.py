@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from lossray.networks.nests import SEVERAL_INPUTS
 from lossray.study import study_from_table
 from lossray.study.absences import absences
 from lossray.training.datasets import data_settings, load_dataset
+from tests.user_code import write
 
 DATA = {"source": "gaussians", "n": 60, "dim": 5, "classes": 3}
 RELU, TANH = {"name": "mlp", "widths": [4]}, {"name": "mlp", "widths": [4], "activation": "tanh"}
@@ -97,3 +99,32 @@ def test_defaults_that_recorded_runs_do_not_allow(dataset):
         "'minibatch_gradient', 'update': not computed, since the next batch of a recorded run is not known",
         "alignment: not computed, since the steps of a recorded run are not known",
     ]
+
+
+def test_models_of_several_inputs_have_no_copies_and_no_floor(folder):
+    write(
+        folder,
+        lrt_two="import torch\n"
+        "from torch import nn\n"
+        "def data(): return (torch.ones(30, 3), torch.ones(30, 2)), torch.arange(30) % 2\n"
+        "class Two(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.a, self.b, self.c = nn.Linear(3, 4), nn.Linear(2, 4), nn.Linear(4, 2)\n"
+        "    def forward(self, x, y): return self.c(torch.relu(self.a(x) + self.b(y)))\n"
+        "def net(): return Two()\n",
+    )
+    pairs = load_dataset(data_settings({"source": "lrt_two:data"}), dtype=torch.float32)
+    found = lines(pairs, [{"name": "lrt_two:net"}], **EVERYTHING)
+    assert all(line.startswith("models[0]: no ") and line.endswith(SEVERAL_INPUTS) for line in found)
+    text = "\n".join(found)
+    assert "gauge 'balanced'" not in text  # it has that symmetry
+    for lost in (
+        "rescaled copies",
+        "'scale'",
+        "'permutation'",
+        "'both'",
+        "align_curve",
+        "structural nullity",
+    ):
+        assert lost in text
