@@ -283,7 +283,7 @@ def test_a_function_that_changes_is_refused_with_the_number():
         lossray.align(model, to, images())
     broken = images()
     broken[3] = torch.nan
-    with pytest.raises(ModelError, match="outputs that are not finite"):
+    with pytest.raises(DataError, match="found nan in the inputs of example 3"):
         lossray.align(ends[0], ends[1], broken)
 
 

@@ -1,4 +1,4 @@
-"""A study whose loss is no mean over the examples of a split is refused before anything is written."""
+"""Losses that are no mean over examples, and wrong derivatives, are refused before anything is written."""
 
 import pytest
 
@@ -23,6 +23,17 @@ def ignoring():
 
 def net():
     return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+class Kept(nn.Linear):
+    def __init__(self):
+        super().__init__(3, 2)
+        self.held = [self.weight]
+
+    def forward(self, x):
+        return torch.tanh(x @ self.held[0].T + self.bias)
+
+def past():
+    return Kept()
 
 def weighted(outputs, targets):
     return F.cross_entropy(outputs, targets, weight=torch.tensor([1.0, 6.0]).to(outputs))
@@ -49,12 +60,22 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_refused_with_nothing_written(case, study_file, tmp_path):
     data, net, loss, split = CASES[case]
+    message = rf"no mean over examples.* the loss over the {split} split"
+    refused(study_file, tmp_path, data, net, loss, message)
+
+
+@pytest.mark.usefixtures("forget_modules")
+def test_weights_that_are_read_past_their_module(study_file, tmp_path):
+    refused(study_file, tmp_path, "data", "past", "plain", "differs from a finite difference")
+
+
+def refused(study_file, tmp_path, data, net, loss, message):
     path = study_file(
         data={"source": f"planned_losses:{data}", "n": None, "dim": None, "classes": None, "noise": None},
         models=[{"name": f"planned_losses:{net}"}],
         training={"loss": f"planned_losses:{loss}", "steps": 4, "checkpoints": {"steps": [0, 4]}},
     )
     (tmp_path / "studies" / "planned_losses.py").write_text(MODULE)
-    with pytest.raises(LossrayError, match=rf"no mean over examples.* the loss over the {split} split"):
+    with pytest.raises(LossrayError, match=message):
         flows.run(path, tmp_path / "out", in_process=True)
     assert not (tmp_path / "out").exists()
