@@ -20,7 +20,8 @@ def source_hash(spec: str) -> str:
 
     That is, of its module and of every user module that they import, the top-level statements that
 
-    - run when the module is imported, other than to define a function, a class or a plain value, or
+    - run when the module is imported, other than to define a function, a class or a plain value (decorators
+      such as ``dataclass``, ``lru_cache`` and ``torch.no_grad`` included), or
     - define a name that stands in a statement that counts, in whichever module: names are not resolved, so
       that rather too much counts than too little.
 

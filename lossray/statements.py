@@ -8,7 +8,7 @@ import ast
 import io
 import sys
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 COMPUTED_NAMES = frozenset(  # through which code reaches what it does not name
@@ -30,8 +30,26 @@ OUTSIDE = sys.stdlib_module_names | {
     "torch",
 }  # whose members are no functions of the user's
 HOOKS = frozenset({"__getattr__", "__init_subclass__"})  # run where nothing calls them by name
+AT_DEFINITION = frozenset({"__init_subclass__", "__set_name__"})  # run where a class is defined
+PLAIN_DECORATORS = frozenset(  # of the standard library and torch: they note nothing elsewhere
+    {
+        "abstractmethod",
+        "cache",
+        "compile",
+        "contextmanager",
+        "dataclass",
+        "enable_grad",
+        "inference_mode",
+        "lru_cache",
+        "no_grad",
+        "script",
+        "total_ordering",
+        "wraps",
+    }
+)
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 EFFECTS = (ast.Call, ast.Await, ast.Yield, ast.YieldFrom, ast.NamedExpr)
+ASSIGNMENTS = (ast.Assign, ast.AnnAssign)
 
 
 @dataclass(frozen=True)
@@ -59,7 +77,7 @@ def statements(source: bytes) -> list[Statement]:
     """
     tree = ast.parse(source)
     encoding, _ = tokenize.detect_encoding(io.BytesIO(source).readline)
-    lines = _uncommented(io.TextIOWrapper(io.BytesIO(source), encoding).read(), tree)
+    lines = _Lines(io.TextIOWrapper(io.BytesIO(source), encoding).read(), tree)
     outside = frozenset(_bound_by_imports(tree))
     found: list[Statement] = []
     for node in tree.body:
@@ -72,14 +90,14 @@ def statements(source: bytes) -> list[Statement]:
     return found
 
 
-def _statement(node: ast.stmt, lines: list[bytes], outside: frozenset[str]) -> Statement:
-    defined = frozenset(_defined(node))
+def _statement(node: ast.stmt, lines: "_Lines", outside: frozenset[str]) -> Statement:
+    defined = frozenset(_defined(node, outside))
     return Statement(
         defines=defined,
         uses=frozenset(_identifiers(node)),
         open_ended=bool(defined & HOOKS) or any(_is_open_ended(below, outside) for below in ast.walk(node)),
         node=node,
-        text=_segment(node, lines),
+        text=lines.segment(node),
     )
 
 
@@ -99,16 +117,49 @@ def _imports(node: ast.Import | ast.ImportFrom) -> Iterator[Statement]:
         )
 
 
-def _defined(node: ast.stmt) -> Iterator[str]:
+def _defined(node: ast.stmt, outside: frozenset[str]) -> Iterator[str]:
     """The names that a statement defines and does nothing else; none where it may do more."""
-    if isinstance(node, DEFINITIONS):
-        plain = not node.decorator_list and not getattr(node, "keywords", [])
+    if isinstance(node, ast.ClassDef):
+        yield from [node.name] if _only_defines(node, outside) else []
+    elif isinstance(node, DEFINITIONS):
+        plain = node.name not in HOOKS and _are_plain(node.decorator_list, outside)
         yield from [node.name] if plain else []
-    elif isinstance(node, ast.Assign | ast.AnnAssign):
+    elif isinstance(node, ASSIGNMENTS):
         targets = node.targets if isinstance(node, ast.Assign) else [node.target]
         names = [name for target in targets for name in _target_names(target)]
         if all(names) and not (node.value and _has_effects(node.value)):
             yield from filter(None, names)
+
+
+def _only_defines(node: ast.ClassDef, outside: frozenset[str]) -> bool:
+    """Whether the definition of a class does nothing to what stands outside it."""
+    if node.keywords or not _are_plain(node.decorator_list, outside):
+        return False
+    for inner in node.body:
+        if isinstance(inner, DEFINITIONS):
+            if inner.name in AT_DEFINITION:
+                return False
+        elif isinstance(inner, ASSIGNMENTS):
+            targets = inner.targets if isinstance(inner, ast.Assign) else [inner.target]
+            if not all(name for target in targets for name in _target_names(target)):
+                return False
+        elif not (isinstance(inner, ast.Pass) or (isinstance(inner, ast.Expr) and not _has_effects(inner))):
+            return False
+    return True
+
+
+def _are_plain(decorators: Sequence[ast.expr], outside: frozenset[str]) -> bool:
+    """Whether all are of PLAIN_DECORATORS, with arguments that call nothing."""
+    for decorator in decorators:
+        called = isinstance(decorator, ast.Call)
+        function = decorator.func if isinstance(decorator, ast.Call) else decorator
+        name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", None)
+        arguments = [*decorator.args, *decorator.keywords] if isinstance(decorator, ast.Call) else []
+        if _root(function) not in outside or name not in PLAIN_DECORATORS:
+            return False
+        if called and any(map(_has_effects, arguments)):
+            return False
+    return True
 
 
 def _target_names(target: ast.expr) -> Iterator[str | None]:
@@ -191,37 +242,46 @@ def _is_docstring(node: ast.AST) -> bool:
 # ---- text
 
 
-def _uncommented(text: str, tree: ast.Module) -> list[bytes]:
-    """The lines in UTF-8, with blanks in place of comments and docstrings, so that positions stay."""
-    lines = [line.encode() for line in io.StringIO(text)]
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type == tokenize.COMMENT:
-            row, column = token.start
-            start = len(token.line[:column].encode())
-            _blank(lines, (row, start), (row, start + len(token.string.encode())))
-    for node in ast.walk(tree):
-        for inner in getattr(node, "body", []) if isinstance(node, (ast.Module, *DEFINITIONS)) else []:
-            if _is_docstring(inner):
-                _blank(lines, (inner.lineno, inner.col_offset), (inner.end_lineno, inner.end_col_offset))
-    return lines
+class _Lines:
+    """The lines of a source in UTF-8; comments and docstrings are blanks, so that positions stay.
 
+    Attributes:
+        lines: them.
+        in_strings: the rows (from 1) whose end belongs to a string: their blanks count.
+    """
 
-def _blank(lines: list[bytes], start: tuple[int, int], end: tuple[int, int]) -> None:
-    """Put blanks between two positions (row from 1, byte)."""
-    for row in range(start[0], end[0] + 1):
-        line = lines[row - 1]
-        a = start[1] if row == start[0] else 0
-        b = end[1] if row == end[0] else len(line)
-        lines[row - 1] = line[:a] + b" " * (b - a) + line[b:]
+    def __init__(self, text: str, tree: ast.Module) -> None:
+        self.lines = [line.encode() for line in io.StringIO(text)]
+        self.in_strings: set[int] = set()
+        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            if token.type == tokenize.COMMENT:
+                row, column = token.start
+                start = len(token.line[:column].encode())
+                self._blank((row, start), (row, start + len(token.string.encode())))
+            self.in_strings |= set(range(token.start[0], token.end[0]))
+        for node in ast.walk(tree):
+            for inner in getattr(node, "body", []) if isinstance(node, (ast.Module, *DEFINITIONS)) else []:
+                if _is_docstring(inner):
+                    last = inner.end_lineno or inner.lineno
+                    self._blank((inner.lineno, inner.col_offset), (last, inner.end_col_offset or 0))
+                    self.in_strings -= set(range(inner.lineno, last))
 
+    def segment(self, node: ast.stmt) -> str:
+        """The text of a statement, its decorators included, without blank lines and trailing blanks."""
+        first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
+        last = node.end_lineno or node.lineno
+        own = self.lines[first - 1 : last]
+        own[-1] = own[-1][: node.end_col_offset]
+        if first == node.lineno:
+            own[0] = own[0][node.col_offset :]
+        rows = zip(range(first, last + 1), (line.decode() for line in own), strict=True)
+        kept = [(row, line if row in self.in_strings else line.rstrip()) for row, line in rows]
+        return "\n".join(line.rstrip("\n") for row, line in kept if line)
 
-def _segment(node: ast.stmt, lines: list[bytes]) -> str:
-    """The text of a statement, its decorators included, without blank lines and trailing blanks."""
-    first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
-    last = node.end_lineno or node.lineno
-    own = lines[first - 1 : last]
-    own[-1] = own[-1][: node.end_col_offset]
-    if first == node.lineno:
-        own[0] = own[0][node.col_offset :]
-    stripped = [line.decode().rstrip() for line in own]
-    return "\n".join(line for line in stripped if line)
+    def _blank(self, start: tuple[int, int], end: tuple[int, int]) -> None:
+        """Put blanks between two positions (row from 1, byte)."""
+        for row in range(start[0], end[0] + 1):
+            line = self.lines[row - 1]
+            a = start[1] if row == start[0] else 0
+            b = end[1] if row == end[0] else len(line)
+            self.lines[row - 1] = line[:a] + b" " * (b - a) + line[b:]

@@ -154,6 +154,7 @@ def _digest(**sources: str) -> str:
 NETS = """
 '''Networks of mine.'''
 import os  # for later
+import dataclasses, torch
 from lrt_parts import block, other_block
 import lrt_parts as parts
 from torch import nn
@@ -225,6 +226,9 @@ class TestWhatCounts:
             ("print(net((1,), 2))", "print(net((3,), 2))"),
             ("DEPTH = 2\n", "DEPTH = 2\nUNUSED = [1, 2]\nalso = lambda: print(1)\n"),
             ("class Base", "def another():\n    import lrt_absent, lrt_parts\n\nclass Base"),
+            ("class Base", "@torch.no_grad()\ndef another(): return 1\n\nclass Base"),
+            ("class Base", "from functools import cache\n@cache\ndef more(): return 1\n\nclass Base"),
+            ("class Base", "@dataclasses.dataclass(frozen=True)\nclass C:\n    x: int = 1\n\nclass Base"),
         ],
     )
     def test_no_function(self, changed, old, new):
@@ -288,6 +292,17 @@ class TestWhatCounts:
                 "x = 2",
             ),
             ("from lrt_parts import activation\ndef f(): pass\nf = activation\n", "return x", "return -x"),
+            ("W = '''a\n\n  \nb'''\ndef f(): return len(W)\n", "\n\n", "\n"),
+            ("W = '''a\n \nb'''\ndef f(): return len(W)\n", "\n \n", "\n  \n"),
+            ("T = {}\nclass A:\n    T['x'] = 1\ndef f(): return T\n", "= 1", "= 2"),
+            ("import torch\nclass A:\n    torch.manual_seed(1)\ndef f(): pass\n", "seed(1", "seed(2"),
+            ("def g(): return 1\ndef __getattr__(name): return g\nf: object\n", "return 1", "return 2"),
+            (
+                "T = []\nclass A:\n    def __init_subclass__(cls): T.append(cls)\n"
+                "class B(A):\n    x = 1\ndef f(): return T[0].x\n",
+                *("x = 1", "x = 2"),
+            ),
+            ("from own import cache\n@cache\ndef g(): return 1\ndef f(): pass\n", "return 1", "return 2"),
         ],
     )
     def test_indirect_ways(self, folder, source, old, new):
