@@ -130,10 +130,14 @@ class Ledger:
         ]
 
     def _was_trained(self, pack: PackPlan) -> bool:
-        """A checkpoint that is still needed may have been deleted: then the pack trains again."""
+        """A checkpoint, or a record, that is still needed may have been deleted: then the pack trains again.
+
+        Checkpoints on disk are read, not trained: a record that is missing costs no step.
+        """
         needed = {*self.unanalysed(pack), *self._needed[pack.pack.pack_id]}
         paths = [self.store.checkpoint_path(pack.pack.pack_id, step) for step in sorted(needed)]
-        return pack.training_key in self.committed and all(map(self.store.exists, paths))
+        recorded = self.committed.issuperset([pack.training_key, *pack.checkpoint_keys.values()])
+        return recorded and all(map(self.store.exists, paths))
 
     def _fail(self, record: dict[str, object], what: str, trace: str) -> None:
         path = self.store.log_path(f"{record['task_key']}.log")

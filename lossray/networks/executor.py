@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lossray.networks.layout import Layout
-from lossray.networks.nests import Inputs, as_floats
+from lossray.networks.nests import Inputs, as_floats, mapped
 from lossray.networks.stack import Loss, Members, Stack, build_stack
 
 LARGEST_KERNEL = 1200  # weights of a convolution up to which vmap pays on a CPU (8 x 16 x 3 x 3 still does)
@@ -84,9 +84,11 @@ def _trial(
     """
     own = {name: tensor.clone() for name, tensor in buffers.items()}
     losses, gradient = stack.gradients(theta, own, inputs, targets, loss, train=train, keys=(0, 1))
+    each = mapped(lambda x: torch.stack([x, x.flip(0)]), inputs)  # batches of their own, as in training
+    both = torch.stack([targets, targets.flip(0)])
     leaf = theta.clone().requires_grad_()
     with sdpa_kernel(SDPBackend.MATH):
-        again = stack.losses(leaf, own, inputs, targets, loss, train=train, keys=(0, 1))
+        again = stack.losses(leaf, own, each, both, loss, train=train, keys=(0, 1), per_member=True)
         (graph,) = torch.autograd.grad(again.sum(), leaf, create_graph=True)
         product = torch.zeros_like(gradient)
         if graph.requires_grad:

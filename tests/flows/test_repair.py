@@ -44,6 +44,19 @@ def test_a_checkpoint_that_is_not_needed_is_left_alone(out, study_path):
     assert not list(out.glob("checkpoints/*/5.safetensors"))
 
 
+def test_the_record_of_a_checkpoint_is_made_again_without_training(
+    out, helpers, study_path, undisturbed, monkeypatch
+):
+    tasks = lossray.open_study(out).table("tasks")
+    key = tasks[(tasks["kind"] == "checkpoint") & (tasks["step"] == 5)]["task_key"].iloc[0]
+    for table in ("tasks", "training"):
+        (out / "parts" / table / f"{key}.parquet").unlink()
+    shutil.rmtree(out / "tables")
+    monkeypatch.setattr("tasks.training.train", None)
+    assert flows.run(study_path, out, in_process=True) == 0
+    helpers.assert_same_rows(out, undisturbed)
+
+
 @pytest.mark.ray
 def test_so_it_is_on_ray(session_ray, out, helpers, study_path, undisturbed):
     forget_analysis(out, 5)

@@ -52,6 +52,16 @@ class FusedAttention(nn.Module):
         return self.head(self.encoder(x)[:, -1])
 
 
+class LooksAtItsInputs(nn.Linear):
+    """Branches on numbers of the batch, which vmap takes only as long as all members share it."""
+
+    def __init__(self):
+        super().__init__(12, 3)
+
+    def forward(self, x):
+        return super().forward(x) if float(x.abs().max()) > 1e-3 else super().forward(-x)
+
+
 class FunctionalDropout(nn.Module):
     """Draws from torch's default generator, out of reach of the masks."""
 
@@ -309,6 +319,7 @@ def test_randomness_outside_dropout_layers_is_seeded_by_the_key_in_the_loop():
         (Recurrent, (3, 4), "cpu", "loop"),
         (FunctionalDropout, (12,), "cpu", "loop"),
         (FusedAttention, (3, 4), "cpu", "loop"),
+        (LooksAtItsInputs, (12,), "cpu", "loop"),
     ],
 )
 def test_executor_is_vmap_where_it_works_and_pays(build, shape, device, expected):
