@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lossray.results import open_study
     from lossray.training.record import record
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "EmpiricalFisher": "lossray.curvature.matrices",
