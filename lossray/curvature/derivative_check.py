@@ -9,6 +9,10 @@ A kink between the two points of a difference makes it wrong too, with a probabi
 and the number of examples; so does one at the point, and rounding where a model computes in float32. Each
 sets the differences ahead and behind apart. So nothing is refused before two attempts have failed in which
 these agree, the second with a smaller step over fewer examples.
+
+Parameters are measured in units of their tensor's size, outputs in those of their component's: a step of one
+length for all would be far outside what a small one takes beside a large one, as after a rescaling that keeps
+the function.
 """
 
 import math
@@ -38,7 +42,7 @@ class Trial:
 
     found: Tensor
     function: Callable[[float], Tensor]  # at so much of the direction, which has length 1
-    length: float  # of the point: the step's unit
+    length: float  # of the point in the same units: the step's unit
 
 
 @dataclass(frozen=True)
@@ -138,52 +142,78 @@ def _few(objective: Objective, batch: Batch, count: int) -> Batch:
 
 def gradient_trial(own: Side, plain: Side, seed: int) -> Trial:
     """The gradient of the loss in the parameters, whose derivative is the Hessian."""
-    theta = plain.objective.theta.detach()
-    direction = _direction(theta, seed)
+    theta, units = _point(plain)
+    direction = units * _direction(theta, seed)
     found = hessian_piece(own.objective, own.batch).product(direction.to(own.objective.dtype))
 
     def gradient(step: float) -> Tensor:
-        return plain.objective.plain_gradient(theta + step * direction, plain.batch)
+        return units * plain.objective.plain_gradient(theta + step * direction, plain.batch)
 
-    return Trial(found.double(), gradient, _norm(theta))
+    return Trial(units * found.double(), gradient, _norm(theta / units))
 
 
 def output_trial(own: Side, plain: Side, seed: int) -> Trial:
     """The outputs in the parameters, whose derivative is J."""
-    theta = plain.objective.theta.detach()
-    direction = _direction(theta, seed)
+    theta, units = _point(plain)
+    direction = units * _direction(theta, seed)
     outputs = own.objective.outputs(own.objective.theta, own.batch)
     push = pushforward(own.objective, outputs, own.batch, linearized=False)
 
     def moved(step: float) -> Tensor:
         return plain.objective.plain_outputs(theta + step * direction, plain.batch)
 
-    return Trial(push(direction.to(own.objective.dtype)).double(), moved, _norm(theta))
+    return Trial(push(direction.to(own.objective.dtype)).double(), moved, _norm(theta / units))
 
 
 def slope_trial(own: Side, plain: Side, seed: int) -> Trial:
     """The slope of the loss in the outputs, whose derivative is its Hessian there."""
     outputs = own.objective.outputs(own.objective.theta, own.batch).detach().requires_grad_()
-    direction = _direction(outputs, seed)
+    units = _component_units(outputs)
+    direction = units * _direction(outputs, seed)
 
     def slope(side: Side, point: Tensor, *, keep: bool = False) -> Tensor:
         return derivative(side.objective.losses_of(point, side.batch).sum(), point, create_graph=keep)
 
     found = pullback(slope(own, outputs, keep=True), outputs)(direction)
-    return Trial(found.double(), lambda step: slope(plain, _ahead(outputs, step, direction)), _norm(outputs))
+
+    def moved(step: float) -> Tensor:
+        return units.double() * slope(plain, _ahead(outputs, step, direction))
+
+    return Trial((units * found).double(), moved, _norm(outputs / units))
 
 
 def example_trial(own: Side, plain: Side, seed: int) -> Trial:
     """The losses of the examples in the outputs, whose derivatives are their slopes."""
     outputs = own.objective.outputs(own.objective.theta, own.batch).detach().requires_grad_()
-    direction = _direction(outputs, seed)
+    units = _component_units(outputs)
+    direction = units * _direction(outputs, seed)
     slopes = derivative(own.objective.example_losses(outputs, own.batch).sum(), outputs)
     found = (slopes * direction).reshape(*slopes.shape[:2], -1).sum(dim=2)
 
     def losses(step: float) -> Tensor:
         return plain.objective.example_losses(_ahead(outputs, step, direction), plain.batch).detach()
 
-    return Trial(found.double(), losses, _norm(outputs))
+    return Trial(found.double(), losses, _norm(outputs / units))
+
+
+def _point(side: Side) -> tuple[Tensor, Tensor]:
+    """The parameters [1, d], and the root mean square of each one's tensor; of zeros that of a neighbour's."""
+    theta = side.objective.theta.detach()
+    parts = torch.split(theta, list(side.objective.layout.sizes), dim=1)
+    known = [_norm(part) / math.sqrt(max(part.numel(), 1)) for part in parts]
+    last = next((size for size in known if size), 1.0)
+    units = []
+    for part, size in zip(parts, known, strict=True):
+        last = size or last
+        units.append(torch.full_like(part, last))
+    return theta, torch.cat(units, dim=1)
+
+
+def _component_units(outputs: Tensor) -> Tensor:
+    """The root mean square of each component of outputs [1, B, ...] over the examples, [1, 1, ...]."""
+    own = outputs.detach()
+    units = own.square().mean(dim=1, keepdim=True).sqrt()
+    return torch.where(units > 0, units, float(own.square().mean().sqrt()) or 1.0)
 
 
 def _ahead(point: Tensor, step: float, direction: Tensor) -> Tensor:

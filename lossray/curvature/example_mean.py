@@ -244,8 +244,19 @@ def _derivatives(
     if value.requires_grad:
         (gradient,) = torch.autograd.grad(value, point, create_graph=True, materialize_grads=True)
     if gradient.requires_grad:
-        (product,) = torch.autograd.grad(gradient, point, direction, materialize_grads=True)
+        product = _product(gradient, point, direction)
     return [one.detach().double() for one in (value, gradient, product)], value.dtype
+
+
+def _product(gradient: Tensor, point: Tensor, direction: Tensor) -> Tensor:
+    """H v; zeros where torch has no second derivative, which the Fisher matrix does not take."""
+    try:
+        (product,) = torch.autograd.grad(gradient, point, direction, materialize_grads=True)
+    except RuntimeError as error:
+        if "is not implemented" not in str(error):
+            raise
+        product = torch.zeros_like(point)
+    return product
 
 
 def _in_double(objective: Objective) -> Objective:

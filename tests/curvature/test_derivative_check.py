@@ -242,3 +242,34 @@ def test_steps_over_a_kink_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> N
     attempts = ((80, 1e-2), (4, 1e-7), (2, 1e-8))
     monkeypatch.setattr("lossray.curvature.derivative_check.ATTEMPTS", attempts)
     assert lossray.Hessian(_relu(200, 3), F.cross_entropy, (X, LABELS)).derivative_error < 1e-5
+
+
+@pytest.mark.parametrize("factor", [1e6, 1e11])
+@pytest.mark.parametrize("activation", [torch.relu, Kept.apply])
+def test_tensors_of_very_different_sizes(activation: Callable[[Tensor], Tensor], factor: float) -> None:
+    """One layer divided and the next multiplied: the same function under ReLU, and as right or wrong."""
+    model = Net(activation)
+    with torch.no_grad():
+        model.first.weight /= factor
+        model.first.bias.zero_()
+        model.second.weight *= factor if activation is torch.relu else factor**2
+    matrix = lossray.Hessian(model, F.cross_entropy, (X, LABELS))
+    if activation is torch.relu:
+        assert matrix.derivative_error < 1e-6
+    else:
+        with pytest.raises(ModelError, match=REFUSED):
+            _ = matrix.derivative_error
+
+
+@pytest.mark.parametrize("kind", [lossray.GaussNewton, lossray.EmpiricalFisher])
+def test_outputs_of_very_different_sizes(kind: Any) -> None:
+    units = torch.tensor([1e10, 1.0, 1e-7, 1.0])
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(torch.sin(3 * outputs / units.to(outputs)), targets)
+
+    model = Net(torch.tanh)
+    with torch.no_grad():
+        model.second.weight *= units[:, None]
+        model.second.bias *= units
+    assert kind(model, loss, (X, LABELS)).derivative_error < 1e-6

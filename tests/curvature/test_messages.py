@@ -134,3 +134,20 @@ def test_other_functions_refuse_the_same_models():
             lossray.align(model, net())
         with pytest.raises(ModelError, match=REFUSED):
             lossray.balance(model)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_loss_that_torch_differentiates_once_has_a_fisher_matrix_alone(parts: int) -> None:
+    x, labels = torch.randn(24, 4, generator=torch.Generator().manual_seed(1)), torch.arange(24) % 3
+    data = list(zip(x.split(24 // parts), labels.split(24 // parts), strict=True))
+    model, loss = nn.Linear(4, 3).double(), nn.MultiMarginLoss()
+    for kind in (lossray.Hessian, lossray.GaussNewton):
+        with pytest.raises(ModelError, match="differentiating it twice failed"):
+            lossray.trace(kind(model, loss, data))
+    rows = []
+    for n in range(24):
+        each = loss(model(x[n : n + 1].double()), labels[n : n + 1])
+        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(each, list(model.parameters()))]))
+    expected = torch.linalg.svdvals(torch.stack(rows))[0] ** 2 / 24
+    found = lossray.eigenpairs(lossray.EmpiricalFisher(model, loss, data), k=1, tol=1e-8).values[0]
+    assert torch.allclose(found, expected.detach(), rtol=1e-6)
