@@ -197,7 +197,7 @@ def example_trial(own: Side, plain: Side, seed: int) -> Trial:
 
 
 def _point(side: Side) -> tuple[Tensor, Tensor]:
-    """The parameters [1, d], and the root mean square of each one's tensor; of zeros that of a neighbour's."""
+    """The parameters [1, d], and the root mean square of each one's tensor; where that is 0 a neighbour's."""
     theta = side.objective.theta.detach()
     parts = torch.split(theta, list(side.objective.layout.sizes), dim=1)
     known = [_norm(part) / math.sqrt(max(part.numel(), 1)) for part in parts]
