@@ -93,7 +93,9 @@ def _norm(walk: Walk, node: Node, value: Channels | None, axes: int | None) -> C
         return None
     place = _normed_axis(node.module, value, axes)
     if place is None:
-        walk.reasons.append(f"{described(node)} normalises along axes whose channels are not known: {REMEDY}")
+        layer = isinstance(node.module, nn.LayerNorm)  # whose axes no inputs would tell
+        why = "other than those of the channels alone" if layer else f"whose channels are not known: {REMEDY}"
+        walk.reasons.append(f"{described(node)} normalises along axes {why}")
         return None
     axis, spatial = place
     count = len(weight)

@@ -189,6 +189,13 @@ def test_architectures_without_the_symmetry_are_refused_by_name(network, cause):
             function(model)
 
 
+def test_a_norm_over_several_axes_is_refused_without_asking_for_inputs_that_are_there():
+    model = chain(conv, nn.LayerNorm([8, 8]), nn.ReLU(), nn.Flatten(), head)()
+    with pytest.raises(ModelError, match=r"LayerNorm\) normalises along axes other than") as refused:
+        lossray.balance(model, images())
+    assert "data=" not in str(refused.value)
+
+
 def test_layers_with_frozen_shared_or_misaligned_weights_are_no_hidden_units():
     model = built(name="mlp", widths=[5, 4])
     model.hidden1.bias.requires_grad_(False)
