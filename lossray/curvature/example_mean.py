@@ -17,11 +17,11 @@ from torch import Tensor
 
 from lossray.curvature.finite import require_finite_batches
 from lossray.curvature.graph_memory import held_bytes
-from lossray.curvature.mean_remedy import remedy
+from lossray.curvature.mean_remedy import remedy, whole
 from lossray.curvature.objectives import Batch, Objective
 from lossray.curvature.precision import exact_products
 from lossray.curvature.representative import representative, representatives
-from lossray.errors import LossrayError, ModelError
+from lossray.errors import DataError, ModelError, ResourceError
 from lossray.seeds import generator
 
 LOSS_EXAMPLES = 512  # for the loss of outputs
@@ -74,11 +74,15 @@ def require_example_mean(
     """
     try:
         found = differences(objective, anywhere=anywhere, alone=alone)
-    except LossrayError:
+    except (DataError, ResourceError):
         raise
     except Exception as error:  # a user's loss or model may raise anything on a part
-        reason = f"{type(error).__name__}: {error}"
-        raise ModelError(f"{_subject(objective)} fails on a part of the examples: {reason}") from error
+        if isinstance(error, ModelError) and not _takes_whole(objective):
+            raise
+        reason = str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"
+        raise ModelError(
+            f"{_subject(objective)} fails on a part of the examples: {reason}{whole(closure=not anywhere)}"
+        ) from error
     worst = max((one for one in found if not one.same), key=lambda one: one.size, default=None)
     if worst is None:
         return
@@ -89,6 +93,17 @@ def require_example_mean(
         f"{_subject(objective)} is no mean over examples: over some of them it differs from the mean over "
         f"their parts {apart}, so that {purpose} would be wrong; {remedy(objective, closure=not anywhere)}"
     )
+
+
+def _takes_whole(objective: Objective) -> bool:
+    """Whether model and loss take the batches as they are."""
+    try:
+        with torch.no_grad():
+            for batch in objective.batches():
+                objective.losses(objective.theta, batch)
+    except ModelError:
+        return False
+    return True
 
 
 def differences(objective: Objective, *, anywhere: bool = False, alone: bool = False) -> list[Difference]:

@@ -44,6 +44,12 @@ def remedy(objective: Objective, *, closure: bool) -> str:
     )
 
 
+def whole(*, closure: bool) -> str:
+    """What to do where model or loss take batches of one size alone."""
+    text = CLOSURE.format(divisor="len(batch[1])")
+    return f"; if they take batches of one size alone, pass {text}" if closure else ""
+
+
 def _ignores(objective: Objective, index: int) -> bool:
     """Whether any target is the ignored one."""
     return any(

@@ -44,6 +44,7 @@ from lossray.curvature.memory import readable_bytes, require_bytes
 from lossray.curvature.objectives import Batch, Objective, StackObjective
 from lossray.curvature.precision import exact_products
 from lossray.curvature.products import PieceMaker, hessian_piece
+from lossray.errors import ModelError
 from lossray.networks.losses import Loss
 from lossray.networks.stack import Stack
 
@@ -92,7 +93,10 @@ def plan_products(objective: Objective, mode: str, make_piece: PieceMaker) -> Pr
     first = next(iter(objective.batches()))
     if None in objective.sizes:
         return _plan_whole(objective, mode, make_piece, first)
-    cost = graph_bytes(objective, first, make_piece)
+    try:
+        cost = graph_bytes(objective, first, make_piece)
+    except ModelError:  # a model may take batches of one size alone; what fails on these too is raised there
+        return _plan_whole(objective, mode, make_piece, first)
     sizes = [size or 0 for size in objective.sizes]
     wanted = _piece_examples(cost, max(sizes), objective.device)
     splits = not objective.coupled and max(sizes) > wanted and is_example_mean(objective)

@@ -329,7 +329,12 @@ class ModuleObjective:
                 return float(value.detach()), weight
             part = batch if self.coupled else batch.pick(slice(0, CHECKED_EXAMPLES))
             part = replace(part, weights=None)
-            loss = float(self._mean(self._evaluate(self.theta, part), part).detach())
+            try:
+                loss = float(self._mean(self._evaluate(self.theta, part), part).detach())
+            except ModelError:  # a model may take batches of one size alone
+                if part.size == batch.size:
+                    raise
+                loss = math.nan
             if not math.isfinite(loss):  # the first examples may be ignored targets alone
                 loss = float(self._mean(self._evaluate(self.theta, batch), batch).detach())
             return loss, batch.share

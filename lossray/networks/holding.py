@@ -67,4 +67,4 @@ def gradient_in_place(value: Tensor, parameters: list[Tensor]) -> Tensor:
     if not value.requires_grad:
         return torch.cat([torch.zeros_like(parameter).flatten() for parameter in parameters])
     pieces = torch.autograd.grad(value, parameters, materialize_grads=True)
-    return torch.cat([piece.flatten() for piece in pieces])
+    return torch.cat([piece.to_dense().flatten() for piece in pieces])

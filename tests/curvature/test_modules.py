@@ -392,3 +392,44 @@ def test_losses_divided_by_something_else_than_the_examples(name: str) -> None:
     vector = torch.randn(whole.shape[0], generator=torch.Generator().manual_seed(4))
     exact = torch.cat([part.flatten() for part in torch.autograd.grad(flat @ vector, parameters)])
     assert (whole @ vector - exact).norm() < 1e-4 * exact.norm()
+
+
+class _OfOneSize(nn.Module):
+    """Takes batches of so many examples alone, as recurrent networks with a fixed first state do."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.net = _net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.reshape(self.size, 4))
+
+
+@pytest.mark.parametrize("size", [10, 90])
+def test_models_that_take_batches_of_one_size(size: int) -> None:
+    x = torch.randn(2 * size, 4, generator=torch.Generator().manual_seed(2))
+    labels = torch.arange(2 * size) % 3
+    model, halves = _OfOneSize(size), list(zip(x.split(size), labels.split(size), strict=True))
+    vector = torch.randn(43, generator=torch.Generator().manual_seed(3))
+
+    def closure(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
+        return cross_entropy(model(batch[0]), batch[1]), len(batch[1])
+
+    both = lossray.Hessian(model, closure=closure, data=halves) @ vector
+    assert torch.allclose(
+        both, lossray.Hessian(model.net, cross_entropy, halves) @ vector, rtol=1e-4, atol=1e-6
+    )
+    one = lossray.Hessian(model, cross_entropy, halves[0]) @ vector
+    free = lossray.Hessian(model.net, cross_entropy, halves[0]) @ vector
+    assert torch.allclose(one, free, rtol=1e-4, atol=1e-6)
+    with pytest.raises(
+        ModelError, match=r"part of the examples: .* batches of one size alone, pass closure="
+    ):
+        lossray.Hessian(model, cross_entropy, halves)
+    wrong = [halves[0], (halves[1][0], labels[size:] + 5)]
+    with pytest.raises(ModelError, match="out of bounds") as caught:
+        lossray.Hessian(model.net, cross_entropy, wrong)
+    assert "one size" not in str(caught.value)
