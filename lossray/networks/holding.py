@@ -7,13 +7,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lossray.networks.as_found import plain_checkpoints
+
 
 @contextmanager
 def holding(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[list[Tensor]]:
     """Exchange the storages of parameters and buffers, whose objects stay: whoever refers to them sees it.
 
     So do tensors beside them that share their storage, such as ``weight.detach()`` in a list. That is unlike
-    `call_with`, which puts other objects in the place of registered ones. Afterwards all is as it was, also
+    `call_with`, which puts other objects in the place of registered ones. Checkpointed parts are just called,
+    as the reentrant kind has no gradient where its inputs have none. Afterwards all is as it was, also
     what layers keep beside their parameters.
 
     Args:
@@ -42,7 +45,8 @@ def holding(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[list[Te
         new = {name: tensors[name].detach().clone() for name in exchanged}
         for tensor, name in pairs:
             tensor.data = new[name]
-        yield [tensor for tensor in exchanged.values() if isinstance(tensor, nn.Parameter)]
+        with plain_checkpoints():
+            yield [tensor for tensor in exchanged.values() if isinstance(tensor, nn.Parameter)]
     finally:
         for tensor, storage in storages:
             tensor.data = storage
