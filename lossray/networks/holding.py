@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lossray.networks.as_found import plain_checkpoints
+from lossray.networks.as_found import plain_checkpoints, uncompiled_parts
 
 
 @contextmanager
@@ -15,9 +15,9 @@ def holding(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[list[Te
     """Exchange the storages of parameters and buffers, whose objects stay: whoever refers to them sees it.
 
     So do tensors beside them that share their storage, such as ``weight.detach()`` in a list. That is unlike
-    `call_with`, which puts other objects in the place of registered ones. Checkpointed parts are just called,
-    as the reentrant kind has no gradient where its inputs have none. Afterwards all is as it was, also
-    what layers keep beside their parameters.
+    `call_with`, which puts other objects in the place of registered ones. Checkpointed and compiled parts
+    are just called: a reentrant checkpoint has no gradient where its inputs have none, and a part would be
+    compiled anew for each dtype. Afterwards all is as it was, also what layers keep beside their parameters.
 
     Args:
         model: whose tensors are exchanged.
@@ -45,7 +45,7 @@ def holding(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[list[Te
         new = {name: tensors[name].detach().clone() for name in exchanged}
         for tensor, name in pairs:
             tensor.data = new[name]
-        with plain_checkpoints():
+        with plain_checkpoints(), uncompiled_parts():
             yield [tensor for tensor in exchanged.values() if isinstance(tensor, nn.Parameter)]
     finally:
         for tensor, storage in storages:

@@ -178,4 +178,7 @@ def test_compiled_parts_have_the_curvature_of_what_they_were_made_from():
     model.first = torch.compile(model.first)
     matrices.append(lossray.Hessian(model, nn.functional.cross_entropy, data))
     vector = torch.ones(matrices[0].shape[0])
+    compiled = torch._dynamo.utils.counters["frames"]["total"]
     assert torch.equal(matrices[0] @ vector, matrices[1] @ vector)
+    assert torch._dynamo.utils.counters["frames"]["total"] == compiled
+    assert matrices[1].derivative_error < 1e-6
