@@ -77,10 +77,21 @@ def check_imported(sources: Mapping[str, str]) -> None:
     """
     for spec, expected in sources.items():
         if not is_imported(spec, expected):
+            for late in _found_late(spec):
+                raise StudyError(
+                    f"{spec!r}: module {late!r} was not found yet when {split_spec(spec)[0]!r} was imported, "
+                    "and is now: extend sys.path at the top of that module, not where a function is called"
+                )
             raise StudyError(
                 f"{spec!r}: this Python process has imported other source than the study was planned with, "
                 "since a file was edited meanwhile: restart the process (a notebook's kernel)"
             )
+
+
+def _found_late(spec: str) -> list[str]:
+    """User modules that a function's module imports and that came on ``sys.path`` after its own import."""
+    imported, now = imported_modules(spec), _modules_of(spec)
+    return [name for name in imported.missing() if now.find(name) is not None] if imported else []
 
 
 def _modules_of(spec: str) -> UserModules:

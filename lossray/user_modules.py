@@ -33,6 +33,10 @@ class UserModules:
             self._found[name] = self._find(name)
         return self._found[name]
 
+    def missing(self) -> list[str]:
+        """The names that were looked up and not found, or not the user's."""
+        return [name for name, spec in self._found.items() if spec is None]
+
     def source(self, name: str) -> bytes:
         """The bytes of a module that was found; none for a namespace package."""
         if name not in self._sources:

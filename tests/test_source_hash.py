@@ -374,5 +374,19 @@ class TestCheckImported:
         write(folder, lrt_lib__lrt_far="def net(): return 2\n")
         assert source_hash("lrt_near:net") != planned
 
+    def test_a_path_that_is_extended_by_a_call_is_named(self, folder):
+        write(folder, lrt_aside__lrt_later="def net(): return 1\n")
+        write(
+            folder,
+            lrt_caller="import os, sys\n"
+            "def net():\n"
+            "    sys.path.append(os.path.join(os.path.dirname(__file__), 'lrt_aside'))\n"
+            "    import lrt_later\n"
+            "    return lrt_later.net()\n",
+        )
+        assert load("lrt_caller:net")() == 1
+        with pytest.raises(StudyError, match="'lrt_later' was not found yet when 'lrt_caller' was imported"):
+            check_imported({"lrt_caller:net": source_hash("lrt_caller:net")})
+
     def test_an_installed_package_may_differ_between_machines(self):
         check_imported({"statistics:mean": "the hash on the driver's machine"})
