@@ -30,6 +30,7 @@ from lossray.seeds import generator
 
 LARGEST = {torch.float64: 1e-4, torch.float32: 1e-2}  # relative difference of derivatives in these dtypes
 ATTEMPTS = ((8, 1e-6), (4, 1e-7), (2, 1e-8), (1, 1e-8))  # examples, and the step as a share of |theta|
+WHOLE = ((None, 1e-6), (None, 1e-8))  # the batch, where model or loss take no other number of examples
 CONSIDERED = 256  # examples from which these are chosen
 AGREEING = 0.1  # of the difference: how far those ahead and behind may be apart where it is meant
 AGREEING_ATTEMPTS = 2  # that refuse
@@ -77,11 +78,16 @@ def derivative_errors(objective: Objective, makers: Sequence[TrialMaker]) -> Ten
 
 def _error(objective: Objective, exact: Objective, batch: Batch, maker: TrialMaker) -> float:
     """The difference in the first attempt where it is small; NaN where the others do not agree."""
-    agreeing = []
-    for seed, (count, share) in enumerate(ATTEMPTS):
-        error, meant, dtype = _attempt(objective, exact, _few(exact, batch, count), maker, seed, share)
+    agreeing, told = [], False
+    whole = replace(batch, share=1.0, weights=None)
+    for seed, (count, share) in enumerate([*ATTEMPTS, *WHOLE]):
+        if told and count is None:
+            break
+        few = whole if count is None else _few(exact, batch, count)
+        error, meant, dtype = _attempt(objective, exact, few, maker, seed, share)
         if error <= LARGEST[dtype]:
             return error
+        told = told or (count is not None and not math.isnan(error))
         if meant:
             agreeing.append(error)
         if len(agreeing) == AGREEING_ATTEMPTS:

@@ -273,3 +273,13 @@ def test_outputs_of_very_different_sizes(kind: Any) -> None:
         model.second.weight *= units[:, None]
         model.second.bias *= units
     assert kind(model, loss, (X, LABELS)).derivative_error < 1e-6
+
+
+def test_models_that_take_batches_of_one_size_are_compared_on_the_whole_batch() -> None:
+    class OfOneSize(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.reshape(90, 5))
+
+    assert lossray.Hessian(OfOneSize(torch.tanh), F.cross_entropy, (X, LABELS)).derivative_error < 1e-6
+    with pytest.raises(ModelError, match=REFUSED):
+        _ = lossray.Hessian(OfOneSize(Kept.apply), F.cross_entropy, (X, LABELS)).derivative_error
