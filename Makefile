@@ -8,15 +8,22 @@ PEERS := .venv/.peers
 NUMERICAL := $(addprefix tests/,curvature geometry networks training storage study connectivity ensembles findings)
 OLDEST := ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41
 
-.PHONY: demo test test-slow check docs benchmarks clean
+.PHONY: demo test test-numbers test-flows test-slow check docs benchmarks clean
 
 demo: $(INSTALLED)
 	$(BIN)/lossray run quick --out $(OUT)
 	$(BIN)/lossray tables $(OUT)
 	for table in runs curvature eigenvalues angles; do $(BIN)/lossray tables $(OUT) $$table --rows 4; done
 
+# Two processes side by side: the numerical rooms, and what drives them, with and without Ray.
 test: $(INSTALLED) check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+	$(MAKE) --no-print-directory -j2 test-numbers test-flows
+
+test-numbers: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -m "not slow" $(NUMERICAL)
+
+test-flows: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(addprefix --ignore=,$(NUMERICAL))
 
 test-slow: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
