@@ -6,15 +6,17 @@ then wrong while the products stay symmetric, and every residual small. The diff
 over a few examples and along a random direction, of the module itself with its weights changed in place.
 
 A kink between the two points of a difference makes it wrong too, with a probability that falls with the step
-and the number of examples; so does one at the point, and rounding where a model computes in float32. Each
-sets the differences ahead and behind apart. So nothing is refused before two attempts have failed in which
-these agree, the second with a smaller step over fewer examples.
+and the number of examples; so does one at the point, and rounding, where a model computes in float32 or a
+softmax is saturated. Kinks set the differences ahead and behind apart, rounding those of two steps. So
+nothing is refused before every step has failed, two of them with differences that agree, and the same at
+smaller parameters.
 
 Parameters are measured in units of their tensor's size, outputs in those of their component's: a step of one
 length for all would be far outside what a small one takes beside a large one, as after a rescaling that keeps
 the function.
 """
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -29,11 +31,13 @@ from lossray.errors import ModelError
 from lossray.seeds import generator
 
 LARGEST = {torch.float64: 1e-4, torch.float32: 1e-2}  # relative difference of derivatives in these dtypes
-ATTEMPTS = ((8, 1e-6), (4, 1e-7), (2, 1e-8), (1, 1e-8))  # examples, and the step as a share of |theta|
+# Examples, and the step as a share of |theta|: smaller ones miss kinks, larger ones drown rounding.
+ATTEMPTS = ((8, 1e-6), (4, 1e-7), (2, 1e-8), (1, 1e-8), (8, 1e-5), (8, 1e-4), (8, 1e-3))
 WHOLE = ((None, 1e-6), (None, 1e-8))  # the batch, where model or loss take no other number of examples
 CONSIDERED = 256  # examples from which these are chosen
-AGREEING = 0.1  # of the difference: how far those ahead and behind may be apart where it is meant
+AGREEING = 0.1  # of the difference: how far those ahead and behind, or of two steps, may be apart
 AGREEING_ATTEMPTS = 2  # that refuse
+SHRUNK = (0.1, 0.01)  # times the parameters: there no softmax is saturated, and what is wrong is wrong too
 FLOOR = 1e-3  # of what is differentiated, over the length of the point: derivatives below may be rounding
 
 
@@ -71,13 +75,36 @@ def derivative_errors(objective: Objective, makers: Sequence[TrialMaker]) -> Ten
     exact = objective.to(torch.float64)
     first = next(iter(exact.batches()))
     for r in (~objective.dead).nonzero().flatten().tolist():
-        found = [_error(objective.member(r), exact.member(r), first, maker) for maker in makers]
+        found = [_told(objective.member(r), exact.member(r), first, maker) for maker in makers]
         errors[r] = torch.tensor(found).max()  # NaN stays NaN
     return errors
 
 
-def _error(objective: Objective, exact: Objective, batch: Batch, maker: TrialMaker) -> float:
-    """The difference in the first attempt where it is small; NaN where the others do not agree."""
+def _told(objective: Objective, exact: Objective, batch: Batch, maker: TrialMaker) -> float:
+    """The difference; NaN where it cannot be told from rounding or kinks.
+
+    Raises:
+        ModelError: it is too large, here and at parameters that are smaller.
+    """
+    error, wrong = _error(objective, exact, batch, maker)
+    if not wrong:
+        return error
+    for factor in SHRUNK:
+        own, plain = (_at(one, factor * one.theta.detach()) for one in (objective, exact))
+        if not _error(own, plain, batch, maker)[1]:
+            return math.nan
+    raise ModelError(_message(objective, error))
+
+
+def _at(objective: Objective, theta: Tensor) -> Objective:
+    """The objective at other parameters."""
+    other = copy.copy(objective)
+    other.theta = theta.requires_grad_()
+    return other
+
+
+def _error(objective: Objective, exact: Objective, batch: Batch, maker: TrialMaker) -> tuple[float, bool]:
+    """The difference in the first attempt where it is small; else the largest that is meant, and True."""
     agreeing, told = [], False
     whole = replace(batch, share=1.0, weights=None)
     for seed, (count, share) in enumerate([*ATTEMPTS, *WHOLE]):
@@ -86,13 +113,13 @@ def _error(objective: Objective, exact: Objective, batch: Batch, maker: TrialMak
         few = whole if count is None else _few(exact, batch, count)
         error, meant, dtype = _attempt(objective, exact, few, maker, seed, share)
         if error <= LARGEST[dtype]:
-            return error
+            return error, False
         told = told or (count is not None and not math.isnan(error))
         if meant:
             agreeing.append(error)
-        if len(agreeing) == AGREEING_ATTEMPTS:
-            raise ModelError(_message(objective, max(agreeing)))
-    return math.nan
+    if len(agreeing) >= AGREEING_ATTEMPTS:
+        return max(agreeing), True
+    return math.nan, False
 
 
 def _attempt(
@@ -120,7 +147,8 @@ def _difference(trial: Trial, share: float, largest: float) -> tuple[float, bool
     if error <= largest or not math.isfinite(error):
         return error, False
     apart = _norm(ahead - 2 * trial.function(0.0) + behind) / step
-    return error, apart <= AGREEING * gap
+    wider = (trial.function(3 * step) - trial.function(-3 * step)) / (6 * step)
+    return error, max(apart, _norm(wider - central)) <= AGREEING * gap
 
 
 def _message(objective: Objective, error: float) -> str:

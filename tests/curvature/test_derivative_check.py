@@ -283,3 +283,15 @@ def test_models_that_take_batches_of_one_size_are_compared_on_the_whole_batch() 
     assert lossray.Hessian(OfOneSize(torch.tanh), F.cross_entropy, (X, LABELS)).derivative_error < 1e-6
     with pytest.raises(ModelError, match=REFUSED):
         _ = lossray.Hessian(OfOneSize(Kept.apply), F.cross_entropy, (X, LABELS)).derivative_error
+
+
+@pytest.mark.parametrize("scale", [8.0, 14.0, 18.0, 25.0, 40.0])
+def test_a_saturated_softmax_is_no_mistake(scale: float) -> None:
+    """Its gradient is the difference of numbers near 1, so that a small step shows their rounding."""
+    outputs = nn.Linear(4, 4, bias=False).double()
+    with torch.no_grad():
+        outputs.weight.copy_(scale * torch.eye(4, dtype=torch.float64))
+    inputs = torch.eye(4, dtype=torch.float64).repeat(3, 1) + 0.1 * X[:12, :4].double()
+    hessian = lossray.Hessian(outputs, F.cross_entropy, (inputs, LABELS[:12]))
+    error = hessian.derivative_error
+    assert math.isnan(error) or error < 1e-4

@@ -316,7 +316,7 @@ from torch import nn
 
 class Net(nn.Linear):
     def forward(self, x):
-        if len(x) > 4:
+        if self.training and len(x) > 4:
             raise ValueError("too many examples")
         return super().forward(x)
 
@@ -345,7 +345,7 @@ class Fragile(nn.Module):
         self.flag, self.layer = flag, nn.Linear(6, 3)
 
     def forward(self, x):
-        if os.path.exists(self.flag) and torch.is_grad_enabled() and len(x) > 4:
+        if os.path.exists(self.flag) and self.training and len(x) > 4:
             raise ValueError("the user's model is broken")
         return self.layer(x)
 
@@ -555,7 +555,7 @@ def test_a_mistake_of_the_users_can_be_mended_while_nothing_depends_on_it(study_
     assert run(study, out) == 1
     assert set(table(out, "runs")["status"]) == {"failed"}
     forget_modules()
-    module.write_text(HASTY_NETS.replace("len(x) > 4", "False"))
+    module.write_text(HASTY_NETS.replace("self.training and len(x) > 4", "False"))
     assert run(study, out) == 0
     assert set(table(out, "runs")["status"]) == {"finished"}
     assert set(table(out, "tasks")["status"]) == {"done"}
@@ -703,7 +703,7 @@ def test_an_out_that_cannot_be_written_is_refused(study_file, out, monkeypatch):
 
     study = study_file()
     monkeypatch.setattr(os, "makedirs", deny)
-    with pytest.raises(StoreError, match="out cannot be written: Permission denied"):
+    with pytest.raises(StoreError, match="cannot be written: Permission denied"):
         run(study, out)
 
 
