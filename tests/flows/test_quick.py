@@ -7,6 +7,7 @@ from flows.study import run_study
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_quick_has_something_in_every_table(tmp_path):
     out = str(tmp_path / "quick")
     assert run_study("quick", out, in_process=True) == 0
