@@ -168,6 +168,7 @@ def test_sparse_embeddings_have_the_curvature_of_dense_ones(kind):
     assert torch.equal(*found)
 
 
+@pytest.mark.slow
 def test_compiled_parts_have_the_curvature_of_what_they_were_made_from():
     """As where torch's compiler has been loaded: what it compiles runs as it was written."""
     import torch._dynamo

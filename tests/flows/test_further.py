@@ -122,6 +122,7 @@ def test_a_section_of_a_store_cannot_change(whole, tmp_path, monkeypatch):
         run(path, other, "surfaces.points=5")
 
 
+@pytest.mark.slow
 def test_what_fails_is_recorded_and_tried_again(whole, tmp_path, monkeypatch, helpers, capsys):
     path, out = whole
     monkeypatch.setattr(sys, "path", list(sys.path))

@@ -152,6 +152,7 @@ def test_a_recorded_run_has_every_table_that_its_training_leaves(own_study, out)
     assert set(table(out, "tasks")["status"]) == {"done"}
 
 
+@pytest.mark.slow
 def test_a_trained_run_that_is_recorded_has_the_rows_that_it_had(study_file, recorded_study, out, tmp_path):
     exact = {"dtype": "float64"}
     curvature = {"top": 3, "tolerance": 1e-9, "dtype": "float64"}

@@ -190,7 +190,10 @@ class Killed(BaseException):
     """Nothing that the driver does survives it."""
 
 
-@pytest.mark.parametrize("write", [1, 2, 7, 22, 24, 26, 48, 86])
+FEW, MORE = (2, 24), (1, 7, 22, 26, 48, 86)
+
+
+@pytest.mark.parametrize("write", [*FEW, *(pytest.param(n, marks=pytest.mark.slow) for n in MORE)])
 def test_a_driver_killed_at_a_write_ends_with_the_same_rows(study_file, out, undisturbed, monkeypatch, write):
     original, written = LocalFiles.write, []
 
