@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.func import vmap
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lossray.networks.functional import call_model
 from lossray.networks.holding import gradient_in_place, holding
 from lossray.networks.layout import Layout
 from lossray.networks.losses import Loss
@@ -211,13 +212,13 @@ class StackObjective:
     def plain_gradient(self, theta: Tensor, batch: Batch) -> Tensor:
         """Gradient [1, d] of the loss of one member; see `Objective`."""
         with self._held(theta) as parameters:
-            value = self.loss(self.stack.template(batch.inputs), batch.targets)
+            value = self.loss(call_model(self.stack.template, batch.inputs), batch.targets)
             return gradient_in_place(value, parameters)[None]
 
     def plain_outputs(self, theta: Tensor, batch: Batch) -> Tensor:
         """Outputs [1, B, ...] of one member; see `Objective`."""
         with self._held(theta), torch.no_grad():
-            outputs: Tensor = self.stack.template(batch.inputs)[None]
+            outputs: Tensor = call_model(self.stack.template, batch.inputs)[None]
         return outputs
 
     def _held(self, theta: Tensor) -> AbstractContextManager[list[Tensor]]:

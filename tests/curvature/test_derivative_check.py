@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import lossray
 from lossray.curvature.objectives import StackObjective
-from lossray.curvature.operators import PackedHessian
+from lossray.curvature.operators import PackedFisher, PackedGaussNewton, PackedHessian
 from lossray.errors import ModelError
 from lossray.networks.stack import stack_models
 
@@ -179,6 +179,23 @@ def test_each_member_of_a_pack_has_its_number(executor: str) -> None:
     assert float(errors[[0, 2]].max()) < 1e-6
     with pytest.raises(ModelError, match=REFUSED):
         operator([FromAList() for _ in range(3)]).apply(torch.ones(3, 64))
+
+
+class Two(Net):
+    """The same network with its inputs in two parts."""
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        return super().forward(torch.cat([left, right], dim=1))
+
+
+@pytest.mark.parametrize("inputs", [(X[:, :2], X[:, 2:]), {"right": X[:, 2:], "left": X[:, :2]}])
+@pytest.mark.parametrize("kind", [PackedHessian, PackedGaussNewton, PackedFisher])
+def test_members_of_a_pack_may_take_several_inputs(kind: Any, inputs: Any) -> None:
+    stack, theta, buffers = stack_models(
+        [Two(torch.tanh) for _ in range(2)], executor="loop", dtype=torch.float32
+    )
+    objective = StackObjective(stack, theta, buffers, F.cross_entropy, [(inputs, LABELS)])
+    assert float(kind(objective).derivative_error.max()) < 1e-6  # NaN would be no number
 
 
 def test_a_kink_at_the_point_is_no_mistake() -> None:
