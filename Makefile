@@ -8,7 +8,7 @@ PEERS := .venv/.peers
 NUMERICAL := $(addprefix tests/,curvature geometry networks training storage study connectivity ensembles findings)
 OLDEST := ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41
 
-.PHONY: demo test test-numbers test-flows test-slow check docs benchmarks clean
+.PHONY: demo test test-numbers test-flows test-slow test-long test-oldest check docs benchmarks clean
 
 demo: $(INSTALLED)
 	$(BIN)/lossray run quick --out $(OUT)
@@ -26,7 +26,12 @@ test-flows: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(addprefix --ignore=,$(NUMERICAL))
 
 test-slow: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+	$(MAKE) --no-print-directory -j2 test-long test-oldest
+
+test-long: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -m slow
+
+test-oldest: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(OLDEST) $(BIN)/python -m pytest -m "not slow and not ray and not cluster" $(NUMERICAL)
 
 check: $(INSTALLED)

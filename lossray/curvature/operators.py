@@ -50,6 +50,7 @@ class ObjectiveOperator:
     Args:
         objective: what is differentiated.
         mode: "auto", "retained", "linearized" or "recompute"; see modes.py.
+        derivative_error: of another operator of the same loss, where it need not be measured again.
 
     Attributes:
         shape: (R, d).
@@ -69,7 +70,11 @@ class ObjectiveOperator:
     make_piece: ClassVar[PieceMaker]
     trials: ClassVar[tuple[TrialMaker, ...]]  # of the derivatives that the pieces take
 
-    def __init__(self, objective: Objective, *, mode: str = "auto") -> None:
+    def __init__(
+        self, objective: Objective, *, mode: str = "auto", derivative_error: Tensor | None = None
+    ) -> None:
+        if derivative_error is not None:
+            self.derivative_error = derivative_error
         self.objective, self.layout = objective, objective.layout
         self.dtype, self.device = objective.dtype, objective.device
         self.shape = (objective.theta.shape[0], objective.theta.shape[1])

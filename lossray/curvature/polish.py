@@ -43,11 +43,13 @@ def _polished(objective: StackObjective) -> Tensor:
     nowhere = torch.full_like(theta[0], torch.nan)
     damping: float | None = None
     before = math.inf
+    checked: Tensor | None = None  # at the first step, for all
     for _ in range(MOST_STEPS):
         here = objective.moved(theta)
-        hessian = PackedHessian(here)
+        hessian = PackedHessian(here, derivative_error=checked)
         gradient, loss = hessian.gradient[0], float(hessian.losses[0])
         (matrix,) = dense_matrices(hessian)
+        checked = hessian.derivative_error
         if not bool(torch.isfinite(matrix).all()):
             return nowhere
         values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)

@@ -22,11 +22,13 @@ def batch_sharpness(batches: Iterable[StackObjective], *, mode: str, full: bool)
         mode: how products are formed.
         full: whether there is one batch, of all examples: the value is then exact.
     """
-    samples = []
+    samples: list[Tensor] = []
+    checked: Tensor | None = None  # at the first batch, for all: model, loss and weights are the same
     for objective in batches:
-        hessian = PackedHessian(objective, mode=mode)
+        hessian = PackedHessian(objective, mode=mode, derivative_error=checked)
         gradient = hessian.gradient
         product = hessian.apply(torch.nan_to_num(gradient, nan=0.0))
+        checked = hessian.derivative_error
         samples.append(torch.stack([(gradient * product).sum(dim=1), gradient.square().sum(dim=1)], dim=1))
     return jackknife(torch.stack(samples, dim=1), lambda means: means[..., 0] / means[..., 1], exact=full)
 

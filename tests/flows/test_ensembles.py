@@ -155,6 +155,7 @@ def test_the_estimate_counts_their_training_and_their_logits(whole):
     assert _logit_bytes(pack, study, request.dataset) == 2 * 4 * members * n * 3
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_on_ray_the_rows_are_those_without_it(session_ray, whole, tmp_path, helpers):
     path, out = whole

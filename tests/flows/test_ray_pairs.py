@@ -29,6 +29,7 @@ def forget(out, kind, step):
     (out / "parts" / "tasks" / f"{key}.parquet").unlink()
 
 
+@pytest.mark.slow
 def test_a_killed_comparison_is_repeated_and_the_rows_are_those_without_ray(
     session_ray, gates, helpers, study_path, undisturbed, tmp_path
 ):

@@ -187,6 +187,7 @@ def test_a_trained_run_that_is_recorded_has_the_rows_that_it_had(study_file, rec
 NO_TRAINING = dict.fromkeys(("steps", "batch_size", "checkpoints", "log_every"))
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_ray_gives_the_same_rows(session_ray, own_study, out, tmp_path):
     train_and_record(out)

@@ -57,6 +57,7 @@ def test_the_record_of_a_checkpoint_is_made_again_without_training(
     helpers.assert_same_rows(out, undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_so_it_is_on_ray(session_ray, out, helpers, study_path, undisturbed):
     forget_analysis(out, 5)
