@@ -24,7 +24,7 @@ def holding(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[list[Te
         tensors: by name, of any dtype; what the module writes into buffers goes into copies.
 
     Yields:
-        The parameters among ``tensors``, in their order.
+        The trainable parameters among ``tensors``, in their order.
     """
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     exchanged = {name: own[name] for name in tensors if name in own}
@@ -46,7 +46,7 @@ def holding(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[list[Te
         for tensor, name in pairs:
             tensor.data = new[name]
         with plain_checkpoints(), uncompiled_parts():
-            yield [tensor for tensor in exchanged.values() if isinstance(tensor, nn.Parameter)]
+            yield [own for own in exchanged.values() if isinstance(own, nn.Parameter) and own.requires_grad]
     finally:
         for tensor, storage in storages:
             tensor.data = storage

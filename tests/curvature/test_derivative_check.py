@@ -198,6 +198,17 @@ def test_members_of_a_pack_may_take_several_inputs(kind: Any, inputs: Any) -> No
     assert float(kind(objective).derivative_error.max()) < 1e-6  # NaN would be no number
 
 
+@pytest.mark.parametrize("executor", ["loop", "vmap"])
+@pytest.mark.parametrize("frozen", ["first", "second"])
+def test_members_of_a_pack_may_have_frozen_parameters(frozen: str, executor: str) -> None:
+    models = [Net(torch.tanh) for _ in range(2)]
+    for model in models:
+        model.get_submodule(frozen).requires_grad_(False)
+    stack, theta, buffers = stack_models(models, executor=executor, dtype=torch.float32)
+    objective = StackObjective(stack, theta, buffers, F.cross_entropy, [(X, LABELS)])
+    assert float(PackedHessian(objective).derivative_error.max()) < 1e-6
+
+
 def test_a_kink_at_the_point_is_no_mistake() -> None:
     model = Net(torch.relu)
     with torch.no_grad():
