@@ -22,6 +22,7 @@ import lossray
 from benchmarks.quick import without_further_analyses
 from benchmarks.report import table, write_section
 
+AS_THE_SCRIPT = ("training.steps=2000", "curvature.top=10")  # more than `quick` has
 SPECTRA_ONLY = ("angles.directions=[]", "angles.window=0")  # what comes nearest to the script's work
 REPEATS = {3: 2, 16: 1}  # by the number of seeds; `quick` has 3, and a pack holds 16
 SAME_WEIGHTS = 1e-4  # relative difference of the training losses at a checkpoint
@@ -73,7 +74,8 @@ def _measure(seeds: int, repeats: int) -> Timings:
     with tempfile.TemporaryDirectory() as folder:
         study = str(without_further_analyses(folder))
         lossray_command = [str(Path(sys.executable).with_name("lossray")), "run", study]
-        lossray_command += ["--set", f"seeds={seeds}", "--out"]
+        settings = (f"seeds={seeds}", *AS_THE_SCRIPT)
+        lossray_command += [part for setting in settings for part in ("--set", setting)] + ["--out"]
         for repeat in range(repeats):
             out, rows = Path(folder) / f"quick{repeat}", Path(folder) / f"plain{repeat}.json"
             whole.append(_seconds([*lossray_command, str(out)]))
@@ -134,10 +136,10 @@ def _body(timings: Sequence[Timings]) -> str:
         ("seeds", "study", "`lossray run`, s", "the script, s", "ratio"),
         [row for each in timings for row in each.rows()],
     )
-    return f"""The study `quick`, without the sections from [degeneracy] on, against a script for the same
-runs and checkpoints: a loop over optimizers and seeds with `torch.optim`, PyHessian's ten leading
-eigenvalues, trace and density (4 x 64) at each checkpoint on the same examples, and one process for each of
-{psutil.cpu_count()} cores by `multiprocessing`.
+    return f"""The study `quick` with {" and ".join(AS_THE_SCRIPT)}, without the
+sections from [degeneracy] on, against a script for the same runs and checkpoints: a loop over optimizers and
+seeds with `torch.optim`, PyHessian's ten leading eigenvalues, trace and density (4 x 64) at each checkpoint on
+the same examples, and one process for each of {psutil.cpu_count()} cores by `multiprocessing`.
 All from the start of the process to its end; seconds are the median (smallest to largest) of the runs in
 turn: {repeats}. "Its spectra" leaves out directions, angles and replays
 (`{" ".join(f"--set {setting}" for setting in SPECTRA_ONLY)}`), which the script has not.
