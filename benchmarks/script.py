@@ -138,8 +138,8 @@ def _body(timings: Sequence[Timings]) -> str:
     )
     return f"""The study `quick` with {" and ".join(AS_THE_SCRIPT)}, without the
 sections from [degeneracy] on, against a script for the same runs and checkpoints: a loop over optimizers and
-seeds with `torch.optim`, PyHessian's ten leading eigenvalues, trace and density (4 x 64) at each checkpoint on
-the same examples, and one process for each of {psutil.cpu_count()} cores by `multiprocessing`.
+seeds with `torch.optim`, PyHessian's ten leading eigenvalues, trace and density (4 x 64) at each checkpoint
+on the same examples, and one process for each of {psutil.cpu_count()} cores by `multiprocessing`.
 All from the start of the process to its end; seconds are the median (smallest to largest) of the runs in
 turn: {repeats}. "Its spectra" leaves out directions, angles and replays
 (`{" ".join(f"--set {setting}" for setting in SPECTRA_ONLY)}`), which the script has not.
