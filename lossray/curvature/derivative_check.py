@@ -125,15 +125,21 @@ def _error(objective: Objective, exact: Objective, batch: Batch, maker: TrialMak
 def _attempt(
     objective: Objective, exact: Objective, few: Batch, maker: TrialMaker, seed: int, share: float
 ) -> tuple[float, bool, torch.dtype]:
-    """The difference, whether it is meant, and the dtype of the derivative: float64 if that works."""
-    plain = Side(exact, few)
-    for own in (exact, objective):
+    """The difference, whether it is meant, and the dtype of the derivative: float64 if that works.
+
+    Where it does not, not even in place, the differences are taken in the objective's own dtype as well.
+    """
+    for own, other in ((exact, exact), (objective, exact), (objective, objective)):
         try:
-            trial = maker(Side(own, converted(few, own.device, own.dtype)), plain, seed)
+            trial = maker(_side(own, few), _side(other, few), seed)
             return *_difference(trial, share, LARGEST[own.dtype]), own.dtype
         except Exception:  # a user's model may take no such number of examples, or no float64
             continue
     return math.nan, False, objective.dtype
+
+
+def _side(objective: Objective, few: Batch) -> Side:
+    return Side(objective, converted(few, objective.device, objective.dtype))
 
 
 def _difference(trial: Trial, share: float, largest: float) -> tuple[float, bool]:

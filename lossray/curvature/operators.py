@@ -146,7 +146,7 @@ class ObjectiveOperator:
     def derivative_error(self) -> Tensor:
         """How far autograd's derivatives are from a finite difference, relative: [R] float64.
 
-        NaN where it cannot be told: without float64, or at a kink.
+        NaN where it cannot be told: at a kink, or from rounding.
 
         Raises:
             ModelError: too far.

@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lossray.networks.as_found import plain_checkpoints, uncompiled_parts
+
+REGISTERS = ("_parameters", "_buffers", "_modules")
 
 
 @contextmanager
@@ -15,9 +18,12 @@ def holding(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[list[Te
     """Exchange the storages of parameters and buffers, whose objects stay: whoever refers to them sees it.
 
     So do tensors beside them that share their storage, such as ``weight.detach()`` in a list. That is unlike
-    `call_with`, which puts other objects in the place of registered ones. Checkpointed and compiled parts
-    are just called: a reentrant checkpoint has no gradient where its inputs have none, and a part would be
-    compiled anew for each dtype. Afterwards all is as it was, also what layers keep beside their parameters.
+    `call_with`, which puts other objects in the place of registered ones. Where somebody has kept a graph of
+    a tensor that is to change its dtype, other objects take its place here too, in the layers' lists as well.
+
+    Checkpointed and compiled parts are just called: a reentrant checkpoint has no gradient where its inputs
+    have none, and a part would be compiled anew for each dtype. Afterwards all is as it was, also what layers
+    keep beside their parameters.
 
     Args:
         model: whose tensors are exchanged.
@@ -34,24 +40,63 @@ def holding(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[list[Te
         name = named.get((other.data_ptr(), other.shape))
         if name is not None and other is not exchanged[name]:
             pairs.append((other, name))
-    storages = [(tensor, tensor.data) for tensor, _ in pairs]
-    attributes = [
-        (module.__dict__, key, value)
-        for module in model.modules()
-        for key, value in module.__dict__.items()
-        if isinstance(value, Tensor)
-    ]
+    new = {name: tensors[name].detach().clone() for name in exchanged}
+    placed = {
+        id(tensor): _in_place_of(tensor, new[name]) for tensor, name in pairs if _in_use(tensor, new[name])
+    }
+    storages = [(tensor, tensor.data) for tensor, _ in pairs if id(tensor) not in placed]
+    tables = _tables(model)
     try:
-        new = {name: tensors[name].detach().clone() for name in exchanged}
         for tensor, name in pairs:
-            tensor.data = new[name]
+            if id(tensor) not in placed:
+                tensor.data = new[name]
+        for table, entries in tables:
+            table.update({key: _replaced(value, placed) for key, value in entries.items()})
+        held = [placed.get(id(tensor), tensor) for tensor in exchanged.values()]
         with plain_checkpoints(), uncompiled_parts():
-            yield [own for own in exchanged.values() if isinstance(own, nn.Parameter) and own.requires_grad]
+            yield [one for one in held if isinstance(one, nn.Parameter) and one.requires_grad]
     finally:
         for tensor, storage in storages:
             tensor.data = storage
-        for table, key, value in attributes:
-            table[key] = value
+        for table, entries in tables:
+            table.update(entries)
+
+
+def _in_use(tensor: Tensor, new: Tensor) -> bool:
+    """Whether another dtype would take a tensor out of graphs that somebody has kept, or off their hooks.
+
+    torch makes it a new node for its gradients then, which those do not know.
+    """
+    return tensor.dtype != new.dtype and tensor._use_count() > 1  # type: ignore[attr-defined]
+
+
+def _in_place_of(tensor: Tensor, new: Tensor) -> Tensor:
+    """An object of its own with other numbers."""
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(new, requires_grad=tensor.requires_grad)
+    return new
+
+
+def _tables(model: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Where layers keep tensors, and what is there: registered ones, attributes, and lists and tables."""
+    found = []
+    for module in model.modules():
+        others = {key: value for key, value in module.__dict__.items() if key not in REGISTERS}
+        kept = {key: value for key, value in others.items() if _tensors(value)}
+        found += [(module.__dict__, kept)]
+        found += [(table, dict(table)) for table in (module._parameters, module._buffers)]
+    return found
+
+
+def _replaced(value: Any, placed: Mapping[int, Tensor]) -> Any:
+    """The same with objects put in the place of others; itself where it has none of them."""
+    if not any(id(leaf) in placed for leaf in _tensors(value)):
+        return value
+    return tree_map(lambda leaf: placed.get(id(leaf), leaf), value)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _beside(model: nn.Module) -> list[Tensor]:
@@ -60,9 +105,8 @@ def _beside(model: nn.Module) -> list[Tensor]:
         leaf
         for module in model.modules()
         for key, value in module.__dict__.items()
-        if key not in ("_parameters", "_buffers", "_modules")
-        for leaf in tree_leaves(value)
-        if isinstance(leaf, Tensor)
+        if key not in REGISTERS
+        for leaf in _tensors(value)
     ]
 
 

@@ -101,7 +101,7 @@ CURVATURES = TableSchema(
             "derivative_error",
             "1",
             "relative difference of autograd's derivatives and a finite difference along a random direction; "
-            "null where it cannot be told, at a kink or without float64",
+            "null where it cannot be told, at a kink or from rounding",
         ),
         Column("dim", INTEGER, "1", "order of the operator: parameters in the block"),
         Column("n_examples", INTEGER, "examples", "size of the analysis set"),

@@ -83,6 +83,15 @@ class ByName(FromAList):
         return F.linear(torch.tanh(self.first(x)), self.read(), self.second.bias)
 
 
+class FromOutside(ByName):
+    """They are read by a function that refers to them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        weight = self.second.weight
+        self.read = lambda: weight
+
+
 class Detached(Net):
     """A scale that moves with the weights, unseen by autograd."""
 
@@ -102,6 +111,7 @@ def _spectral() -> nn.Module:
 WRONG = {
     "a backward that keeps its input": (lambda: Net(Kept.apply), False),
     "weights in a list": (FromAList, False),
+    "weights in a function": (FromOutside, False),
     "a detached scale": (Detached, False),
     "spectral norm in train mode": (_spectral, True),
 }
@@ -207,6 +217,28 @@ def test_members_of_a_pack_may_have_frozen_parameters(frozen: str, executor: str
     stack, theta, buffers = stack_models(models, executor=executor, dtype=torch.float32)
     objective = StackObjective(stack, theta, buffers, F.cross_entropy, [(X, LABELS)])
     assert float(PackedHessian(objective).derivative_error.max()) < 1e-6
+
+
+@pytest.mark.parametrize("kind", [lossray.Hessian, lossray.GaussNewton, lossray.EmpiricalFisher])
+def test_graphs_that_the_user_has_kept_stay_whole(kind: Any) -> None:
+    model = Net(torch.tanh)
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(F.cross_entropy(model(X), LABELS), parameters, create_graph=True)
+    before = torch.autograd.grad(gradients, parameters, gradients, retain_graph=True)
+    assert kind(model, F.cross_entropy, (X, LABELS)).derivative_error < 1e-6
+    after = torch.autograd.grad(gradients, parameters, gradients)
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    assert all(one is other for one, other in zip(parameters, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("make", [FromAList, FromOutside, lambda: Net(Kept.apply)])
+def test_wrong_derivatives_are_refused_beside_a_kept_graph(make: Any) -> None:
+    model = make()
+    kept = F.cross_entropy(model(X), LABELS)
+    with pytest.raises(ModelError, match=REFUSED):
+        _ = lossray.Hessian(model, F.cross_entropy, (X, LABELS)).derivative_error
+    kept.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_a_kink_at_the_point_is_no_mistake() -> None:
