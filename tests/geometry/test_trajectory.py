@@ -131,8 +131,9 @@ def test_a_diverged_member_has_axes_of_its_living_checkpoints_and_changes_no_oth
             assert np.isnan([*new.coordinates, *new.explained, *new.random_walk]).all()
         else:
             own = until[steps.index(new.step)]
-            numbers = (new.coordinates, new.explained, new.random_walk)
-            assert numbers == (own.coordinates, own.explained, own.random_walk)
+            numbers = [*new.coordinates, *new.explained, *new.random_walk]
+            expected = [*own.coordinates, *own.explained, *own.random_walk]
+            np.testing.assert_allclose(numbers, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_a_member_that_never_lived_has_no_numbers() -> None:
