@@ -50,7 +50,7 @@ class ObjectiveOperator:
     Args:
         objective: what is differentiated.
         mode: "auto", "retained", "linearized" or "recompute"; see modes.py.
-        derivative_error: of another operator of the same loss, where it need not be measured again.
+        derivative_error: [R] float64 of another operator of this model and loss; measured where it is None.
 
     Attributes:
         shape: (R, d).

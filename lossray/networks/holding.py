@@ -65,7 +65,8 @@ def holding(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[list[Te
 def _in_use(tensor: Tensor, new: Tensor) -> bool:
     """Whether another dtype would take a tensor out of graphs that somebody has kept, or off their hooks.
 
-    torch makes it a new node for its gradients then, which those do not know.
+    torch makes it a new node for its gradients then, which those do not know. A graph refers to the tensor
+    below Python: what torch.utils.swap_tensors looks at too, by the same count.
     """
     return tensor.dtype != new.dtype and tensor._use_count() > 1  # type: ignore[attr-defined]
 
