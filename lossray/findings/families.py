@@ -1,4 +1,4 @@
-"""Several tests together: Holm, intersection-union, and what a design can reach at all; exact proportions."""
+"""Several tests together: Holm, Hommel, intersection-union, what a design can reach; exact proportions."""
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,6 +18,33 @@ def holm(p_values: ArrayLike) -> Array:
     adjusted = np.minimum(1.0, np.maximum.accumulate(stepped, axis=-1))
     result = np.empty_like(p)
     np.put_along_axis(result, order, adjusted, axis=-1)
+    return result
+
+
+def hommel(p_values: ArrayLike) -> Array:
+    """P values [..., m] adjusted by Hommel's method: closed testing with Simes' test of each intersection.
+
+    At least as powerful as Holm's, much more so where many of the statements are false; valid for independent
+    and for positively dependent tests, such as one-sided tests of methods that share seeds.
+    Source: Hommel (1988), Biometrika 75; the algorithm is Wright's (1992), Biometrics 48.
+    """
+    p = np.asarray(p_values, dtype=np.float64)
+    m = p.shape[-1]
+    if m < 2:
+        return p.copy()
+    order = np.argsort(p, axis=-1, kind="stable")
+    ordered = np.take_along_axis(p, order, axis=-1)
+    simes = (m * ordered / np.arange(1, m + 1)).min(axis=-1, keepdims=True)
+    adjusted = np.maximum(ordered, simes)
+    for size in range(m - 1, 1, -1):  # intersections of so many statements
+        first, rest = ordered[..., : m - size + 1], ordered[..., m - size + 1 :]
+        largest = (size * rest / np.arange(2, size + 1)).min(axis=-1, keepdims=True)
+        own = np.minimum(size * first, largest)
+        adjusted = np.maximum(
+            adjusted, np.concatenate([own, np.repeat(own[..., -1:], size - 1, axis=-1)], -1)
+        )
+    result = np.empty_like(p)
+    np.put_along_axis(result, order, np.minimum(adjusted, 1.0), axis=-1)
     return result
 
 

@@ -1,6 +1,5 @@
 """One-sided t tests and confidence bounds of a mean; the run is the unit of analysis."""
 
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +7,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import special, stats
 
 Array = NDArray[np.float64]
+
+ROUNDING = 1e-14  # relative: values that differ by less are equal
 
 
 @dataclass(frozen=True)
@@ -35,28 +36,33 @@ def mean_test(values: ArrayLike, bound: float, *, alpha: float) -> MeanTest:
         alpha: level of each one-sided test and bound.
     """
     sample = np.asarray(values, dtype=np.float64)
-    present = np.isfinite(sample)
-    n = present.sum(axis=-1)
-    # The test's values do not matter where there are too few runs; numbers there keep scipy from warning.
-    safe = np.where((n >= 2)[..., None], np.where(present, sample, np.nan), np.zeros(sample.shape[-1:]))
-    if sample.shape[-1] < 2:
-        safe = np.zeros((*sample.shape[:-1], 2))
-    with warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter("ignore", RuntimeWarning)  # of samples without any spread
-        less = stats.ttest_1samp(safe, bound, axis=-1, alternative="less", nan_policy="omit")
-        high = np.asarray(less.confidence_interval(1 - alpha).high)
-        p_greater = special.stdtr(less.df, -less.statistic)
-        total = np.where(present, sample, 0.0).sum(axis=-1)
-        mean = np.where(n > 0, total / np.maximum(n, 1), np.nan)
+    mean, stderr, n = mean_and_error(sample)
+    df = np.maximum(n - 1, 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t = (mean - bound) / stderr
+        reach = special.stdtrit(df, 1 - alpha) * stderr
     known = n >= 2
     return MeanTest(
         mean=mean,
-        low=np.where(known, 2 * mean - high, np.nan),
-        high=np.where(known, high, np.nan),
-        p_less=np.where(known & np.isfinite(less.pvalue), less.pvalue, 1.0),
-        p_greater=np.where(known & np.isfinite(p_greater), p_greater, 1.0),
+        low=np.where(known, mean - reach, np.nan),
+        high=np.where(known, mean + reach, np.nan),
+        p_less=np.where(known & ~np.isnan(t), special.stdtr(df, t), 1.0),
+        p_greater=np.where(known & ~np.isnan(t), special.stdtr(df, -t), 1.0),
         n=n,
     )
+
+
+def mean_and_error(sample: Array) -> tuple[Array, Array, NDArray[np.int64]]:
+    """Mean, its standard error and n of the finite values along the last axis; NaN where too few."""
+    present = np.isfinite(sample)
+    n = present.sum(axis=-1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        mean = np.where(present, sample, 0.0).sum(axis=-1) / n
+        squares = np.where(present, np.square(sample - mean[..., None]), 0.0).sum(axis=-1)
+        # Equal values differ from their mean by rounding at most.
+        equal = squares <= n * np.square(ROUNDING * mean)
+        stderr = np.where(equal, 0.0, np.sqrt(squares / (n - 1) / n))
+    return mean, np.where(n >= 2, stderr, np.nan), n
 
 
 def two_sided(test: MeanTest) -> Array:

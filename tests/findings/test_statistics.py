@@ -1,5 +1,6 @@
 """The elementary tests: against scipy, by hand, their size at the boundary of the null, and their power."""
 
+import itertools
 import math
 
 import numpy as np
@@ -8,6 +9,7 @@ from scipy import stats
 
 from lossray.findings.families import (
     holm,
+    hommel,
     intersection_union,
     least_attainable_p,
     proportion_interval,
@@ -202,3 +204,20 @@ def test_size_of_the_dispersion_test() -> None:
 def test_power_at_the_first_step_of_holm_with_ten_seeds(effect: float, power: float) -> None:
     p = sign_flip_test(effect + _draws(18, 10))
     assert (12 * p <= ALPHA).mean() == pytest.approx(power, abs=0.03)
+
+
+def _closed_simes(p: np.ndarray) -> np.ndarray:
+    """By definition: the largest Simes p value of all intersections that hold a statement."""
+    adjusted = np.zeros(len(p))
+    for size in range(1, len(p) + 1):
+        for chosen in itertools.combinations(range(len(p)), size):
+            simes = (size * np.sort(p[list(chosen)]) / np.arange(1, size + 1)).min()
+            adjusted[list(chosen)] = np.maximum(adjusted[list(chosen)], simes)
+    return adjusted
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 6])
+def test_hommel_is_the_closed_test(m: int) -> None:
+    p = np.random.default_rng(m).random((30, m)) ** 2
+    np.testing.assert_allclose(hommel(p), [_closed_simes(own) for own in p], rtol=1e-12)
+    assert (hommel(p) <= holm(p) * (1 + 1e-12)).all()
