@@ -22,6 +22,7 @@ RUN_COLUMNS = (
     "activation",
     "model_settings",
     "optimizer",
+    "optimizer_settings",
     "lr",
     "adaptive",
     "seed",
