@@ -27,7 +27,7 @@ CLAIMS = TableSchema(
         number("high", "1", "upper end"),
         number("p_value", "1", "of the test, unadjusted"),
         number("p_adjusted", "1", "adjusted for the tests of its family"),
-        Column("n", INTEGER, "1", "runs (or pairs of runs) behind it"),
+        Column("n", INTEGER, "1", "runs, seeds, or pairs of them behind it"),
         Column("verdict", TEXT, "", "what follows; null for a number that only informs"),
         Column("text", TEXT, "", "the same in a sentence"),
     ),

@@ -143,10 +143,12 @@ def planted_degeneracy(
                         "tau": tau,
                         "at_noise_floor": at_floor,
                         "nullity": count,
+                        "structural_nullity": floor,
                         "quadrature_bias": np.nan if at_floor else 5.0,
                         "excess": count - floor,
                         "rank": dim - count if gap and at_floor else np.nan,
                         "dim": dim,
+                        "n_examples": 512,
                     }
                     for tau, count, at_floor in counts
                 ]
