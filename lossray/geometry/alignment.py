@@ -13,7 +13,8 @@ from torch import Tensor
 from lossray.curvature.pairs import EigenPairs
 from lossray.geometry.angles import subspace_resolved
 from lossray.geometry.gauges import COVECTORS, Gauge
-from lossray.geometry.nulls import LayerNull
+from lossray.geometry.gram import Sketch, gram_shares
+from lossray.geometry.nulls import IsotropicNull, LayerNull
 from lossray.networks.layout import Layout
 
 SIZES = {"v1": 1, "top10": 10}
@@ -40,6 +41,7 @@ class AlignmentRow:
     steps: int  # that had this direction, and not as zero
     sign_flip_null: float  # mean of exp(S) over random signs of the directions' components
     layer_null: float  # mean of exp(S) over random directions with the same norms in every layer
+    isotropic_null: float  # mean of S over random turns of the whole window in the raw coordinates
     k: int
     dim: int
     dropped: int
@@ -59,12 +61,14 @@ class Alignment:
         self.layout = layout
         self._sums: dict[str, _Sums] = {}
         self._bases: dict[bool, list[Tensor]] = {}  # by whether they are for gradients; see `_dual_bases`
+        self._nulls: dict[bool, list[IsotropicNull]] = {}  # likewise
+        self._sketch = Sketch(sum(layout.sizes))
 
     def add(self, directions: Mapping[str, Tensor]) -> None:
         """One step's directions [R, d] by name, in the parameters' own coordinates; NaN once dead."""
         for name, vectors in directions.items():
             if name not in self._sums:
-                self._sums[name] = _Sums(self._dual_bases(name))
+                self._sums[name] = _Sums(self._dual_bases(name), self._sketch)
             self._sums[name].add(vectors)
 
     def rows(self) -> list[AlignmentRow]:
@@ -72,8 +76,9 @@ class Alignment:
         rows = []
         for name, sums in self._sums.items():
             sums.flush()
-            for i, frame in enumerate(self.frames):
-                rows += self._frame_rows(name, sums, sums.projected[i], frame)
+            shares = gram_shares(torch.cat(sums.sketches, dim=1))
+            for i, (frame, null) in enumerate(zip(self.frames, self._isotropic_nulls(name), strict=True)):
+                rows += self._frame_rows(name, sums, sums.projected[i], frame, null.expected(shares))
         return rows
 
     def _dual_bases(self, direction: str) -> list[Tensor]:
@@ -83,7 +88,20 @@ class Alignment:
             self._bases[kind] = [_dual_basis(frame, direction) for frame in self.frames]
         return self._bases[kind]
 
-    def _frame_rows(self, name: str, sums: "_Sums", projected: Tensor, frame: Frame) -> list[AlignmentRow]:
+    def _isotropic_nulls(self, direction: str) -> list[IsotropicNull]:
+        """Per frame, one for each kind."""
+        kind = direction in COVECTORS
+        if kind not in self._nulls:
+            bases = self._dual_bases(direction)
+            self._nulls[kind] = [
+                _isotropic_null(frame, basis, direction)
+                for frame, basis in zip(self.frames, bases, strict=True)
+            ]
+        return self._nulls[kind]
+
+    def _frame_rows(
+        self, name: str, sums: "_Sums", projected: Tensor, frame: Frame, isotropic: Mapping[int, Tensor]
+    ) -> list[AlignmentRow]:
         """The rows of one direction in one gauge; ``projected`` [R, k] sums of (v'u)^2."""
         gauge, kept = frame.gauge, frame.gauge.scale != 0
         # Squares in the gauge: the transform of the root of the sum of squares is that of each step.
@@ -98,6 +116,7 @@ class Alignment:
             found = torch.log(projected[:, :k].sum(dim=1) / total).tolist()
             flips = ((energies * weights).sum(dim=1) / total).tolist()
             layered = (nulls.expected(energies, weights) / total).tolist()
+            turned = torch.where(total > 0, isotropic[k], torch.nan).tolist()
             resolved = subspace_resolved(frame.pairs, k, kept)
             rows += [
                 AlignmentRow(
@@ -109,6 +128,7 @@ class Alignment:
                     steps=steps[r],
                     sign_flip_null=flips[r],
                     layer_null=layered[r],
+                    isotropic_null=turned[r],
                     k=k,
                     dim=dims[r],
                     dropped=kept.shape[1] - dims[r],
@@ -126,16 +146,23 @@ def _dual_basis(frame: Frame, direction: str) -> Tensor:
     return torch.stack([gauge.transform({direction: v})[direction] for v in vectors.unbind(dim=1)], dim=1)
 
 
-class _Sums:
-    """What a window keeps of one direction: sums over its steps."""
+def _isotropic_null(frame: Frame, basis: Tensor, direction: str) -> IsotropicNull:
+    scale = frame.gauge.transform({direction: torch.ones_like(frame.gauge.scale)})[direction]
+    return IsotropicNull(scale, basis, [k for k in SIZES.values() if k <= basis.shape[1]])
 
-    def __init__(self, bases: Sequence[Tensor]) -> None:
+
+class _Sums:
+    """What a window keeps of one direction: sums over its steps, and a sketch of each."""
+
+    def __init__(self, bases: Sequence[Tensor], sketch: Sketch) -> None:
         self.steps = torch.zeros((), dtype=torch.int64)  # [R] once there is a step, as are the squares
         self.bases = bases  # per frame [R, k, d]
         self.projected = [
             torch.zeros(basis.shape[:2], dtype=torch.float64, device=basis.device) for basis in bases
         ]
         self.squares = torch.zeros(())  # [R, d]
+        self.sketches: list[Tensor] = []  # [R, steps, m] each
+        self._sketch = sketch
         self._waiting: list[Tensor] = []
 
     def add(self, vectors: Tensor) -> None:
@@ -150,5 +177,6 @@ class _Sums:
         self._waiting = []
         self.steps = self.steps.to(block.device) + (block != 0).any(dim=2).sum(dim=1)
         self.squares = self.squares.to(block) + block.square().sum(dim=1)
+        self.sketches.append(self._sketch(block))
         for total, basis in zip(self.projected, self.bases, strict=True):
             total += torch.einsum("rwd,rkd->rwk", block, basis).square().sum(dim=1)

@@ -1,5 +1,7 @@
 """What angles are held against: directions that know nothing of the surface (SCIENCE 2.11, 5A)."""
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -7,6 +9,8 @@ from scipy.special import betainc, betaincc
 from torch import Tensor
 
 from lossray.curvature.layers import layers
+from lossray.geometry.gram import finite_eigenvalues
+from lossray.geometry.quadratic_forms import QuadraticForm, form_of
 from lossray.networks.layout import Layout
 
 Array = NDArray[np.float64]
@@ -50,6 +54,47 @@ class LayerNull:
         """
         shares = layer_sums(weights, self._index) / self._sizes.clamp(min=1)
         return (layer_sums(energies, self._index) * shares).sum(dim=1)
+
+
+class IsotropicNull:
+    """Mean of S for a window that is turned at random, as a whole, in the parameters' own coordinates.
+
+    Its steps keep their inner products, and so their persistence; of the surface they know nothing. With l_j
+    the eigenvalues of their Gram matrix over its trace, T the gauge's diagonal map, W = TV and mu_a the
+    eigenvalues of W'W, the energy in the eigenspace is sum_a,j mu_a l_j z_aj^2 and that of the window
+    sum_i,j T_i^2 l_j z_ij^2, z independent standard normal but for terms of order 1/d, which are put right.
+    E S is the difference of the expected logarithms, however the two sums depend on each other.
+
+    Args:
+        scale: T, [R, d]; zero for coordinates that do not count.
+        duals: rows of W', [R, k, d].
+        sizes: dimensions of the eigenspaces, k at most.
+    """
+
+    def __init__(self, scale: Tensor, duals: Tensor, sizes: Iterable[int]) -> None:
+        self._dim = scale.shape[1]
+        self._whole = form_of(scale.double().square())
+        overlaps = duals.double() @ duals.double().mT
+        self._inside = {k: form_of(finite_eigenvalues(overlaps[:, :k, :k])) for k in sizes}
+
+    def expected(self, shares: Tensor) -> dict[int, Tensor]:
+        """Mean of S by size of the eigenspace, [R], for shares l_j [R, w] (`gram.gram_shares`)."""
+        window = form_of(shares)
+        whole = self._whole.times(window).expected_log()
+        return {
+            k: inside.times(window).expected_log() - whole + self._finite_size(inside, window)
+            for k, inside in self._inside.items()
+        }
+
+    def _finite_size(self, inside: QuadraticForm, window: QuadraticForm) -> Tensor:
+        """What orthonormal directions add to the mean of S, instead of independent ones.
+
+        Of first order in 1/d; none for one persistent direction, which is exact. For a turned frame E of n
+        directions Var(tr(A E L E')) = 2 (tr A^2 - (tr A)^2 / d) (tr L^2 - (tr L)^2 / d) / d^2, less than for
+        independent ones, and E ln Q is below ln E Q by half the relative variance.
+        """
+        narrower = inside.concentration - self._whole.concentration
+        return narrower * (1 - window.concentration) / self._dim
 
 
 def layer_index(layout: Layout) -> Tensor:

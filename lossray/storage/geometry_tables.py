@@ -106,6 +106,12 @@ ALIGNMENT = TableSchema(
         Column("steps", INTEGER, "steps", "steps in the window"),
         number("sign_flip_null", "1", "mean of exp(S) over random signs of the directions' components"),
         number("layer_null", "1", "mean of exp(S) for random directions with the same norms in every layer"),
+        number(
+            "isotropic_null",
+            "1",
+            "mean of S for the same window turned at random, as a whole, in the raw coordinates and then "
+            "taken into the gauge: directions that are as persistent and know nothing of the surface",
+        ),
         Column("k", INTEGER, "1", "dimension of the subspace"),
         Column("dim", INTEGER, "1", "dimension d of the space, dropped coordinates apart"),
         Column("dropped", INTEGER, "1", "coordinates that the gauge scales by zero, and which are left out"),

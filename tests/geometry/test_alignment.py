@@ -1,7 +1,9 @@
 """The window statistic S: against its definition, under a planted truth, in every gauge."""
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -117,6 +119,7 @@ def test_a_member_that_dies_in_the_window_has_no_value_and_spoils_nobody():
         if key[3] == 1:
             assert math.isnan(row.log_energy)
             assert math.isnan(row.sign_flip_null)
+            assert math.isnan(row.isotropic_null)
         else:
             assert row == sound[key]
 
@@ -134,11 +137,14 @@ def test_a_step_without_a_move_counts_for_nothing():
     zero = {name: torch.zeros_like(u) for name, u in steps[0].items()}
     zero["update"][1] = 1.0  # of one member alone
     rows, expected = run(frames, [*steps, zero]), run(frames, steps)
-    assert rows["minibatch_gradient", "raw", "top10", 0] == expected["minibatch_gradient", "raw", "top10", 0]
+    row, other = (found["minibatch_gradient", "raw", "top10", 0] for found in (rows, expected))
+    assert row.isotropic_null == pytest.approx(other.isotropic_null, rel=1e-9)
+    assert row == replace(other, isotropic_null=row.isotropic_null)
     assert [rows["update", "raw", "v1", r].steps for r in (0, 1)] == [11, 12]
     nothing = run(frames, [zero])["update", "raw", "v1", 0]
     assert nothing.steps == 0
     assert math.isnan(nothing.log_energy)
+    assert math.isnan(nothing.isotropic_null)
 
 
 def test_an_eigenvector_of_a_dropped_coordinate_is_not_resolved():
@@ -163,3 +169,82 @@ def test_directions_of_one_kind_share_their_eigenvectors():
     assert bases["minibatch_gradient"] is bases["momentum"]
     assert bases["update"] is bases["shadow:adam"] is bases["shadow:sgd"]
     assert bases["update"] is not bases["momentum"]
+
+
+# ---- the isotropic null: a planted window, turned at random
+
+TURNS = 1000
+SMALL, STEPS = 40, 8
+
+
+def autoregressive(beta, generator):
+    """Directions [STEPS, SMALL]; the next is beta times the last, and the rest of it new."""
+    u = torch.randn(SMALL, dtype=torch.float64, generator=generator)
+    found = [u]
+    for _ in range(STEPS - 1):
+        new = torch.randn(SMALL, dtype=torch.float64, generator=generator)
+        found.append(beta * found[-1] + math.sqrt(1 - beta**2) * new)
+    return torch.stack(found)
+
+
+def turned(window, generator):
+    """The window, turned at random as a whole, [STEPS, TURNS, SMALL]."""
+    draws = torch.randn(TURNS, SMALL, SMALL, dtype=torch.float64, generator=generator)
+    q, r = torch.linalg.qr(draws)
+    rotations = q * r.diagonal(dim1=1, dim2=2).sign()[:, None]
+    return torch.einsum("td,rde->tre", window, rotations)
+
+
+def gauge_frames(generator):
+    """Eigenvectors of one Hessian in three gauges, of which the adaptive one drops a coordinate."""
+    theta = torch.randn(SMALL, dtype=torch.float64, generator=generator)
+    theta[5] = 0
+    scales = {
+        "raw": torch.ones(SMALL, dtype=torch.float64),
+        "adaptive": theta.abs(),
+        "preconditioned": 0.1 + torch.rand(SMALL, dtype=torch.float64, generator=generator),
+    }
+    root = torch.randn(SMALL, SMALL, dtype=torch.float64, generator=generator)
+    hessian = root @ torch.diag(10.0 ** -torch.linspace(0, 3, SMALL, dtype=torch.float64)) @ root.T
+    frames = []
+    for name, scale in scales.items():
+        vectors = torch.linalg.eigh(scale[:, None] * hessian * scale).eigenvectors.T.flip(0)[:11]
+        pairs = _pairs(TURNS, k=11, dim=SMALL, basis=vectors)
+        frames.append(Frame(Gauge(name, scale.expand(TURNS, SMALL)), pairs))
+    return frames
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.9, 0.99, 1.0])
+def test_a_window_turned_at_random_is_at_its_isotropic_null_in_every_gauge(beta):
+    generator = torch.Generator().manual_seed(int(100 * beta))
+    layout = Layout(("a",), (torch.Size([SMALL]),), ("other",))
+    window = Alignment(gauge_frames(generator), layout)
+    for u in turned(autoregressive(beta, generator), generator):
+        window.add({"minibatch_gradient": u, "update": u})
+    differences = {}
+    for row in window.rows():
+        key = (row.direction, row.gauge, row.subspace)
+        differences.setdefault(key, []).append(row.log_energy - row.isotropic_null)
+    assert len(differences) == 2 * 3 * 2
+    for key, values in differences.items():
+        error = np.std(values) / TURNS**0.5
+        assert abs(np.mean(values)) < 4 * error + 1 / SMALL**2, (key, np.mean(values), error)
+
+
+def test_a_displacement_at_random_is_hardly_seen_in_the_adaptive_gauge():
+    generator = torch.Generator().manual_seed(8)
+    frames = [
+        Frame(f.gauge, _pairs(1, k=11, dim=SMALL, basis=f.pairs.vectors[0])) for f in gauge_frames(generator)
+    ]
+    frames = [Frame(Gauge(f.gauge.name, f.gauge.scale[:1]), f.pairs) for f in frames]
+    window = Alignment(frames, Layout(("a",), (torch.Size([SMALL]),), ("other",)))
+    for u in autoregressive(0.0, generator):
+        window.add({"update": u[None].float(), "minibatch_gradient": u[None].float()})
+    null = {
+        (row.direction, row.gauge): row.isotropic_null + math.log(row.dim)
+        for row in window.rows()
+        if row.subspace == "v1"
+    }
+    assert null["update", "raw"] == pytest.approx(-1 / STEPS, abs=0.03)
+    assert null["update", "adaptive"] < -3
+    assert null["minibatch_gradient", "adaptive"] > 0

@@ -1,9 +1,12 @@
 """Nulls of angles: closed forms against draws."""
 
+import math
+
 import pytest
 import torch
+from scipy.special import digamma
 
-from lossray.geometry.nulls import LayerNull, layer_index, layer_sums
+from lossray.geometry.nulls import IsotropicNull, LayerNull, layer_index, layer_sums
 from lossray.networks.layout import Layout
 
 LAYOUT = Layout(
@@ -46,3 +49,31 @@ def test_dropped_coordinates_do_not_count_in_a_layer():
     u[0, :3], weights[0, :3] = 0, 0
     # |u_l|^2 sum v^2 / d_l: 3 * 3 / 3 and 3 * 3 / 3
     assert float(LayerNull(LAYOUT, kept).expected(u.square(), weights)) == pytest.approx(6)
+
+
+def isotropic(dim, shares, sizes=(1,), scale=None):
+    scale = torch.ones(1, dim, dtype=torch.float64) if scale is None else scale
+    duals = torch.eye(dim, dtype=torch.float64)[None, : max(sizes)] * scale[:, None]
+    found = IsotropicNull(scale, duals, sizes).expected(torch.tensor([shares], dtype=torch.float64))
+    return [float(found[k]) for k in sizes]
+
+
+@pytest.mark.parametrize("dim", [11, 100, 5000])
+def test_one_persistent_direction_has_the_law_of_beta(dim):
+    expected = [digamma(k / 2) - digamma(dim / 2) for k in (1, 10)]
+    assert isotropic(dim, [1.0, 0.0], (1, 10)) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(("dim", "steps"), [(100, 50), (100, 100), (3000, 2000)])
+def test_many_independent_steps_have_chance(dim, steps):
+    one, ten = isotropic(dim, [1 / steps] * steps, (1, 10))
+    # As many coordinates of a random unit vector in R^d as there are steps: Beta(steps/2, (d - steps)/2).
+    assert one == pytest.approx(digamma(steps / 2) - digamma(dim / 2) - math.log(steps), abs=4e-4)
+    assert one == pytest.approx(-math.log(dim), abs=0.011)
+    assert ten == pytest.approx(math.log(10 / dim), abs=0.002)
+
+
+def test_coordinates_that_do_not_count_are_not_there():
+    scale = torch.tensor([[3.0] * 50 + [0.0] * 150], dtype=torch.float64)
+    expected = digamma(1 / 2) - digamma(25)
+    assert isotropic(200, [1.0], scale=scale) == pytest.approx([expected], abs=1e-6)

@@ -127,6 +127,20 @@ def test_a_window_is_the_training_that_followed(planned):
             ).to_dict("records")
             assert row["log_energy"] == pytest.approx(math.log(inside / total), rel=1e-4, abs=1e-5)
             assert row["steps"] == 9
+            null = placebo(plan, r, range(3, 12), v1, scale[r].numpy())
+            assert row["isotropic_null"] == pytest.approx(null, abs=0.12)
+
+
+def placebo(plan, member, steps, v1, scale, draws=4_000):
+    """Mean of S over random turns of the updates: their Gram matrix kept, gaussian directions."""
+    moves = torch.stack(
+        [parameters(plan, member, step + 1) - parameters(plan, member, step) for step in steps]
+    )
+    values, vectors = np.linalg.eigh((moves @ moves.T).numpy())
+    root = vectors * np.sqrt(values.clip(min=0))
+    z = np.random.default_rng(0).normal(size=(draws, len(moves), len(scale)))
+    turned = root @ z / scale
+    return np.log(np.square(turned @ v1).sum(axis=1) / np.square(turned).sum(axis=(1, 2))).mean()
 
 
 def test_momentum_in_a_window_is_the_buffer_after_each_step(planned):
