@@ -17,19 +17,32 @@ from lossray.findings.energies import (
     cells_of,
     observations,
 )
-from lossray.findings.evidence_a import LEAST_DIM, evidence_of, gauge_evidence
-from lossray.findings.families import intersection_union
+from lossray.findings.evidence_a import LEAST_DIM, contrast_tests, evidence_of, gauge_evidence
+from lossray.findings.families import holm, intersection_union
 from lossray.findings.matching import (
     BEST,
+    LAST,
     MATCHED,
+    MOST_MISMATCH,
     chosen_settings,
     described_runs,
     frame_of,
+    lost_runs,
     matched_points,
+    moment_of,
 )
 from lossray.findings.means import bca_interval, mean_test
 from lossray.findings.sign_flips import max_t_test, sign_flip_test
-from lossray.findings.verdict_a import decide, overall
+from lossray.findings.skewness import safe_mean_test
+from lossray.findings.verdict_a import (
+    UNDECIDED,
+    Decision,
+    Evidence,
+    across_moments,
+    decide,
+    decide_together,
+    overall,
+)
 from lossray.study.settings import ClaimsSettings
 
 Array = NDArray[np.float64]
@@ -39,6 +52,10 @@ JUDGED = (
     "minibatch_gradient",
 )  # the first is the claim's headline; "gradient" is the abstract's word
 SHOWN_GAUGES = {"update": None, "minibatch_gradient": ("raw", "preconditioned")}  # None: all
+NOBODY = Decision(
+    UNDECIDED, f"no runs with a checkpoint within a factor {MOST_MISMATCH:g} of it", judged=False
+)
+NO_ROWS = Decision(UNDECIDED, "no alignment rows of compared runs", judged=False)
 
 
 def claim_a_rows(tables: Mapping[str, pd.DataFrame], settings: ClaimsSettings) -> list[ClaimRow]:
@@ -46,16 +63,22 @@ def claim_a_rows(tables: Mapping[str, pd.DataFrame], settings: ClaimsSettings) -
     runs = described_runs(tables)
     alignment = frame_of(tables, "alignment", ALIGNMENT_COLUMNS)
     checkpoints = frame_of(tables, "checkpoints", ("run_id", "step", "train_loss"))
-    checkpoints = checkpoints.merge(_comparable(alignment), on=["run_id", "step"])
-    points = matched_points(runs, checkpoints, chosen_settings(runs))
+    start = checkpoints[checkpoints["step"] == 0]
+    later = checkpoints[checkpoints["step"] > 0].merge(_comparable(alignment), on=["run_id", "step"])
+    choice = chosen_settings(runs)
+    checkpoints = pd.concat([start, later], ignore_index=True)
+    points = matched_points(runs, checkpoints, choice, levels=settings.levels)
+    lost = lost_runs(runs, choice)
     rows = observations(points, alignment)
-    cells = cells_of(points, rows)
+    cells = cells_of(points, rows, lost)
     activations = dict(zip(runs["architecture"], runs["activation"], strict=True))
-    shown = [cell for cell in cells if (cell.rule, cell.moment) == (BEST, MATCHED)]
+    best = [cell for cell in cells if cell.rule == BEST]
+    shown = [cell for cell in best if cell.moment == MATCHED]
     return [
         *_verdict_rows(runs, cells, activations, settings),
-        *_matching_rows(runs, points),
+        *_matching_rows(points, lost),
         *(row for cell in shown if cell.direction in JUDGED for row in _cell_rows(cell, settings)),
+        *(row for cell in best for row in _level_rows(cell, settings)),
         *_family_rows(shown, settings),
         *dispersion_rows(points, alignment, settings),
         *slope_rows(runs, rows, settings),
@@ -72,6 +95,11 @@ def _comparable(alignment: pd.DataFrame) -> pd.DataFrame:
     return windows.drop_duplicates(keep=False)
 
 
+def moments_of(settings: ClaimsSettings) -> list[str]:
+    """The levels of loss that a verdict rests on, from the start of training to its end."""
+    return [*map(moment_of, settings.levels), MATCHED]
+
+
 # ---- verdicts
 
 
@@ -81,21 +109,31 @@ def _verdict_rows(
     activations: Mapping[str, object],
     settings: ClaimsSettings,
 ) -> Iterator[ClaimRow]:
-    """The verdict on each judged direction: overall, then by architecture, rule and moment."""
-    details = []
+    """The verdict on each judged direction: overall, then by architecture, then by rule and moment."""
+    details: list[ClaimRow] = []
+    moments = moments_of(settings)
     for direction in JUDGED:
-        found: dict[str, str] = {}
-        left_out: dict[str, str] = {}
-        for cell in cells:
-            if cell.direction != direction:
-                continue
-            activation = activations.get(cell.architecture)
-            evidence = evidence_of(cell, activation if isinstance(activation, str) else None, settings)
-            decision = decide(evidence, alpha=settings.alpha)
-            if (cell.rule, cell.moment) == (BEST, MATCHED):
-                (found if evidence.missing is None else left_out)[cell.architecture] = (
-                    decision.verdict if evidence.missing is None else evidence.missing
+        own = [cell for cell in cells if cell.direction == direction]
+        evidence = {id(cell): _evidence(cell, activations, settings) for cell in own}
+        judged = [cell for cell in own if cell.rule == BEST and cell.moment in moments]
+        architectures = list(dict.fromkeys([*(cell.architecture for cell in judged), *runs["architecture"]]))
+        together = _by_architecture(judged, evidence, moments, settings.alpha)
+        yield _overall_row(direction, {name: together.get(name, NO_ROWS) for name in architectures})
+        for name in together:
+            alone = [cell for cell in judged if cell.architecture == name]
+            decision = _by_architecture(alone, evidence, moments, settings.alpha)[name]
+            details.append(
+                ClaimRow(
+                    claim="A/levels",
+                    subject=f"{name}: {direction}, {BEST}",
+                    statistic="verdict",
+                    n=min((_seeds(cell) for cell in alone), default=0),
+                    verdict=decision.verdict,
+                    text=decision.reason,
                 )
+            )
+        for cell in own:
+            decision = decide(evidence[id(cell)], alpha=settings.alpha)
             details.append(
                 ClaimRow(
                     claim="A/verdict",
@@ -106,22 +144,39 @@ def _verdict_rows(
                     text=f"{decision.reason}{_caveats(cell)}",
                 )
             )
-        for architecture in sorted(set(runs["architecture"]) - set(found) - set(left_out)):
-            left_out[architecture] = "no alignment rows of compared runs"
-        yield _overall_row(direction, found, left_out)
     yield from details
 
 
-def _overall_row(direction: str, found: Mapping[str, str], left_out: Mapping[str, str]) -> ClaimRow:
-    by_architecture = [f"{name}: {verdict}" for name, verdict in found.items()]
-    by_architecture += [f"{name}: not judged ({reason})" for name, reason in left_out.items()]
+def _evidence(cell: Cell, activations: Mapping[str, object], settings: ClaimsSettings) -> Evidence:
+    activation = activations.get(cell.architecture)
+    return evidence_of(cell, activation if isinstance(activation, str) else None, settings)
+
+
+def _by_architecture(
+    cells: Sequence[Cell], evidence: Mapping[int, Evidence], moments: Sequence[str], alpha: float
+) -> dict[str, Decision]:
+    """The verdict on each architecture over its levels of loss, adjusted over all of these cells."""
+    decisions = decide_together([evidence[id(cell)] for cell in cells], alpha=alpha)
+    found: dict[str, dict[str, Decision]] = {}
+    for cell, decision in zip(cells, decisions, strict=True):
+        by_moment = found.setdefault(cell.architecture, dict.fromkeys(moments, NOBODY))
+        by_moment[cell.moment] = decision
+    return {name: across_moments(by_moment) for name, by_moment in found.items()}
+
+
+def _overall_row(direction: str, found: Mapping[str, Decision]) -> ClaimRow:
+    judged = {name: own.verdict for name, own in found.items() if own.judged}
+    parts = [
+        f"{name}: {f'{own.verdict} ({own.where})' if own.judged else f'not judged ({own.reason})'}"
+        for name, own in sorted(found.items(), key=lambda item: not item[1].judged)
+    ]
     return ClaimRow(
         claim="A",
         subject=direction,
         statistic="verdict",
-        n=len(found),
-        verdict=overall(found),
-        text="; ".join(by_architecture) or "there are no runs",
+        n=len(judged),
+        verdict=overall(judged),
+        text="; ".join(parts) or "there are no runs",
     )
 
 
@@ -134,11 +189,10 @@ def _seeds(cell: Cell) -> int:
 
 def _caveats(cell: Cell) -> str:
     """What a reader should know of the rows behind a verdict."""
-    notes = [
-        f"{name} gauge: {gauge.subspace} stands in for v1, which is not resolved"
-        for name, gauge in cell.gauges.items()
-        if gauge.subspace != TOP
-    ]
+    unknown = [name for name, gauge in cell.gauges.items() if gauge.subspace != TOP]
+    notes = (
+        [f"v1 is not resolved in most runs of some method in gauge {', '.join(unknown)}"] if unknown else []
+    )
     unresolved = sum(gauge.unresolved for gauge in cell.gauges.values())
     if unresolved:
         notes.append(f"{unresolved} rows left out as unresolved")
@@ -148,25 +202,28 @@ def _caveats(cell: Cell) -> str:
 # ---- what was compared
 
 
-def _matching_rows(runs: pd.DataFrame, points: pd.DataFrame) -> Iterator[ClaimRow]:
-    """The reference loss of each architecture and rule, and how near the checkpoints come to it."""
-    matched = points[points["moment"] == MATCHED]
-    lost = runs.assign(lost=runs["status"] != "finished").groupby("architecture")["lost"].sum()
-    for labels, own in matched.groupby(["architecture", "rule"], sort=False):
-        architecture, rule = map(str, labels)
+def _matching_rows(points: pd.DataFrame, lost: pd.DataFrame) -> Iterator[ClaimRow]:
+    """The reference loss of each architecture, rule and level, and how near the checkpoints come to it."""
+    matched = points[points["moment"] != LAST]
+    everybody = points[points["moment"] == LAST].groupby(["architecture", "rule"])["run_id"].nunique()
+    for labels, own in matched.groupby(["architecture", "rule", "moment"], sort=False):
+        architecture, rule, moment = map(str, labels)
         worst, median = float(own["mismatch"].max()), float(own["mismatch"].median())
-        reference = float(own["reference"].iloc[0])
+        reference, n = float(own["reference"].iloc[0]), int(own["run_id"].nunique())
+        without = int(everybody[architecture, rule]) - n
+        gone = lost[(lost["architecture"] == architecture) & (lost["rule"] == rule)]
+        where = "" if moment == MATCHED else f", {moment.removeprefix(MATCHED).strip()}"
         yield ClaimRow(
             claim="A/matching",
-            subject=f"{architecture}: {rule}",
+            subject=f"{architecture}: {rule}{where}",
             statistic="reference loss",
             estimate=reference,
             low=float(own["train_loss"].min()),
             high=float(own["train_loss"].max()),
-            n=int(own["run_id"].nunique()),
+            n=n,
             text=f"training loss {reference:.3g}; the runs' checkpoints are off by a factor "
-            f"{math.exp(median):.2f} (median), {math.exp(worst):.2f} (worst); "
-            f"{int(lost[architecture])} diverged or failed runs of this architecture are left out",
+            f"{math.exp(median):.2f} (median), {math.exp(worst):.2f} (worst); {without} runs have none "
+            f"within a factor {MOST_MISMATCH:g}; {int(gone['lost'].sum())} diverged or failed runs left out",
         )
 
 
@@ -183,41 +240,53 @@ def _cell_rows(cell: Cell, settings: ClaimsSettings) -> Iterator[ClaimRow]:
                 yield from _margin_rows(cell, name, optimizers, settings)
     if "raw" in cell.gauges:
         yield from _contrast_rows(cell, settings)
-        yield from _null_rows(cell, settings)
+    for name in cell.gauges:
+        yield from _null_rows(cell, name, settings, shown=gauges is None or name in gauges)
+
+
+def _level_rows(cell: Cell, settings: ClaimsSettings) -> Iterator[ClaimRow]:
+    """S against the margin in the raw gauge, at the other levels of loss."""
+    own = cell.gauges.get("raw")
+    if own is None or cell.direction not in JUDGED or cell.moment in (MATCHED, LAST):
+        return
+    if own.dim >= LEAST_DIM:
+        level = cell.moment.removeprefix(MATCHED).strip()
+        yield from _margin_rows(cell, "raw", own.optimizers, settings, where=f", {level}")
 
 
 def _margin_rows(
-    cell: Cell, gauge: str, optimizers: tuple[str, ...], settings: ClaimsSettings
+    cell: Cell, gauge: str, optimizers: tuple[str, ...], settings: ClaimsSettings, *, where: str = ""
 ) -> Iterator[ClaimRow]:
-    """One-sided t tests against the margin: each optimizer, and all adaptive methods together."""
+    """One-sided tests against the margin: each optimizer, and all adaptive methods together."""
     own, alpha = cell.gauges[gauge], settings.alpha
     bound = math.log(settings.margin_energy)
     for name in optimizers:
         if not np.isfinite(own.of(name)).any():
             continue
         test = mean_test(own.of(name) - bound, 0.0, alpha=alpha)
+        p_less, p_greater = map(float, safe_mean_test(own.of(name), bound))
         fails_for = name == BASELINE
-        verdict = "below the margin" if test.p_less <= alpha else "not decided"
+        verdict = "below the margin" if p_less <= alpha else "not decided"
         yield ClaimRow(
             claim="A/margin",
-            subject=f"{cell.architecture}: {name}, {cell.direction}, {gauge}",
+            subject=f"{cell.architecture}: {name}, {cell.direction}, {gauge}{where}",
             statistic="S - ln(margin)",
             estimate=float(test.mean),
             low=float(test.low),
             high=float(test.high),
-            p_value=float(test.p_greater if fails_for else test.p_less),
+            p_value=p_greater if fails_for else p_less,
             n=int(test.n),
-            verdict="above the margin" if test.p_greater <= alpha else verdict,
+            verdict="above the margin" if p_greater <= alpha else verdict,
             text=f"energy in {own.subspace} {math.exp(float(test.mean) + bound):.2g}, "
             f"p value of being {'above' if fails_for else 'below'} {settings.margin_energy:g}; "
-            "low and high are one-sided bounds",
+            "low and high are one-sided bounds under normal samples",
         )
     if cell.adaptive:
         evidence = gauge_evidence(cell, own, settings)
         p = float(intersection_union(evidence.below))
         yield ClaimRow(
             claim="A/every adaptive method",
-            subject=f"{cell.architecture}: {cell.direction}, {gauge}",
+            subject=f"{cell.architecture}: {cell.direction}, {gauge}{where}",
             statistic="largest p value against the margin",
             p_value=p,
             n=len(cell.adaptive),
@@ -233,8 +302,9 @@ def _contrast_rows(cell: Cell, settings: ClaimsSettings) -> Iterator[ClaimRow]:
     if not np.isfinite(differences).any():
         return
     p_values = sign_flip_test(differences)
-    adjusted = gauge_evidence(cell, raw, settings).contrast
-    for name, own, p, p_adjusted in zip(cell.adaptive, differences, p_values, adjusted, strict=True):
+    halved, _ = contrast_tests(differences)
+    family = zip(cell.adaptive, differences, p_values, holm(p_values), halved, strict=True)
+    for name, own, p, p_adjusted, p_half in family:
         known = own[np.isfinite(own)]
         low, high = bca_interval(own, alpha=settings.alpha)
         mean = float(known.mean()) if len(known) else math.nan
@@ -250,7 +320,8 @@ def _contrast_rows(cell: Cell, settings: ClaimsSettings) -> Iterator[ClaimRow]:
             n=len(known),
             verdict=_direction_of(mean, float(p_adjusted), settings.alpha),
             text=f"{math.exp(mean):.2g} times the energy of {BASELINE}; sign flips, Holm over "
-            f"{len(cell.adaptive)} contrasts; BCa interval, for display",
+            f"{len(cell.adaptive)} contrasts; p of less than a factor 2 below {BASELINE}: {p_half:.2g}; "
+            "BCa interval, for display",
         )
 
 
@@ -260,19 +331,19 @@ def _direction_of(mean: float, p: float, alpha: float) -> str:
     return f"below {BASELINE}" if mean < 0 else f"above {BASELINE}"
 
 
-def _null_rows(cell: Cell, settings: ClaimsSettings) -> Iterator[ClaimRow]:
-    """S beside those of the nulls, each optimizer."""
-    raw = cell.gauges["raw"]
-    for statistic, over in (
-        ("S - ln(k/d)", raw.over_chance),
-        ("S - ln(sign-flip null)", raw.over_sign_flips),
-    ):
-        for name, values in zip(raw.optimizers, over, strict=True):
+def _null_rows(cell: Cell, gauge: str, settings: ClaimsSettings, *, shown: bool) -> Iterator[ClaimRow]:
+    """S beside those of the nulls, each optimizer; random signs in the raw gauge only."""
+    own = cell.gauges[gauge]
+    nulls = {"S - isotropic null": own.over_chance} if shown else {}
+    if gauge == "raw":
+        nulls["S - ln(sign-flip null)"] = own.over_sign_flips
+    for statistic, over in nulls.items():
+        for name, values in zip(own.optimizers, over, strict=True):
             test = mean_test(values, 0.0, alpha=settings.alpha / 2)
             if test.n:
                 yield ClaimRow(
                     claim="A/null",
-                    subject=f"{cell.architecture}: {name}, {cell.direction}, raw",
+                    subject=f"{cell.architecture}: {name}, {cell.direction}, {gauge}",
                     statistic=statistic,
                     estimate=float(test.mean),
                     low=float(test.low),

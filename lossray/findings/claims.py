@@ -8,11 +8,10 @@ import pandas as pd
 from lossray.findings.claim_a import claim_a_rows
 from lossray.findings.claim_b import claim_b_rows
 from lossray.findings.claim_c import claim_c_rows
-from lossray.findings.matching import BEST, MATCHED
 from lossray.storage.claims_tables import CLAIMS
 from lossray.study.settings import ClaimsSettings
 
-CLAIMS_VERSION = 2  # goes up when the same tables come to mean other claims
+CLAIMS_VERSION = 3  # goes up when the same tables come to mean other claims
 TABLES_READ = (
     "runs",
     "checkpoints",
@@ -77,8 +76,7 @@ def claims_text(frame: pd.DataFrame) -> str:
         for row in frame[(frame["claim"] == claim)].itertuples():
             words = WORDS.get((claim, str(row.subject)), str(row.subject))
             lines += [f"  {row.verdict}: {words}", f"    {row.text}"]
-        details = frame[frame["claim"] == f"{claim}/verdict"]
-        details = details[details["subject"].str.endswith(f"{BEST}, {MATCHED}")]
+        details = frame[frame["claim"] == f"{claim}/levels"]
         lines += [f"  - {row.subject}: {row.verdict}: {row.text}" for row in details.itertuples()]
         lines.append("")
     lines.append("The numbers behind them: the table `claims` (lossray tables OUT claims).")

@@ -1,14 +1,16 @@
 """The statistic S of each compared run, arranged for tests: optimizers by seeds, gauge by gauge."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from lossray.findings.matching import BASELINE as BASELINE
+
 Array = NDArray[np.float64]
 
-BASELINE = "sgd"
 NO_SCALE = ("sgd", "momentum", "nesterov")  # P is the identity: the preconditioned gauge is the raw one
 TOP, WIDER = "v1", "top10"
 RESOLVED_SHARE = 0.5  # of each optimizer's runs: fewer, and the wider subspace stands in for v1
@@ -22,6 +24,7 @@ ALIGNMENT_COLUMNS = (
     "subspace",
     "log_energy",
     "sign_flip_null",
+    "isotropic_null",
     "k",
     "dim",
     "resolved",
@@ -37,7 +40,7 @@ class GaugeEnergies:
     optimizers: tuple[str, ...]
     seeds: tuple[int, ...]
     energies: Array  # S, [m, n]
-    over_chance: Array  # S - ln(k/d), [m, n]
+    over_chance: Array  # S minus its mean over random windows, [m, n]
     over_sign_flips: Array  # S - ln(sign-flip null), [m, n]
     dim: int  # smallest number of coordinates d of its runs
     unresolved: int  # runs left out since their subspace is not resolved
@@ -47,6 +50,13 @@ class GaugeEnergies:
         if optimizer not in self.optimizers:
             return np.full(len(self.seeds), np.nan)
         own: Array = self.energies[self.optimizers.index(optimizer)]
+        return own
+
+    def over_null(self, over: Array, optimizer: str) -> Array:
+        """One optimizer's row of `over_chance` or `over_sign_flips`, [n]; NaN where it is not there."""
+        if optimizer not in self.optimizers:
+            return np.full(len(self.seeds), np.nan)
+        own: Array = over[self.optimizers.index(optimizer)]
         return own
 
     def against_baseline(self, optimizers: tuple[str, ...]) -> Array:
@@ -68,6 +78,7 @@ class Cell:
     adaptive: tuple[str, ...]  # adaptive methods whose runs are compared, with or without rows
     n_params: int
     gauges: dict[str, GaugeEnergies]
+    lost: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # diverged or failed, of how many runs
 
 
 def observations(points: pd.DataFrame, alignment: pd.DataFrame) -> pd.DataFrame:
@@ -84,7 +95,11 @@ def observations(points: pd.DataFrame, alignment: pd.DataFrame) -> pd.DataFrame:
     rows = pd.concat([rows, raw[lacking].assign(gauge="preconditioned")], ignore_index=True)
     energy = rows["log_energy"].to_numpy(dtype=np.float64)
     with np.errstate(all="ignore"):
-        chance = np.log(rows["k"].to_numpy(float) / rows["dim"].to_numpy(float))
+        chance = rows["isotropic_null"].to_numpy(dtype=np.float64)
+        # Rows of before the column: random independent steps, which other gauges than the raw one distort.
+        independent = np.log(rows["k"].to_numpy(float) / rows["dim"].to_numpy(float))
+        older = np.isnan(chance) & (rows["gauge"] == "raw").to_numpy()
+        chance = np.where(older, independent, chance)
         flips = np.log(rows["sign_flip_null"].to_numpy(dtype=np.float64))
     resolved = (rows["resolved"] == True).to_numpy(dtype=bool)  # noqa: E712 - null is not resolved
     return rows.assign(
@@ -95,9 +110,22 @@ def observations(points: pd.DataFrame, alignment: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def cells_of(points: pd.DataFrame, rows: pd.DataFrame) -> list[Cell]:
-    """One cell for each architecture, rule, moment and direction, in alphabetical order."""
-    compared = points[points["adaptive"]].groupby(["architecture", "rule"])["optimizer"].unique()
+def cells_of(points: pd.DataFrame, rows: pd.DataFrame, lost: pd.DataFrame) -> list[Cell]:
+    """One cell for each architecture, rule, moment and direction, in alphabetical order.
+
+    Args:
+        points: of `matching.matched_points`.
+        rows: of `observations`.
+        lost: of `matching.lost_runs`.
+    """
+    compared = lost[lost["adaptive"].astype(bool)].groupby(["architecture", "rule"])["optimizer"].unique()
+    counts = {
+        labels: {
+            str(name): (int(gone), int(total))
+            for name, gone, total in zip(own["optimizer"], own["lost"], own["total"], strict=True)
+        }
+        for labels, own in lost.groupby(["architecture", "rule"])
+    }
     n_params = points.groupby("architecture")["n_params"].max()
     cells = []
     for labels, group in rows.groupby(CELL):
@@ -113,6 +141,7 @@ def cells_of(points: pd.DataFrame, rows: pd.DataFrame) -> list[Cell]:
                 adaptive=tuple(sorted(adaptive)),
                 n_params=int(n_params[architecture]) if pd.notna(n_params[architecture]) else 0,
                 gauges=gauges,
+                lost=counts.get((architecture, rule), {}),
             )
         )
     return cells

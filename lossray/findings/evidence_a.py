@@ -6,17 +6,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lossray.findings.energies import BASELINE, TOP, Cell, GaugeEnergies
-from lossray.findings.families import holm, least_attainable_p, seeds_needed
-from lossray.findings.means import equivalence, mean_test
+from lossray.findings.families import intersection_union, least_attainable_p, seeds_needed
 from lossray.findings.sign_flips import sign_flip_test
+from lossray.findings.skewness import safe_mean_test
 from lossray.findings.verdict_a import Evidence, GaugeEvidence
+from lossray.geometry.gauges import COVECTORS
 from lossray.study.settings import ClaimsSettings
 
 Array = NDArray[np.float64]
 
-LEAST_DIM = 1000  # below it chi_1^2 < margin is little more than chance (SCIENCE 5A)
-NEAR_CHANCE = math.log(3)  # S within it of a null's is "as a random direction"
+LEAST_DIM = 1000  # below it chi_1^2 < margin is little more than chance
+NEAR = math.log(3)  # S within it of a null's is "as the null"
 CONTRAST = math.log(2)  # a smaller difference of S is no contrast
+RESOLVED_SHARE = 0.5  # of a method's seeds: with fewer S of them the method is lost
 
 
 def evidence_of(cell: Cell, activation: str | None, settings: ClaimsSettings) -> Evidence:
@@ -27,69 +29,108 @@ def evidence_of(cell: Cell, activation: str | None, settings: ClaimsSettings) ->
         activation: of the architecture; only relu networks have a balanced gauge that must be survived.
         settings: margin and level.
     """
-    alpha = settings.alpha
-    required = ("raw", "balanced", "adaptive") if activation == "relu" else ("raw", "adaptive")
+    required = required_gauges(cell.direction, activation)
     missing = what_is_missing(cell)
     if missing is not None:
-        return Evidence(missing, 1.0, 0, 1.0, 1.0, 1.0, {}, required)
+        return Evidence(missing=missing, required=required)
     raw = cell.gauges["raw"]
-    pairs = np.isfinite(raw.against_baseline(cell.adaptive)).sum(axis=-1)
-    sgd = mean_test(raw.of(BASELINE), math.log(settings.margin_energy), alpha=alpha)
+    bound = math.log(settings.margin_energy)
+    differences = raw.against_baseline(cell.adaptive)
+    pairs = np.isfinite(differences).sum(axis=-1)
+    sgd_below, sgd_above = safe_mean_test(raw.of(BASELINE), bound)
+    no_chance = safe_mean_test(raw.over_null(raw.over_chance, BASELINE), NEAR)[1]
+    contrast, no_contrast = contrast_tests(differences)
     return Evidence(
-        missing=None,
+        methods=cell.adaptive,
         least_p=least_attainable_p(pairs),
-        seeds_needed=seeds_needed(len(pairs), alpha),
-        chance=_chance(cell, raw, alpha),
-        sgd_below=float(sgd.p_less),
-        sgd_above=float(sgd.p_greater),
+        seeds_needed=seeds_needed(len(pairs), settings.alpha),
+        chance=_near(cell, raw, raw.over_chance),
+        signs=_near(cell, raw, raw.over_sign_flips),
+        sgd_below=float(sgd_below),
+        sgd_above=float(sgd_above),
+        sgd_above_chance=float(no_chance),
+        contrast=contrast,
+        no_contrast=no_contrast,
         gauges={name: gauge_evidence(cell, gauge, settings) for name, gauge in cell.gauges.items()},
         required=required,
+        lost=_lost(cell),
     )
+
+
+def required_gauges(direction: str, activation: str | None) -> tuple[str, ...]:
+    """Gauges in which "almost perpendicular" must survive.
+
+    The adaptive one is asked of gradients only: it divides displacements by |theta|, which takes the
+    energy in v1 of any displacement, of random ones too, far below chance: to pass it shows nothing.
+    """
+    balanced = ("balanced",) if activation == "relu" else ()
+    adaptive = ("adaptive",) if direction in COVECTORS else ()
+    return ("raw", *balanced, *adaptive)
 
 
 def what_is_missing(cell: Cell) -> str | None:
     """Why the claim cannot be tested on this cell at all; None if it can."""
     if not cell.adaptive:
         return "no finished run of an adaptive method"
+    judged = (BASELINE, *cell.adaptive)
+    gone = [name for name in judged if 2 * cell.lost.get(name, (0, 0))[0] > cell.lost.get(name, (0, 0))[1]]
+    if gone:
+        counts = [f"{name} ({cell.lost[name][0]} of {cell.lost[name][1]})" for name in gone]
+        return f"most runs diverged or failed of {', '.join(counts)}"
     if "raw" not in cell.gauges:
         return "no rows in the raw gauge"
     raw = cell.gauges["raw"]
-    few = [name for name in (BASELINE, *cell.adaptive) if np.isfinite(raw.of(name)).sum() < 2]
+    if raw.subspace != TOP:
+        return f"v1 is not resolved in most runs, and what lies in {raw.subspace} need not lie in v1"
+    known = {name: int(np.isfinite(raw.of(name)).sum()) for name in judged}
+    few = [name for name, n in known.items() if n < 2]
     if few:
         return f"fewer than two resolved S of {', '.join(few)}"
+    n = len(raw.seeds)
+    few = [f"{name} ({known[name]} of {n})" for name in judged if known[name] < RESOLVED_SHARE * n]
+    if few:
+        return f"S is known of less than half of the seeds of {', '.join(few)}"
     if raw.dim < LEAST_DIM:
         return f"d = {raw.dim}: perpendicular is tested for d >= {LEAST_DIM} only"
     return None
 
 
 def gauge_evidence(cell: Cell, gauge: GaugeEnergies, settings: ClaimsSettings) -> GaugeEvidence:
-    """The tests of every adaptive method in one gauge."""
+    """The tests of every adaptive method against the margin in one gauge.
+
+    The energy in a wider subspace says nothing on v1 in either direction: not known.
+    """
     energies = np.array([gauge.of(name) for name in cell.adaptive])
-    differences = gauge.against_baseline(cell.adaptive)
-    margin = mean_test(energies, math.log(settings.margin_energy), alpha=settings.alpha)
-    paired = mean_test(differences, -CONTRAST, alpha=settings.alpha)
-    # The energy in a wider subspace bounds that in v1 from above: it can clear a method, not convict it.
-    above = margin.p_greater if gauge.subspace == TOP else np.ones(len(cell.adaptive))
+    below, above = safe_mean_test(energies, math.log(settings.margin_energy))
+    known = (np.isfinite(energies).sum(axis=-1) >= 2) & (gauge.subspace == TOP)
     return GaugeEvidence(
         methods=cell.adaptive,
-        known=(margin.n >= 2) & (paired.n >= 2),
-        below=margin.p_less,
-        above=above,
-        difference=paired.mean,
-        contrast=holm(sign_flip_test(differences)),
-        no_contrast=paired.p_greater,
+        known=known,
+        below=np.where(known, below, 1.0),
+        above=np.where(known, above, 1.0),
     )
 
 
-def _chance(cell: Cell, raw: GaugeEnergies, alpha: float) -> float:
-    """P value of "some optimizer is not within a factor 3 of the null", for the nearer of two nulls.
+def contrast_tests(differences: Array) -> tuple[Array, Array]:
+    """P values [m] of "less than a factor 2 below SGD", and of "at least a factor 2 below SGD".
 
-    The nulls are the random direction, and random signs of the direction's own components. Twice the smaller
-    p value, since either will do; for each of them all optimizers must be near (intersection-union).
+    Args:
+        differences: S minus SGD's S of the same seed, [m, n].
     """
-    compared = [raw.optimizers.index(name) for name in (BASELINE, *cell.adaptive)]
-    p_values = [
-        equivalence(over[compared], NEAR_CHANCE, alpha=alpha).max()
-        for over in (raw.over_chance, raw.over_sign_flips)
-    ]
-    return min(1.0, 2 * float(min(p_values)))
+    below, above = safe_mean_test(differences, -CONTRAST, skewed="either")
+    flips = sign_flip_test(differences + CONTRAST, alternative="less")
+    return np.maximum(below, flips), above
+
+
+def _near(cell: Cell, raw: GaugeEnergies, over: Array) -> float:
+    """P value of "some optimizer's S is not within a factor 3 of the null's": two one-sided tests of each."""
+    compared = np.array([raw.over_null(over, name) for name in (BASELINE, *cell.adaptive)])
+    below, _ = safe_mean_test(compared, NEAR)
+    _, above = safe_mean_test(compared, -NEAR)
+    return float(intersection_union(np.maximum(below, above)))
+
+
+def _lost(cell: Cell) -> str | None:
+    """Who lost runs, as a remark; None if nobody did."""
+    counts = [f"{name} ({lost} of {total})" for name, (lost, total) in sorted(cell.lost.items()) if lost]
+    return f"runs that diverged or failed are left out of {', '.join(counts)}" if counts else None

@@ -1,7 +1,7 @@
-"""Which runs and checkpoints are compared: architectures, learning-rate rules, matched training loss."""
+"""Which runs and checkpoints are compared: architectures, learning-rate rules, levels of training loss."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,8 @@ NOT_OF_THE_MODEL = ("name", "optimizers")  # the second says who trains it
 SIZES = ("widths", "channels", "width", "dim")  # settings that make a model larger, nothing else
 BEST, SMALLEST, LARGEST = "best lr", "smallest lr", "largest lr"
 MATCHED, LAST = "matched loss", "last checkpoint"
+MOST_MISMATCH = 1.5  # factor between a checkpoint's training loss and the one it is compared at
+BASELINE = "sgd"  # whom every method is compared with
 
 RUN_COLUMNS = (
     "run_id",
@@ -116,36 +118,90 @@ def chosen_settings(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def matched_points(runs: pd.DataFrame, checkpoints: pd.DataFrame, choice: pd.DataFrame) -> pd.DataFrame:
-    """The two checkpoints of each chosen run at which optimizers are compared.
+def matched_points(
+    runs: pd.DataFrame,
+    checkpoints: pd.DataFrame,
+    choice: pd.DataFrame,
+    *,
+    levels: Sequence[float] = (),
+) -> pd.DataFrame:
+    """The checkpoints of each chosen run at which optimizers are compared.
 
-    The reference loss of an architecture and rule is the lowest that every optimizer comes down to: the
-    largest over optimizers of the median over runs of the lowest training loss among the checkpoints after
-    step 0. "matched loss" is the run's checkpoint nearest to it in the logarithm.
+    At each level, a share of the loss at the start, the run's checkpoint after step 0 whose training loss is
+    nearest in the logarithm; "matched loss" is the lowest loss that every judged optimizer comes down to (the
+    largest over optimizers of the median over runs of the lowest loss). A run without a checkpoint within a
+    factor MOST_MISMATCH of the loss is not compared there. "last checkpoint" takes any loss.
 
     Args:
         runs: of `described_runs`.
-        checkpoints: columns run_id, step, train_loss: those that may be chosen.
+        checkpoints: columns run_id, step, train_loss: those that may be chosen; step 0 gives the start.
         choice: of `chosen_settings`.
+        levels: shares of the loss at the start.
 
     Returns:
         Columns architecture, rule, optimizer, adaptive, seed, n_params, run_id, moment, step, train_loss,
-        reference, mismatch (|ln train_loss/reference|).
+        reference, mismatch (|ln train_loss/reference|, null at the last checkpoint).
     """
     kept = runs[(runs["status"] == "finished") & runs["seed"].notna()]
     own = ["run_id", "setting_id", "architecture", "optimizer", "adaptive", "seed", "n_params"]
     rows = kept[own].merge(choice, on=["architecture", "optimizer", "setting_id"])
-    rows = rows.merge(checkpoints[["run_id", "step", "train_loss"]], on="run_id")
-    rows = rows[(rows["step"] > 0) & (rows["train_loss"] > 0) & np.isfinite(rows["train_loss"])]
+    rows = rows.drop(columns="setting_id").merge(checkpoints[["run_id", "step", "train_loss"]], on="run_id")
+    rows = rows[(rows["train_loss"] > 0) & np.isfinite(rows["train_loss"])]
+    references = _references(rows, levels)
+    rows = rows[rows["step"] > 0]
+    one = ["architecture", "rule", "run_id"]
+    last = rows.sort_values("step", kind="stable").drop_duplicates(one, keep="last").assign(moment=LAST)
+    matched = rows.merge(references, on=["architecture", "rule"])
+    matched["mismatch"] = np.abs(np.log(matched["train_loss"] / matched["reference"]))
+    matched = matched[matched["mismatch"] <= np.log(MOST_MISMATCH)]
+    nearest = matched.sort_values(["mismatch", "step"], kind="stable").drop_duplicates([*one, "moment"])
+    points: pd.DataFrame = pd.concat([nearest, last], ignore_index=True)
+    return points
+
+
+def _references(rows: pd.DataFrame, levels: Sequence[float]) -> pd.DataFrame:
+    """The losses at which runs are compared, by architecture and rule: of the judged optimizers, if any.
+
+    Args:
+        rows: checkpoints of the chosen runs.
+        levels: shares of the loss at the start.
+
+    Returns:
+        Columns architecture, rule, moment, reference.
+    """
     cell = ["architecture", "rule"]
-    lowest = rows.groupby([*cell, "optimizer", "run_id"])["train_loss"].min()
+    judged = rows["adaptive"].astype(bool) | (rows["optimizer"] == BASELINE)
+    rows = rows[judged | ~judged.groupby([rows[name] for name in cell]).transform("any")]
+    later = rows[rows["step"] > 0]
+    lowest = later.groupby([*cell, "optimizer", "run_id"])["train_loss"].min()
     reached = lowest.groupby([*cell, "optimizer"]).median()
-    reference = reached.groupby(cell).max().rename("reference").reset_index()
-    rows = rows.merge(reference, on=cell)
-    rows["mismatch"] = np.abs(np.log(rows["train_loss"] / rows["reference"]))
-    one = [*cell, "run_id"]
-    nearest = rows.sort_values(["mismatch", "step"], kind="stable").drop_duplicates(one)
-    last = rows.sort_values("step", kind="stable").drop_duplicates(one, keep="last")
-    points = pd.concat([nearest.assign(moment=MATCHED), last.assign(moment=LAST)], ignore_index=True)
-    chosen: pd.DataFrame = points.drop(columns="setting_id")
-    return chosen
+    parts = [reached.groupby(cell).max().rename("reference").reset_index().assign(moment=MATCHED)]
+    start = rows[rows["step"] == 0].groupby(cell)["train_loss"].median().rename("reference").reset_index()
+    parts += [start.assign(reference=level * start["reference"], moment=moment_of(level)) for level in levels]
+    return pd.concat(parts, ignore_index=True)
+
+
+def moment_of(level: float) -> str:
+    """The moment at which the training loss is this share of the loss at the start."""
+    return f"{MATCHED} {level:g} of the start"
+
+
+def lost_runs(runs: pd.DataFrame, choice: pd.DataFrame) -> pd.DataFrame:
+    """How many runs of each optimizer's chosen setting diverged or failed, of how many.
+
+    Of an optimizer that finished no run at all, those of the setting with most runs.
+
+    Returns:
+        Columns architecture, rule, optimizer, adaptive, lost, total.
+    """
+    keys = ["architecture", "optimizer"]
+    grouped = runs.assign(lost=runs["status"] != "finished").groupby([*keys, "setting_id"], as_index=False)
+    counts = grouped.agg(adaptive=("adaptive", "any"), lost=("lost", "sum"), total=("lost", "size"))
+    known = counts.merge(choice, on=[*keys, "setting_id"])
+    # An optimizer without any finished run has no chosen setting.
+    finished = (counts["total"] - counts["lost"]).groupby([counts[key] for key in keys]).transform("sum")
+    gone = counts[finished == 0]
+    gone = gone.sort_values("total", ascending=False, kind="stable").drop_duplicates(keys)
+    rules = choice[["architecture", "rule"]].drop_duplicates()
+    lost: pd.DataFrame = pd.concat([known, gone.merge(rules, on="architecture")], ignore_index=True)
+    return lost.drop(columns="setting_id")

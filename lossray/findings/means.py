@@ -8,7 +8,7 @@ from scipy import special, stats
 
 Array = NDArray[np.float64]
 
-ROUNDING = 1e-14  # relative: values that differ by less are equal
+ROUNDING = 1e-13  # relative: values that differ by less are equal
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ def mean_test(values: ArrayLike, bound: float, *, alpha: float) -> MeanTest:
     sample = np.asarray(values, dtype=np.float64)
     mean, stderr, n = mean_and_error(sample)
     df = np.maximum(n - 1, 1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        t = (mean - bound) / stderr
+    t = t_statistic(mean, stderr, bound)
+    with np.errstate(invalid="ignore"):
         reach = special.stdtrit(df, 1 - alpha) * stderr
     known = n >= 2
     return MeanTest(
@@ -50,6 +50,15 @@ def mean_test(values: ArrayLike, bound: float, *, alpha: float) -> MeanTest:
         p_greater=np.where(known & ~np.isnan(t), special.stdtr(df, -t), 1.0),
         n=n,
     )
+
+
+def t_statistic(mean: Array, stderr: Array, bound: float) -> Array:
+    """(mean - bound) / stderr; infinite for equal values, NaN where they equal the bound."""
+    away = mean - bound
+    away = np.where(np.abs(away) <= ROUNDING * (np.abs(mean) + abs(bound)), 0.0, away)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t: Array = away / stderr
+    return t
 
 
 def mean_and_error(sample: Array) -> tuple[Array, Array, NDArray[np.int64]]:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
-from lossray.findings.means import mean_and_error
+from lossray.findings.means import mean_and_error, t_statistic
 from lossray.seeds import stream
 
 Array = NDArray[np.float64]
@@ -38,8 +38,7 @@ def safe_mean_test(values: ArrayLike, bound: float, *, skewed: Skew = "left") ->
     """
     sample = np.asarray(values, dtype=np.float64)
     mean, stderr, n = mean_and_error(sample)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        t = np.atleast_1d((mean - bound) / stderr)
+    t = np.atleast_1d(t_statistic(mean, stderr, bound))
     p_less, p_greater = np.ones(t.shape), np.ones(t.shape)
     sizes = np.broadcast_to(n, t.shape)
     for size in np.unique(sizes[~np.isnan(t)]):
@@ -53,9 +52,9 @@ def _tails(t: Array, n: int, skewed: Skew) -> tuple[Array, Array]:
     drawn = _skewed_t(n)
     below, above = special.stdtr(n - 1, t), special.stdtr(n - 1, -t)
     below = np.maximum(below, _share_up_to(drawn, t))
-    above = np.maximum(above, _share_up_to(-drawn[::-1], -t))
-    if skewed == "either":
-        below = np.maximum(below, _share_up_to(-drawn[::-1], t))
+    above = np.maximum(above, _share_from(drawn, t))
+    if skewed == "either":  # the mirrored draws
+        below = np.maximum(below, _share_from(drawn, -t))
         above = np.maximum(above, _share_up_to(drawn, -t))
     return below, above
 
@@ -63,6 +62,12 @@ def _tails(t: Array, n: int, skewed: Skew) -> tuple[Array, Array]:
 def _share_up_to(ordered: Array, t: Array) -> Array:
     """Share of the ordered draws that are at most ``t``, ``t`` itself counted as one of them."""
     share: Array = (np.searchsorted(ordered, t, side="right") + 1) / (len(ordered) + 1)
+    return share
+
+
+def _share_from(ordered: Array, t: Array) -> Array:
+    """Share of the ordered draws that are at least ``t``, ``t`` itself counted as one of them."""
+    share: Array = (len(ordered) - np.searchsorted(ordered, t, side="left") + 1) / (len(ordered) + 1)
     return share
 
 

@@ -14,7 +14,7 @@ from lossray.geometry.surface import EIGENVECTOR_KINDS, SurfacesSettings
 from lossray.geometry.trajectory import TrajectorySettings
 from lossray.networks.layers import ModelSettings
 from lossray.plugins import is_spec
-from lossray.settings import Settings
+from lossray.settings import Settings, each_once
 from lossray.study.problems import Place
 from lossray.training.datasets import DataSettings, data_settings
 from lossray.training.loop import TrainingSettings
@@ -51,6 +51,7 @@ def _pack(value: Any) -> Any:
 
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0, le=LARGEST_INTEGER)], ...], BeforeValidator(_seeds)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+Level = Annotated[float, Field(gt=0, le=1)]
 
 
 class ClaimsSettings(Settings):
@@ -61,11 +62,18 @@ class ClaimsSettings(Settings):
         margin_nll: the smallest improvement of an ensemble's test NLL that would count, as a share of its
             control's NLL.
         alpha: level of the tests.
+        levels: training losses at which optimizers are compared, as shares of the loss at the start.
     """
 
     margin_energy: Fraction = 0.01
     margin_nll: Fraction = 0.05
     alpha: Fraction = 0.05
+    levels: Annotated[tuple[Level, ...], Field(strict=False, min_length=1)] = (1.0, 0.3, 0.1, 0.03)
+
+    @field_validator("levels")
+    @classmethod
+    def _distinct(cls, levels: tuple[float, ...]) -> tuple[float, ...]:
+        return each_once(levels)
 
 
 class TaskResources(Settings):
