@@ -19,6 +19,7 @@ from lossray.findings.energies import (
 )
 from lossray.findings.evidence_a import LEAST_DIM, contrast_tests, evidence_of, gauge_evidence
 from lossray.findings.families import holm, intersection_union
+from lossray.findings.learning_rates import edge_notes
 from lossray.findings.matching import (
     BEST,
     LAST,
@@ -118,7 +119,8 @@ def _verdict_rows(
         judged = [cell for cell in own if cell.rule == BEST and cell.moment in moments]
         architectures = list(dict.fromkeys([*(cell.architecture for cell in judged), *runs["architecture"]]))
         together = _by_architecture(judged, evidence, moments, settings.alpha)
-        yield _overall_row(direction, {name: together.get(name, NO_ROWS) for name in architectures})
+        rates = edge_notes(runs)
+        yield _overall_row(direction, {name: together.get(name, NO_ROWS) for name in architectures}, rates)
         for name in together:
             alone = [cell for cell in judged if cell.architecture == name]
             decision = _by_architecture(alone, evidence, moments, settings.alpha)[name]
@@ -129,7 +131,7 @@ def _verdict_rows(
                     statistic="verdict",
                     n=min((_seeds(cell) for cell in alone), default=0),
                     verdict=decision.verdict,
-                    text=decision.reason,
+                    text=f"{decision.reason}{rates.get(name, '')}",
                 )
             )
         for cell in own:
@@ -164,10 +166,12 @@ def _by_architecture(
     return {name: across_moments(by_moment) for name, by_moment in found.items()}
 
 
-def _overall_row(direction: str, found: Mapping[str, Decision]) -> ClaimRow:
+def _overall_row(direction: str, found: Mapping[str, Decision], rates: Mapping[str, str]) -> ClaimRow:
     judged = {name: own.verdict for name, own in found.items() if own.judged}
     parts = [
-        f"{name}: {f'{own.verdict} ({own.where})' if own.judged else f'not judged ({own.reason})'}"
+        f"{name}: {own.verdict} ({own.where}){rates.get(name, '')}"
+        if own.judged
+        else f"{name}: not judged ({own.reason})"
         for name, own in sorted(found.items(), key=lambda item: not item[1].judged)
     ]
     return ClaimRow(

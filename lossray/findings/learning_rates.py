@@ -4,7 +4,7 @@ import json
 
 import pandas as pd
 
-from lossray.findings.matching import BEST, chosen_settings
+from lossray.findings.matching import BASELINE, BEST, chosen_settings
 
 GRID = ["architecture", "optimizer", "others"]  # settings that differ in their learning rate only
 
@@ -32,6 +32,26 @@ def edges(runs: pd.DataFrame) -> pd.DataFrame:
     found["inside"] = (found["lowest"] < found["lr"]) & (found["lr"] < found["highest"])
     columns = [*GRID[:2], "setting_id", "lr", "lowest", "highest", "tried", "inside"]
     return found.sort_values(GRID[:2], kind="stable")[columns].reset_index(drop=True)
+
+
+def edge_notes(runs: pd.DataFrame) -> dict[str, str]:
+    """By architecture, whose best learning rate is not inside its grid, as a remark; none where all are.
+
+    Of the optimizers that a verdict compares, where any was tried with several rates.
+    """
+    found = edges(runs)
+    judged = dict(zip(runs["optimizer"], runs["adaptive"], strict=True)) | {BASELINE: True}
+    outside = found[~found["inside"] & (found["tried"] > 1) & found["optimizer"].map(judged).astype(bool)]
+    notes = {}
+    for architecture, own in outside.groupby("architecture", sort=False):
+        whose = ", ".join(_where(row) for _, row in own.iterrows())
+        notes[str(architecture)] = f"; the best learning rate is at the edge of those tried: {whose}"
+    return notes
+
+
+def _where(row: pd.Series) -> str:
+    end = "largest" if row["lr"] == row["highest"] else "smallest"
+    return f"{row['optimizer']} ({row['lr']:g}, the {end} of {row['tried']})"
 
 
 def _others(text: object) -> str:
