@@ -1,30 +1,39 @@
-"""Claim C, ensembles from scale invariance: contrasts at equal budget, and the verdicts (SCIENCE 5C)."""
+"""Claim C, ensembles from scale invariance: contrasts at equal budget, and the verdicts."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
-import numpy as np
 import pandas as pd
 
+from lossray.findings.bootstrap import Interval
 from lossray.findings.claim_rows import ClaimRow
 from lossray.findings.ensemble_contrasts import Contrast, contrast
 from lossray.findings.ensemble_curves import curve_rows, curve_tables
 from lossray.findings.ensemble_scores import METRICS, EnsembleCell, ensemble_cells, setting_labels
-from lossray.findings.families import holm, seeds_needed
+from lossray.findings.families import hommel
 from lossray.findings.verdict_a import Decision
 from lossray.findings.verdict_c import (
     CODES,
     CONTROLS,
+    EQUIVALENT,
     VariantEvidence,
     decide_overall,
     decide_setting,
     decide_variant,
+    identical,
     in_numbers,
     named,
-    percent,
+    over_schedule,
+    p_better,
+    p_differs,
+    p_equivalent,
+    p_short,
 )
 from lossray.study.settings import ClaimsSettings
+
+ByBudget = Mapping[float, tuple[Contrast, ...]]
 
 PRIMARY = METRICS[0]
 # What every variant is shown beside, for information: other uses of the same budget.
@@ -56,7 +65,8 @@ def claim_c_rows(tables: Mapping[str, pd.DataFrame], settings: ClaimsSettings) -
     for cell in ensemble_cells(tables, labels):
         judged = _judge(cell, settings)
         found[cell.label] = judged.decision.verdict
-        verdicts += _verdict_rows(judged)
+        verdicts += _verdict_rows(judged, settings)
+        numbers += _effect_rows(judged, settings)
         numbers += _contrast_rows(judged, settings)
         numbers += _reference_rows(cell, settings)
         numbers += curve_rows(cell, curves, settings)
@@ -70,45 +80,73 @@ def claim_c_rows(tables: Mapping[str, pd.DataFrame], settings: ClaimsSettings) -
 
 def _judge(cell: EnsembleCell, settings: ClaimsSettings) -> Judged:
     """The evidence and the verdicts of one setting."""
-    pairs = _pairs(cell)
-    level = _level(cell, settings)
-    largest = max((budget for _, _, budget in pairs), default=math.nan)
-    needed = seeds_needed(max(1, sum(budget == largest for *_, budget in pairs)), settings.alpha)
-    evidence = {}
-    for variant, controls in CONTROLS.items():
-        by_budget = {
-            budget: tuple(
-                contrast(cell, variant, control, budget, metric=PRIMARY, alpha=level)
-                for own, control, at in pairs
-                if (own, at) == (variant, budget)
-            )
-            for budget in sorted({at for own, _, at in pairs if own == variant})
-        }
-        missing = tuple(name for name in (variant, *controls) if name not in cell.methods)
-        evidence[variant] = VariantEvidence(missing, by_budget, needed, level)
-    by_variant = {
-        variant: decide_variant(own, margin=settings.margin_nll) for variant, own in evidence.items()
-    }
-    return Judged(cell, evidence, by_variant, decide_setting(by_variant))
-
-
-def _pairs(cell: EnsembleCell) -> list[tuple[str, str, float]]:
-    """Variant, control and budget of every comparison that the verdict may rest on."""
-    return [
-        (variant, control, budget)
+    contrasts = {variant: _contrasts(cell, variant, settings) for variant in CONTROLS}
+    better = _better(contrasts)
+    equivalent = _equivalent(contrasts, settings.margin_nll)
+    evidence = {
+        variant: VariantEvidence(
+            variant=variant,
+            missing=tuple(name for name in (variant, *controls) if name not in cell.methods),
+            lost=_lost(cell, (variant, *controls)),
+            base_runs=len(cell.base_runs),
+            contrasts=contrasts[variant],
+            better=better[variant],
+            equivalent=equivalent[variant],
+            short=p_short(contrasts[variant], settings.margin_nll),
+            identical=identical(contrasts[variant], controls[1]),
+        )
         for variant, controls in CONTROLS.items()
-        for control in controls
-        if {variant, control} <= set(cell.methods)
-        for budget in cell.budgets(variant, control)
-    ]
+    }
+    by_variant = {
+        variant: decide_variant(own, margin=settings.margin_nll, alpha=settings.alpha)
+        for variant, own in evidence.items()
+    }
+    return Judged(cell, evidence, by_variant, decide_setting(by_variant, evidence))
 
 
-def _level(cell: EnsembleCell, settings: ClaimsSettings) -> float:
-    """Alpha over the verdict's chances, budgets x variants; to beat both controls costs nothing more."""
-    return settings.alpha / max(1, len({(variant, budget) for variant, _, budget in _pairs(cell)}))
+def _contrasts(
+    cell: EnsembleCell, variant: str, settings: ClaimsSettings, metric: str = PRIMARY
+) -> dict[float, tuple[Contrast, ...]]:
+    """By budget, with each control that is there: every comparison that the verdict may rest on."""
+    controls = [name for name in CONTROLS[variant] if {name, variant} <= set(cell.methods)]
+    budgets = sorted({budget for control in controls for budget in cell.budgets(variant, control)})
+    return {
+        budget: tuple(
+            contrast(cell, variant, control, budget, metric=metric, alpha=settings.alpha)
+            for control in controls
+            if budget in cell.budgets(variant, control)
+        )
+        for budget in budgets
+    }
 
 
-def _verdict_rows(one: Judged) -> Iterator[ClaimRow]:
+def _better(contrasts: Mapping[str, ByBudget]) -> dict[str, dict[float, float]]:
+    """By variant and budget, the p value of "not better than both controls", adjusted over all of them."""
+    keys = [(variant, budget) for variant, own in contrasts.items() for budget in own]
+    adjusted = hommel([p_better(contrasts[variant][budget]) for variant, budget in keys])
+    found: dict[str, dict[float, float]] = {variant: {} for variant in contrasts}
+    for (variant, budget), p in zip(keys, adjusted, strict=True):
+        found[variant][budget] = float(p)
+    return found
+
+
+def _equivalent(contrasts: Mapping[str, ByBudget], margin: float) -> dict[str, float]:
+    """By variant, the p value of "not equivalent to its control of learning rates", over all variants."""
+    adjusted = hommel([p_equivalent(own, CONTROLS[variant][1], margin) for variant, own in contrasts.items()])
+    return {variant: float(p) for variant, p in zip(contrasts, adjusted, strict=True)}
+
+
+def _lost(cell: EnsembleCell, methods: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Base runs without scores, by method and budget, where there are any."""
+    lost = {
+        f"{method} at budget {budget:g}": cell.lost(method, budget)
+        for method, budget in cell.ensembles
+        if method in methods
+    }
+    return {where: runs for where, runs in lost.items() if runs}
+
+
+def _verdict_rows(one: Judged, settings: ClaimsSettings) -> Iterator[ClaimRow]:
     """Of one setting, then of its variants."""
     yield ClaimRow(
         claim="C",
@@ -127,31 +165,60 @@ def _verdict_rows(one: Judged) -> Iterator[ClaimRow]:
             statistic="verdict",
             n=min((own.n for own in contrasts), default=0),
             verdict=decision.verdict,
-            text=f"{decision.reason}.{in_numbers(evidence)}",
+            text=f"{decision.reason}.{in_numbers(evidence, alpha=settings.alpha)}",
         )
+
+
+def _effect_rows(one: Judged, settings: ClaimsSettings) -> Iterator[ClaimRow]:
+    """Where a variant is equivalent to learning rates: what their change is worth over the schedule."""
+    for variant, decision in one.by_variant.items():
+        if decision.verdict != EQUIVALENT:
+            continue
+        own = over_schedule(one.evidence[variant])
+        adjusted = hommel([p_differs(found, found.relative) for found in own])
+        for found, p_adjusted in zip(own, adjusted.tolist(), strict=True):
+            yield ClaimRow(
+                claim="C/effect",
+                subject=f"{one.cell.label}: {named(variant)} - {found.control}, budget {found.budget:g}",
+                statistic="nll: relative improvement by learning rates",
+                estimate=found.relative.estimate,
+                low=found.relative.low,
+                high=found.relative.high,
+                p_value=p_differs(found, found.relative),
+                p_adjusted=p_adjusted,
+                n=found.n,
+                verdict=_word(found, found.relative, p_adjusted, settings.alpha),
+                text=f"rescaling, a change of learning rates, over {found.control}, the schedule without it; "
+                f"Hommel over {len(own)} budgets",
+            )
 
 
 # ---- contrasts
 
 
+@dataclass(frozen=True)
+class Adjusted:
+    """The adjusted p values of a contrast's two statistics."""
+
+    difference: float
+    relative: float
+
+
 def _contrast_rows(one: Judged, settings: ClaimsSettings) -> Iterator[ClaimRow]:
-    """Each variant against its controls: the primary score, Holm at the largest budget; then the others."""
-    cell, level = one.cell, _level(one.cell, settings)
+    """Each variant against its controls: the primary score, adjusted over all of them; then the others."""
     primary = [own for e in one.evidence.values() for several in e.contrasts.values() for own in several]
-    largest = max((own.budget for own in primary), default=math.nan)
-    family = [own for own in primary if own.budget == largest]
-    adjusted = iter(holm([own.p_value for own in family]))
-    for own in primary:
-        note = f"interval of level {percent(1 - level)}; sign flips"
-        if own.budget == largest:
-            note += f", Holm over {len(family)} contrasts"
-        p_adjusted = float(next(adjusted)) if own.budget == largest else math.nan
-        yield from _rows_of("C/contrast", cell.label, own, note=note, p_adjusted=p_adjusted)
-    for metric in METRICS[1:]:
-        for variant, control, budget in _pairs(cell):
-            own = contrast(cell, variant, control, budget, metric=metric, alpha=level)
-            note = f"a secondary score; interval of level {percent(1 - level)}"
-            yield from _rows_of("C/contrast", cell.label, own, note=note)
+    differences = hommel([p_differs(own, own.difference) for own in primary]).tolist()
+    shares = hommel([p_differs(own, own.relative) for own in primary]).tolist()
+    note = f"Hommel over {len(primary)} contrasts"
+    for own, *both in zip(primary, differences, shares, strict=True):
+        yield from _rows_of(
+            "C/contrast", one.cell.label, own, alpha=settings.alpha, note=note, adjusted=Adjusted(*both)
+        )
+    for metric, variant in product(METRICS[1:], CONTROLS):
+        for several in _contrasts(one.cell, variant, settings, metric).values():
+            for own in several:
+                note = "a secondary score, not adjusted"
+                yield from _rows_of("C/contrast", one.cell.label, own, alpha=settings.alpha, note=note)
 
 
 def _reference_rows(cell: EnsembleCell, settings: ClaimsSettings) -> Iterator[ClaimRow]:
@@ -163,21 +230,22 @@ def _reference_rows(cell: EnsembleCell, settings: ClaimsSettings) -> Iterator[Cl
                 continue
             for budget in cell.budgets(variant, control):
                 own = contrast(cell, variant, control, budget, metric=PRIMARY, alpha=settings.alpha)
-                note = f"for information: interval of level {percent(1 - settings.alpha)}, not adjusted"
-                yield from _rows_of("C/reference", cell.label, own, note=note)
+                note = "for information, not adjusted"
+                yield from _rows_of("C/reference", cell.label, own, alpha=settings.alpha, note=note)
 
 
 def _rows_of(
-    claim: str, label: str, own: Contrast, *, note: str, p_adjusted: float = np.nan
+    claim: str, label: str, own: Contrast, *, alpha: float, note: str, adjusted: Adjusted | None = None
 ) -> Iterator[ClaimRow]:
     """One contrast in the score's unit, and as a share of the control's score."""
     text = f"{own.control} has {own.metric} {own.control_mean:.4g}; {note}"
     text += f"; {own.left_out} base runs left out as diverged or missing" if own.left_out else ""
     text += "; the same to rounding" if own.same else ""
-    for statistic, found in (
-        (f"{own.metric}: control - variant", own.difference),
-        (f"{own.metric}: relative improvement", own.relative),
+    for statistic, found, p_adjusted in (
+        (f"{own.metric}: control - variant", own.difference, adjusted.difference if adjusted else math.nan),
+        (f"{own.metric}: relative improvement", own.relative, adjusted.relative if adjusted else math.nan),
     ):
+        p = p_differs(own, found)
         yield ClaimRow(
             claim=claim,
             subject=f"{label}: {named(own.variant)} - {own.control}, budget {own.budget:g}",
@@ -185,15 +253,17 @@ def _rows_of(
             estimate=found.estimate,
             low=found.low,
             high=found.high,
-            p_value=own.p_value,
+            p_value=p,
             p_adjusted=p_adjusted,
             n=own.n,
-            verdict="the same" if own.same else _word(found.low, found.high),
+            verdict=_word(own, found, p_adjusted if adjusted else p, alpha),
             text=text,
         )
 
 
-def _word(low: float, high: float) -> str:
-    if low > 0:
-        return "better"
-    return "worse" if high < 0 else "not decided"
+def _word(own: Contrast, found: Interval, p: float, alpha: float) -> str:
+    if own.same:
+        return "the same"
+    if not p < alpha:
+        return "not decided"
+    return "better" if found.estimate > 0 else "worse"

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lossray.findings.bootstrap import Interval, example_variance, t_interval
+from lossray.findings.bootstrap import Interval, t_interval
 from lossray.findings.ensemble_scores import EnsembleCell
-from lossray.findings.sign_flips import sign_flip_test
 
 Array = NDArray[np.float64]
 
@@ -25,18 +24,15 @@ class Contrast:
     metric: str
     n: int  # base runs with both ensembles
     left_out: int  # base runs without one of the two, or with a diverged one
-    n_examples: int
     control_mean: float
     difference: Interval  # in the metric's unit
     relative: Interval  # of control_mean
-    floor: float  # variance of `relative` that more runs do not reduce: the test split's
-    p_value: float  # sign flips over base runs
     spread: float  # mean over runs and examples of |difference|
 
     @property
     def same(self) -> bool:
-        """Whether the two agree to rounding, example by example."""
-        return self.n > 0 and self.spread <= SAME * self.control_mean
+        """Whether the two agree to rounding, example by example; not where neither makes any error."""
+        return self.n > 0 and self.control_mean > 0 and self.spread <= SAME * self.control_mean
 
 
 def contrast(
@@ -72,11 +68,8 @@ def contrast(
         metric=metric,
         n=n,
         left_out=len(cell.base_runs) - n,
-        n_examples=own.shape[1],
         control_mean=mean,
         difference=t_interval(estimate, drawn_difference, alpha=alpha),
         relative=t_interval(relative, (drawn_difference - relative * drawn) / scale, alpha=alpha),
-        floor=example_variance((difference - relative * other) / scale),
-        p_value=float(sign_flip_test(difference.mean(axis=1))) if n else 1.0,
         spread=float(np.abs(difference).mean()) if n else math.nan,
     )

@@ -47,6 +47,11 @@ class EnsembleCell:
         own = [{budget for name, budget in self.ensembles if name == method} for method in methods]
         return tuple(sorted(set.intersection(*own)))
 
+    def lost(self, method: str, budget: float) -> tuple[str, ...]:
+        """Base runs whose ensemble diverged or is not there."""
+        gone = np.isnan(self.of(METRICS[0], method, budget)).any(axis=1)
+        return tuple(self.base_runs[i] for i in np.flatnonzero(gone))
+
     def of(self, metric: str, method: str, budget: float) -> Array:
         """Scores [base_runs, N]."""
         found: Array = self.scores[metric][self.ensembles.index((method, budget))]

@@ -1,17 +1,19 @@
 """The decision rule of claim C: from contrasts to verdicts, pure functions."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from scipy import stats
+from scipy import special
 
+from lossray.findings.bootstrap import Interval
 from lossray.findings.ensemble_contrasts import Contrast
+from lossray.findings.families import hommel
 from lossray.findings.verdict_a import NOT_SUPPORTED, SUPPORTED, UNDECIDED, Decision
 
-# The two variants of the paper's ensemble that can win, and what each must beat: the same without the
-# rescaling, and the same with learning rates eta D^-2 in place of the rescaling D (SCIENCE 2.5, 5C).
+# The two variants of the paper's ensemble that can win, and what each must beat: first the same schedule
+# without the rescaling, then the same with learning rates eta D^-2 in place of the rescaling D.
 CONTROLS = {
     "rescale_retrain": ("snapshot", "lr_equivalent"),
     "rescale_curve": ("curve", "curve_lr_equivalent"),
@@ -24,74 +26,181 @@ CODES = {
     "rescale_retrain_curve": "C4",
     "align_curve": "C5",
 }
-LR_EQUIVALENT = "lr_equivalent"
+EQUIVALENT = "EQUIVALENT TO LEARNING RATES"
+LEAST_RUNS = 5  # fewer say nothing of how a difference scatters over runs
 POWER = 0.8
 MOST_RUNS = 1000  # no plan goes beyond
+NAMED = 5  # base runs that a sentence names
 
 
 @dataclass(frozen=True)
 class VariantEvidence:
-    """All that the verdict on one variant in one setting rests on."""
+    """All that the verdict on one variant in one setting rests on. P values are two-sided and adjusted."""
 
+    variant: str
     missing: tuple[str, ...]  # methods without test predictions
+    lost: Mapping[str, tuple[str, ...]]  # base runs without scores, by "METHOD at budget BUDGET", if any
+    base_runs: int  # of the setting
     contrasts: Mapping[float, tuple[Contrast, ...]]  # by budget, ascending; of the NLL, with each control
-    needed: int  # base runs without which the primary family of tests cannot reach its level
-    level: float  # of the contrasts' intervals, in place of alpha: Bonferroni over budgets and variants
+    better: Mapping[float, float]  # by budget, of "not better than both controls"; Hommel over the setting's
+    equivalent: float  # of "differs by the margin at some budget"; Hommel over the setting's variants
+    short: float  # of "better than both controls by the margin at some budget"
+    identical: bool  # the same as its learning-rate control to rounding at every budget
 
 
-def decide_variant(evidence: VariantEvidence, *, margin: float) -> Decision:
-    """The verdict of SCIENCE 5C on one variant. The first rule that applies decides.
+# ---- P values, two-sided or doubled: half of alpha is the reserve for runs whose differences are skewed
 
-    1. A method has no predictions: UNDECIDED, naming it.
-    2. At some budget the variant is better than both controls: the intervals of the relative improvement lie
-       above 0: SUPPORTED.
-    3. At every budget the interval excludes an improvement of ``margin`` or more over one of the controls:
-       NOT SUPPORTED.
-    4. UNDECIDED, naming the base runs that are needed, or would decide.
 
-    Only contrasts of enough base runs count in 2 and 3.
+def p_differs(own: Contrast, found: Interval) -> float:
+    """Of "there is no difference", for one of the contrast's intervals; 1 where the two are the same."""
+    return 1.0 if own.same else found.p_differs(0.0)
+
+
+def p_better(contrasts: Sequence[Contrast]) -> float:
+    """Of "at this budget it is not better than both controls": the larger one counts."""
+    if len(contrasts) < 2:
+        return 1.0
+    return max(
+        1.0 if own.same or own.n < LEAST_RUNS else _doubled(own.relative.p_above(0)) for own in contrasts
+    )
+
+
+def p_short(contrasts: Mapping[float, Sequence[Contrast]], margin: float) -> float:
+    """Of "at some budget it is better than both controls by ``margin``".
+
+    It is short of it where one of the controls is less than that behind (Simes' test of the two), and must be
+    at every budget.
+    """
+    if not contrasts:
+        return 1.0
+    return max(float(hommel([_p_below(one, margin) for one in own]).min()) for own in contrasts.values())
+
+
+def p_equivalent(contrasts: Mapping[float, Sequence[Contrast]], control: str, margin: float) -> float:
+    """Of "at some budget it differs from ``control`` by ``margin``": two one-sided tests at every budget."""
+    own = [one for several in contrasts.values() for one in several if one.control == control]
+    if not own or len(own) < len(contrasts):
+        return 1.0
+    return max(max(_p_below(one, margin), _p_above(one, -margin)) for one in own)
+
+
+def _p_below(own: Contrast, bound: float) -> float:
+    if own.n < LEAST_RUNS:
+        return 1.0
+    return 0.0 if own.same else _doubled(own.relative.p_below(bound))
+
+
+def _p_above(own: Contrast, bound: float) -> float:
+    if own.n < LEAST_RUNS:
+        return 1.0
+    return 0.0 if own.same else _doubled(own.relative.p_above(bound))
+
+
+def _doubled(p: float) -> float:
+    return min(1.0, 2 * p)
+
+
+def identical(contrasts: Mapping[float, Sequence[Contrast]], control: str) -> bool:
+    """Whether the variant is the same as the control to rounding at every budget."""
+    own = [one for several in contrasts.values() for one in several if one.control == control]
+    return len(own) == len(contrasts) > 0 and all(one.same for one in own)
+
+
+# ---- verdicts
+
+
+def decide_variant(evidence: VariantEvidence, *, margin: float, alpha: float) -> Decision:
+    """The verdict on one variant. The first rule that applies decides.
+
+    1. A method has no predictions, or lost most of its base runs at some budget: UNDECIDED, naming it.
+    2. The variant is the same as its learning-rate control to rounding, example by example, at every budget:
+       EQUIVALENT TO LEARNING RATES, by any number of base runs.
+    3. At some budget it is better than both controls: SUPPORTED.
+    4. At every budget it is within ``margin`` of its learning-rate control, to either side: EQUIVALENT TO
+       LEARNING RATES.
+    5. At every budget one of the controls is less than ``margin`` behind it: NOT SUPPORTED.
+    6. UNDECIDED, naming the base runs that are needed, or would probably decide.
+
+    Contrasts of fewer than LEAST_RUNS base runs count in rule 2 only.
 
     Args:
         evidence: of the variant.
         margin: the smallest relative improvement that would count.
+        alpha: level of rules 3 to 5.
     """
     if evidence.missing:
         return Decision(UNDECIDED, f"no test predictions of {', '.join(evidence.missing)}")
-    needed, budgets = evidence.needed, evidence.contrasts.items()
-    won = [b for b, own in budgets if len(own) > 1 and all(_better(one, needed) for one in own)]
+    failed = mostly_lost(evidence)
+    if failed:
+        return Decision(UNDECIDED, f"most base runs have no {' and no '.join(failed)}")
+    if not evidence.contrasts:
+        return Decision(UNDECIDED, "no budget at which a control is there as well")
+    if evidence.identical:
+        return Decision(EQUIVALENT, f"{_identity(evidence)}: {worth(evidence)}")
+    won = [budget for budget, p in evidence.better.items() if p < alpha]
     if won:
-        small = all(any(_short_of(one, needed, margin) for one in evidence.contrasts[b]) for b in won)
-        aside = f", though by less than {percent(margin)}" if small else ""
-        return Decision(SUPPORTED, f"better than both controls at budget {_listed(won)}{aside}")
-    if budgets and all(any(_short_of(one, needed, margin) for one in own) for _, own in budgets):
-        return Decision(
-            NOT_SUPPORTED,
-            f"at every budget its improvement over one of the controls is below {percent(margin)}",
-        )
-    fewest = min((one.n for _, own in budgets for one in own), default=0)
-    if fewest < needed:
-        return Decision(UNDECIDED, f"at least {needed} seeds are needed, the fewest pairs are {fewest}")
+        return Decision(SUPPORTED, _won(evidence, won, margin=margin, alpha=alpha))
+    if evidence.equivalent < alpha:
+        text = f"at every budget within {percent(margin)} of its learning-rate control"
+        return Decision(EQUIVALENT, f"{text} (p = {evidence.equivalent:.2g}): {worth(evidence)}")
+    if evidence.short < alpha:
+        text = f"at every budget its improvement over one of the controls is below {percent(margin)}"
+        return Decision(NOT_SUPPORTED, f"{text} (p = {evidence.short:.2g})")
+    fewest = min(one.n for own in evidence.contrasts.values() for one in own)
+    if fewest < LEAST_RUNS:
+        return Decision(UNDECIDED, f"at least {LEAST_RUNS} seeds are needed, the fewest pairs are {fewest}")
     return Decision(
         UNDECIDED,
         f"neither better than both controls nor shown to fall short of {percent(margin)}; "
-        f"{_what_would_decide(evidence, margin)}",
+        f"{_what_would_decide(evidence, margin=margin, alpha=alpha)}",
     )
 
 
-def _better(own: Contrast, needed: int) -> bool:
-    return own.n >= needed and own.relative.low > 0
+def mostly_lost(evidence: VariantEvidence) -> list[str]:
+    """The methods, with their budgets, that have scores of less than half of the base runs."""
+    return [where for where, runs in evidence.lost.items() if 2 * len(runs) > evidence.base_runs]
 
 
-def _short_of(own: Contrast, needed: int, margin: float) -> bool:
-    return own.n >= needed and own.relative.high < margin
+def _identity(evidence: VariantEvidence) -> str:
+    own = [one for several in evidence.contrasts.values() for one in several if one.same]
+    return (
+        f"the same as {own[-1].control} to rounding, example by example, at every budget "
+        f"(mean |difference| at most {max(one.spread for one in own):.1g} nats)"
+    )
 
 
-def _what_would_decide(evidence: VariantEvidence, margin: float) -> str:
+def _won(evidence: VariantEvidence, won: Sequence[float], *, margin: float, alpha: float) -> str:
+    budgets = ", ".join(f"{budget:g} (p = {evidence.better[budget]:.2g})" for budget in won)
+    small = p_short({budget: evidence.contrasts[budget] for budget in won}, margin) < alpha
+    aside = f", though by less than {percent(margin)}" if small else ""
+    return f"better than both controls at budget {budgets}{aside}"
+
+
+def worth(evidence: VariantEvidence) -> str:
+    """What a change of learning rates that rescaling amounts to does to the schedule, at every budget."""
+    schedule = CONTROLS[evidence.variant][0]
+    own = over_schedule(evidence)
+    rates = "rescaling " + ("is" if evidence.identical else "does what") + " a change of learning rates"
+    rates += "" if evidence.identical else " does"
+    if not own:
+        return f"{rates}; no {schedule} tells what that change is worth"
+    gains = ", ".join(f"{_share(one)} at budget {one.budget:g}" for one in own)
+    return f"{rates}, and that change is worth {gains} over {schedule}, the schedule without it"
+
+
+def over_schedule(evidence: VariantEvidence) -> list[Contrast]:
+    """The contrasts with the schedule without rescaling, by budget."""
+    schedule = CONTROLS[evidence.variant][0]
+    return [one for several in evidence.contrasts.values() for one in several if one.control == schedule]
+
+
+def _what_would_decide(evidence: VariantEvidence, *, margin: float, alpha: float) -> str:
     """The base runs with which one of the rules would probably apply, if the estimates are right."""
     support, refute = [], []
+    level = alpha / len(evidence.contrasts)
     for own in evidence.contrasts.values():
-        better = [runs_needed(one, one.relative.estimate, level=evidence.level) for one in own]
-        short = [runs_needed(one, margin - one.relative.estimate, level=evidence.level) for one in own]
+        better = [runs_needed(one, one.relative.estimate, level=level) for one in own]
+        short = [runs_needed(one, margin - one.relative.estimate, level=alpha / 2) for one in own]
         support.append(max(better) if len(better) > 1 else MOST_RUNS + 1)
         refute.append(min(short))
     runs = min(*support, max(refute))
@@ -108,25 +217,47 @@ def runs_needed(own: Contrast, distance: float, *, level: float) -> int:
     Returns:
         MOST_RUNS + 1 where that many would not be enough.
     """
-    runs = np.arange(2, MOST_RUNS + 1)
-    of_runs = max(own.relative.stderr**2 - own.floor, 0.0) * own.n
-    stderr = np.sqrt(of_runs / runs + own.floor)
-    reach = (stats.t.ppf(1 - level / 2, runs - 1) + stats.norm.ppf(POWER)) * stderr
-    enough = runs[reach < distance]
-    return int(enough[0]) if len(enough) else MOST_RUNS + 1
+    floor = own.relative.floor
+    of_runs = max(own.relative.stderr**2 - floor, 0.0) * own.n
+
+    def enough(runs: int) -> bool:
+        quantiles = float(special.stdtrit(runs - 1, 1 - level / 2) + special.ndtri(POWER))
+        return quantiles * math.sqrt(of_runs / runs + floor) < distance
+
+    plans = range(LEAST_RUNS, MOST_RUNS + 1)
+    return LEAST_RUNS + bisect_left(plans, True, key=enough)
 
 
-def decide_setting(by_variant: Mapping[str, Decision]) -> Decision:
-    """The verdict on one model and optimizer setting: one variant that wins is enough."""
+def decide_setting(by_variant: Mapping[str, Decision], evidence: Mapping[str, VariantEvidence]) -> Decision:
+    """The verdict on one model and optimizer setting: the best that one of its variants does.
+
+    SUPPORTED if a variant is. Otherwise, where no variant is UNDECIDED, EQUIVALENT TO LEARNING RATES if a
+    variant is, with what the change of rates is worth; then NOT SUPPORTED.
+    """
     verdicts = {decision.verdict for decision in by_variant.values()}
-    text = "; ".join(f"{named(variant)}: {decision.verdict}" for variant, decision in by_variant.items())
-    if SUPPORTED in verdicts:
-        return Decision(SUPPORTED, text)
-    return Decision(NOT_SUPPORTED if verdicts == {NOT_SUPPORTED} else UNDECIDED, text)
+    text = "; ".join(
+        f"{named(variant)}: {decision.verdict}{_aside(decision, evidence[variant])}"
+        for variant, decision in by_variant.items()
+    )
+    for verdict in (SUPPORTED, UNDECIDED, EQUIVALENT):
+        if verdict in verdicts:
+            return Decision(verdict, text)
+    return Decision(NOT_SUPPORTED, text)
+
+
+def _aside(decision: Decision, evidence: VariantEvidence) -> str:
+    """What a reader of the word alone would miss."""
+    if decision.verdict == EQUIVALENT:
+        return f" ({worth(evidence)})"
+    failed = mostly_lost(evidence)
+    return f" (most base runs have no {' and no '.join(failed)})" if failed else ""
 
 
 def decide_overall(by_setting: Mapping[str, str], without: Sequence[str]) -> Decision:
     """One verdict if all settings agree on it, otherwise UNDECIDED.
+
+    What is equivalent to learning rates is not better than them: where some settings are that and the others
+    NOT SUPPORTED, they agree on NOT SUPPORTED.
 
     Args:
         by_setting: the settings' verdicts.
@@ -136,50 +267,61 @@ def decide_overall(by_setting: Mapping[str, str], without: Sequence[str]) -> Dec
         return Decision(UNDECIDED, "no ensembles ([ensembles] of the study switches them on)")
     found = set(by_setting.values())
     text = "; ".join(f"{setting}: {verdict}" for setting, verdict in by_setting.items())
+    if EQUIVALENT in found:
+        text += "; what the change of learning rates is worth stands in the verdict on each"
     if without:
         text += f"; no ensembles of {', '.join(without)}"
+    if found == {EQUIVALENT, NOT_SUPPORTED}:
+        return Decision(NOT_SUPPORTED, text)
     return Decision(found.pop() if len(found) == 1 else UNDECIDED, text)
 
 
-def in_numbers(evidence: VariantEvidence) -> str:
-    """The improvements over the controls at the largest budget, as a sentence; empty where there are none."""
-    if not evidence.contrasts:
-        return ""
-    budget, several = list(evidence.contrasts.items())[-1]
-    improvements = "; ".join(f"over {own.control} {_improvement(own)}" for own in several)
-    left_out = max(own.left_out for own in several)
-    lost = f", {left_out} left out as diverged or missing" if left_out else ""
-    fewest = min(own.n for own in several)
-    return (
-        f" Improvement of the test NLL at budget {budget:g}: {improvements}; intervals of level "
-        f"{percent(1 - evidence.level)}, {fewest} base runs{lost}."
-    )
+# ---- the numbers in sentences
 
 
-def _improvement(own: Contrast) -> str:
-    """The difference in nats and percent with its intervals, and whether it is rounding."""
+def in_numbers(evidence: VariantEvidence, *, alpha: float) -> str:
+    """The improvements over the controls at every budget, and who is missing; empty where there are none."""
+    text = ""
+    if evidence.contrasts:
+        parts = [
+            f"at budget {budget:g} " + " and ".join(f"{_share(own)} over {own.control}" for own in several)
+            for budget, several in evidence.contrasts.items()
+        ]
+        runs = sorted({own.n for several in evidence.contrasts.values() for own in several})
+        counts = f"{runs[0]}" if len(runs) == 1 else f"{runs[0]} to {runs[-1]}"
+        text = (
+            f" Improvement of the test NLL: {'; '.join(parts)}; intervals of level {percent(1 - alpha)} "
+            f"each, {counts} base runs."
+        )
+    if evidence.lost:
+        text += f" Diverged or missing, and left out: {'; '.join(_lost(evidence))}."
+    return text
+
+
+def _share(own: Contrast) -> str:
+    """The improvement in percent with its interval, or that it is rounding."""
     if own.same:
-        text = f"{own.difference.estimate:+.2g} nats, the same to rounding"
-        lesson = ": rescaling is a change of learning rates" if LR_EQUIVALENT in own.control else ""
-        return f"{text} (mean |difference| {own.spread:.1g} nats){lesson}"
-    nats, share = own.difference, own.relative
+        return "the same to rounding"
+    share = own.relative
     if not math.isfinite(share.low):
-        return f"{nats.estimate:+.3g} nats, {100 * share.estimate:+.3g}%, without an interval"
-    return (
-        f"{nats.estimate:+.3g} nats ({nats.low:+.3g} to {nats.high:+.3g}), "
-        f"{100 * share.estimate:+.3g}% ({100 * share.low:+.3g} to {100 * share.high:+.3g})"
-    )
+        return f"{100 * share.estimate:+.3g}% (no interval)"
+    return f"{100 * share.estimate:+.3g}% ({100 * share.low:+.3g} to {100 * share.high:+.3g})"
+
+
+def _lost(evidence: VariantEvidence) -> list[str]:
+    """Whose base runs have no scores, and which."""
+    texts = []
+    for where, runs in evidence.lost.items():
+        names = ", ".join(runs[:NAMED]) + (f" and {len(runs) - NAMED} more" if len(runs) > NAMED else "")
+        texts.append(f"{where} in {len(runs)} of {evidence.base_runs} base runs ({names})")
+    return texts
 
 
 def named(variant: str) -> str:
-    """A method with the letter and number it has in SCIENCE 5C."""
+    """A method with its letter and number in the list of methods (docs/science.md)."""
     return f"{variant} ({CODES[variant]})" if variant in CODES else variant
 
 
 def percent(share: float) -> str:
     """As few digits as tell it: 5%, 99.17%."""
     return f"{100 * share:.4g}%"
-
-
-def _listed(budgets: Sequence[float]) -> str:
-    return ", ".join(f"{budget:g}" for budget in budgets)

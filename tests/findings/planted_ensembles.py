@@ -13,7 +13,8 @@ CONTROLS = ("snapshot", "lr_equivalent", "curve", "curve_lr_equivalent")
 OTHERS = ("independent", "align_curve", "curve_seeds")
 METHODS = (*VARIANTS, *CONTROLS, *OTHERS)
 BUDGETS = (1.0, 3.0)
-Levels = Mapping[str, float | Mapping[float, float]]  # by method: at all budgets, or at each; 1 if not named
+Level = float | Mapping[float, float]  # at all budgets, or at each; 1 if not named
+Levels = Mapping[str, Level]  # by method
 
 
 def planted_ensembles(
