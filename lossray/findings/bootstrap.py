@@ -40,22 +40,24 @@ class Interval:
 
     def p_above(self, bound: float) -> float:
         """One-sided P value of "the truth is at most ``bound``"; 1 where there is no interval."""
-        return self._tail(self.estimate - bound)
+        return t_tail(self.estimate - bound, self.stderr, self.freedom)
 
     def p_below(self, bound: float) -> float:
         """One-sided P value of "the truth is at least ``bound``"."""
-        return self._tail(bound - self.estimate)
+        return t_tail(bound - self.estimate, self.stderr, self.freedom)
 
     def p_differs(self, bound: float) -> float:
         """Two-sided P value of "the truth is ``bound``"."""
         return min(1.0, 2 * min(self.p_above(bound), self.p_below(bound)))
 
-    def _tail(self, distance: float) -> float:
-        if not (math.isfinite(distance) and math.isfinite(self.stderr)):
-            return 1.0
-        if self.stderr == 0:
-            return 0.0 if distance > 0 else 1.0
-        return float(special.stdtr(self.freedom, -distance / self.stderr))
+
+def t_tail(distance: float, stderr: float, freedom: int) -> float:
+    """Probability that Student's t exceeds so many standard errors; 1 where the error is not known."""
+    if not (math.isfinite(distance) and math.isfinite(stderr)):
+        return 1.0
+    if stderr == 0:
+        return 0.0 if distance > 0 else 1.0
+    return float(special.stdtr(freedom, -distance / stderr))
 
 
 def example_resamples(scores: Array, *, resamples: int = RESAMPLES) -> Array:
@@ -100,20 +102,34 @@ def t_interval(estimate: float, by_run: Array, *, alpha: float) -> Interval:
     n = len(by_run)
     if n < 2:
         return Interval(estimate, math.nan, math.nan, math.nan)
-    of_runs, of_examples = variance_parts(by_run)
+    of_runs, of_examples = (float(part.item()) for part in covariance_parts(by_run[None]))
     stderr = math.sqrt(of_runs + of_examples)
     reach = float(special.stdtrit(n - 1, 1 - alpha / 2)) * stderr
     return Interval(estimate, estimate - reach, estimate + reach, stderr, of_examples, n - 1)
 
 
-def variance_parts(by_run: Array) -> tuple[float, float]:
-    """The variance of the mean over runs and examples: A/n + C/(nN), and B/N; the latter 0 if negative.
+def covariance_parts(by_run: Array) -> tuple[Array, Array]:
+    """Covariances of several means over runs and examples: the part A/n + C/(nN), and B/N.
 
     Args:
-        by_run: [n, B], n >= 2, of `example_resamples`.
+        by_run: [q, n, B], q quantities by run in the same resamples of the examples; n >= 2.
+
+    Returns:
+        Two arrays [q, q]; the second with negative eigenvalues, which are noise, set to 0.
     """
-    n = len(by_run)
-    of_runs = float(by_run.mean(axis=1).var(ddof=1)) / n
-    together = by_run.mean(axis=0)  # [B], of variance B/N + C/(nN)
-    interaction = float((by_run - together).var(axis=1).sum()) / (n * (n - 1))
-    return of_runs, max(0.0, float(together.var()) - interaction)
+    n, resamples = by_run.shape[1:]
+    single = by_run.mean(axis=2)  # [q, n]
+    single = single - single.mean(axis=1, keepdims=True)
+    of_runs = single @ single.T / (n * (n - 1))
+    together = by_run.mean(axis=1, keepdims=True)  # [q, 1, B], of variance B/N + C/(nN)
+    around = by_run - together
+    around = (around - around.mean(axis=2, keepdims=True)).reshape(len(by_run), -1)
+    interaction = around @ around.T / (resamples * n * (n - 1))
+    together = (together - together.mean(axis=2, keepdims=True))[:, 0]
+    return of_runs, _without_negative(together @ together.T / resamples - interaction)
+
+
+def _without_negative(symmetric: Array) -> Array:
+    values, vectors = np.linalg.eigh(symmetric)
+    positive: Array = (vectors * np.maximum(values, 0.0)) @ vectors.T
+    return positive

@@ -13,6 +13,7 @@ from lossray.findings.ensemble_contrasts import Contrast, contrast
 from lossray.findings.ensemble_curves import curve_rows, curve_tables
 from lossray.findings.ensemble_scores import METRICS, EnsembleCell, ensemble_cells, setting_labels
 from lossray.findings.families import hommel
+from lossray.findings.ratios import RatioInterval
 from lossray.findings.verdict_a import Decision
 from lossray.findings.verdict_c import (
     CODES,
@@ -27,7 +28,6 @@ from lossray.findings.verdict_c import (
     named,
     over_schedule,
     p_better,
-    p_differs,
     p_equivalent,
     p_short,
 )
@@ -175,8 +175,8 @@ def _effect_rows(one: Judged, settings: ClaimsSettings) -> Iterator[ClaimRow]:
         if decision.verdict != EQUIVALENT:
             continue
         own = over_schedule(one.evidence[variant])
-        adjusted = hommel([p_differs(found, found.relative) for found in own])
-        for found, p_adjusted in zip(own, adjusted.tolist(), strict=True):
+        adjusted = hommel([found.p_value for found in own]).tolist()
+        for found, p_adjusted in zip(own, adjusted, strict=True):
             yield ClaimRow(
                 claim="C/effect",
                 subject=f"{one.cell.label}: {named(variant)} - {found.control}, budget {found.budget:g}",
@@ -184,10 +184,10 @@ def _effect_rows(one: Judged, settings: ClaimsSettings) -> Iterator[ClaimRow]:
                 estimate=found.relative.estimate,
                 low=found.relative.low,
                 high=found.relative.high,
-                p_value=p_differs(found, found.relative),
+                p_value=found.p_value,
                 p_adjusted=p_adjusted,
                 n=found.n,
-                verdict=_word(found, found.relative, p_adjusted, settings.alpha),
+                verdict=_word(found, p_adjusted, settings.alpha),
                 text=f"rescaling, a change of learning rates, over {found.control}, the schedule without it; "
                 f"Hommel over {len(own)} budgets",
             )
@@ -196,23 +196,14 @@ def _effect_rows(one: Judged, settings: ClaimsSettings) -> Iterator[ClaimRow]:
 # ---- contrasts
 
 
-@dataclass(frozen=True)
-class Adjusted:
-    """The adjusted p values of a contrast's two statistics."""
-
-    difference: float
-    relative: float
-
-
 def _contrast_rows(one: Judged, settings: ClaimsSettings) -> Iterator[ClaimRow]:
     """Each variant against its controls: the primary score, adjusted over all of them; then the others."""
     primary = [own for e in one.evidence.values() for several in e.contrasts.values() for own in several]
-    differences = hommel([p_differs(own, own.difference) for own in primary]).tolist()
-    shares = hommel([p_differs(own, own.relative) for own in primary]).tolist()
+    adjusted = hommel([own.p_value for own in primary]).tolist()
     note = f"Hommel over {len(primary)} contrasts"
-    for own, *both in zip(primary, differences, shares, strict=True):
+    for own, p_adjusted in zip(primary, adjusted, strict=True):
         yield from _rows_of(
-            "C/contrast", one.cell.label, own, alpha=settings.alpha, note=note, adjusted=Adjusted(*both)
+            "C/contrast", one.cell.label, own, alpha=settings.alpha, note=note, p_adjusted=p_adjusted
         )
     for metric, variant in product(METRICS[1:], CONTROLS):
         for several in _contrasts(one.cell, variant, settings, metric).values():
@@ -235,17 +226,18 @@ def _reference_rows(cell: EnsembleCell, settings: ClaimsSettings) -> Iterator[Cl
 
 
 def _rows_of(
-    claim: str, label: str, own: Contrast, *, alpha: float, note: str, adjusted: Adjusted | None = None
+    claim: str, label: str, own: Contrast, *, alpha: float, note: str, p_adjusted: float = math.nan
 ) -> Iterator[ClaimRow]:
     """One contrast in the score's unit, and as a share of the control's score."""
     text = f"{own.control} has {own.metric} {own.control_mean:.4g}; {note}"
     text += f"; {own.left_out} base runs left out as diverged or missing" if own.left_out else ""
     text += "; the same to rounding" if own.same else ""
-    for statistic, found, p_adjusted in (
-        (f"{own.metric}: control - variant", own.difference, adjusted.difference if adjusted else math.nan),
-        (f"{own.metric}: relative improvement", own.relative, adjusted.relative if adjusted else math.nan),
-    ):
-        p = p_differs(own, found)
+    deciding = own.p_value if math.isnan(p_adjusted) else p_adjusted
+    shown: tuple[tuple[str, Interval | RatioInterval], ...] = (
+        (f"{own.metric}: control - variant", own.difference),
+        (f"{own.metric}: relative improvement", own.relative),
+    )
+    for statistic, found in shown:
         yield ClaimRow(
             claim=claim,
             subject=f"{label}: {named(own.variant)} - {own.control}, budget {own.budget:g}",
@@ -253,17 +245,17 @@ def _rows_of(
             estimate=found.estimate,
             low=found.low,
             high=found.high,
-            p_value=p,
+            p_value=own.p_value,
             p_adjusted=p_adjusted,
             n=own.n,
-            verdict=_word(own, found, p_adjusted if adjusted else p, alpha),
+            verdict=_word(own, deciding, alpha),
             text=text,
         )
 
 
-def _word(own: Contrast, found: Interval, p: float, alpha: float) -> str:
+def _word(own: Contrast, p: float, alpha: float) -> str:
     if own.same:
         return "the same"
     if not p < alpha:
         return "not decided"
-    return "better" if found.estimate > 0 else "worse"
+    return "better" if own.difference.estimate > 0 else "worse"

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from lossray.findings.bootstrap import Interval, t_interval
 from lossray.findings.ensemble_scores import EnsembleCell
+from lossray.findings.ratios import RatioInterval, ratio_interval
 
 Array = NDArray[np.float64]
 
@@ -26,8 +27,13 @@ class Contrast:
     left_out: int  # base runs without one of the two, or with a diverged one
     control_mean: float
     difference: Interval  # in the metric's unit
-    relative: Interval  # of control_mean
+    relative: RatioInterval  # of control_mean
     spread: float  # mean over runs and examples of |difference|
+
+    @property
+    def p_value(self) -> float:
+        """Two-sided, of "no difference"; 1 where the two are the same."""
+        return 1.0 if self.same else self.difference.p_differs(0.0)
 
     @property
     def same(self) -> bool:
@@ -39,9 +45,6 @@ def contrast(
     cell: EnsembleCell, variant: str, control: str, budget: float, *, metric: str, alpha: float
 ) -> Contrast:
     """The paired comparison of two methods.
-
-    The relative improvement is a ratio of means; its interval is that of the linear part of the ratio around
-    the estimate, (difference - relative x control) / control_mean, a mean over runs and examples again.
 
     Args:
         cell: holds both methods at the budget.
@@ -57,8 +60,6 @@ def contrast(
     own, other = own[paired], other[paired]
     difference = other - own
     estimate, mean = (float(x.mean()) if n else math.nan for x in (difference, other))
-    scale = mean if mean > 0 else math.nan  # an error of 0 cannot be improved by a share of itself
-    relative = estimate / scale
     drawn = cell.resampled(metric, control, budget)[paired]  # [n, B]
     drawn_difference = drawn - cell.resampled(metric, variant, budget)[paired]
     return Contrast(
@@ -70,6 +71,6 @@ def contrast(
         left_out=len(cell.base_runs) - n,
         control_mean=mean,
         difference=t_interval(estimate, drawn_difference, alpha=alpha),
-        relative=t_interval(relative, (drawn_difference - relative * drawn) / scale, alpha=alpha),
+        relative=ratio_interval(drawn_difference, drawn, np.array([estimate, mean]), alpha=alpha),
         spread=float(np.abs(difference).mean()) if n else math.nan,
     )

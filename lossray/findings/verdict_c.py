@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from scipy import special
 
-from lossray.findings.bootstrap import Interval
 from lossray.findings.ensemble_contrasts import Contrast
 from lossray.findings.families import hommel
 from lossray.findings.verdict_a import NOT_SUPPORTED, SUPPORTED, UNDECIDED, Decision
@@ -48,12 +47,7 @@ class VariantEvidence:
     identical: bool  # the same as its learning-rate control to rounding at every budget
 
 
-# ---- P values, two-sided or doubled: half of alpha is the reserve for runs whose differences are skewed
-
-
-def p_differs(own: Contrast, found: Interval) -> float:
-    """Of "there is no difference", for one of the contrast's intervals; 1 where the two are the same."""
-    return 1.0 if own.same else found.p_differs(0.0)
+# ---- P values, doubled: half of alpha is the reserve for runs whose differences are skewed
 
 
 def p_better(contrasts: Sequence[Contrast]) -> float:

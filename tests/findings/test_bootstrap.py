@@ -10,9 +10,9 @@ from scipy import stats
 from lossray.findings.bootstrap import (
     RESAMPLES,
     Interval,
+    covariance_parts,
     example_resamples,
     t_interval,
-    variance_parts,
 )
 from lossray.findings.sign_flips import sign_flip_test
 
@@ -40,6 +40,11 @@ def _effects(
     return run + example + math.sqrt(c) * rng.normal(size=(draws, runs, examples))
 
 
+def _variances(by_run: np.ndarray) -> tuple[float, float]:
+    of_runs, of_examples = covariance_parts(by_run[None])
+    return of_runs.item(), of_examples.item()
+
+
 def test_variance_is_the_closed_form() -> None:
     """Of given scores: of row means; and of column means less the interaction's part of it."""
     (scores,) = _effects(1, 1.0, 10.0, 20.0, draws=1, runs=6, examples=30)
@@ -47,7 +52,7 @@ def test_variance_is_the_closed_form() -> None:
     rows, columns = scores.mean(axis=1), scores.mean(axis=0)
     interaction = scores - rows[:, None] - columns + scores.mean()
     mean_square = np.square(interaction).sum() / ((n - 1) * (n_examples - 1))
-    of_runs, of_examples = variance_parts(example_resamples(scores, resamples=40_000))
+    of_runs, of_examples = _variances(example_resamples(scores, resamples=40_000))
     assert of_runs == pytest.approx(rows.var(ddof=1) / n, rel=0.01)
     assert of_examples == pytest.approx(
         columns.var(ddof=1) / n_examples - mean_square / (n * n_examples), rel=0.05
@@ -57,12 +62,21 @@ def test_variance_is_the_closed_form() -> None:
 @pytest.mark.parametrize(("a", "b", "c"), [(0.5, 2.0, 40.0), (0.0, 1.0, 0.0), (0.3, 0.5, 3.0)])
 def test_variance_of_random_effects_is_unbiased(a: float, b: float, c: float) -> None:
     scores = _effects(2, a, b, c, draws=1000)
-    parts = np.array([variance_parts(own) for own in example_resamples(scores, resamples=300)])
+    parts = np.array([_variances(own) for own in example_resamples(scores, resamples=300)])
     # The examples' part cannot be negative, which adds a little where the interaction dominates.
     expected = a / RUNS + b / EXAMPLES + c / (RUNS * EXAMPLES)
     assert parts.sum(axis=1).mean() == pytest.approx(expected, rel=0.06)
     assert parts[:, 1].mean() == pytest.approx(b / EXAMPLES, rel=0.1)
     assert scores.mean(axis=(1, 2)).var() == pytest.approx(expected, rel=0.2)
+
+
+def test_covariances_are_those_of_sums_and_never_negative() -> None:
+    first, second = example_resamples(_effects(11, 1.0, 3.0, 2.0, draws=2), resamples=500)
+    (rr, rs), (_, ss) = covariance_parts(np.stack([first, second]))[0]
+    assert _variances(first + 2 * second)[0] == pytest.approx(rr + 4 * rs + 4 * ss)
+    noise = example_resamples(_effects(12, 1.0, 0.0, 30.0, draws=100), resamples=100)
+    for one, other in zip(noise[:50], noise[50:], strict=True):
+        assert np.linalg.eigvalsh(covariance_parts(np.stack([one, other]))[1]).min() > -1e-12
 
 
 def test_resamples_are_the_same_for_every_row_and_call_and_missing_rows_stay_missing() -> None:
@@ -73,7 +87,7 @@ def test_resamples_are_the_same_for_every_row_and_call_and_missing_rows_stay_mis
     np.testing.assert_allclose(example_resamples(scores[2, 5]), drawn[2, 5], atol=1e-12)
     assert np.isnan(drawn).all(axis=-1).sum() == np.isnan(drawn).any(axis=-1).sum() == 1
     np.testing.assert_allclose(example_resamples(np.full((2, 7), 3.0)), 3.0)
-    assert variance_parts(np.full((5, 20), 3.0)) == (0.0, 0.0)
+    assert _variances(np.full((5, 20), 3.0)) == (0.0, 0.0)
 
 
 def test_resamples_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -241,12 +241,13 @@ def test_tests_and_families(won: pd.DataFrame) -> None:
     contrasts = won[won["claim"] == "C/contrast"]
     primary = contrasts[contrasts["p_adjusted"].notna()]
     assert len(primary) == 2 * 8  # two statistics of eight contrasts
-    for statistic in ("nll: control - variant", "nll: relative improvement"):
+    for statistic in ("nll: relative improvement", "nll: control - variant"):
         family = primary[primary["statistic"] == statistic]
         assert family["p_adjusted"].to_numpy() == pytest.approx(hommel(family["p_value"]))
         assert family["text"].str.contains("Hommel over 8 contrasts").all()
-        t = family["estimate"] / ((family["high"] - family["low"]) / 2 / stats.t.ppf(0.975, 9))
-        assert family["p_value"].to_numpy() == pytest.approx(2 * stats.t.sf(t.abs(), 9))
+        assert ((family["p_value"] < 0.05) == (family["low"] * family["high"] > 0)).all()
+    t = family["estimate"] / ((family["high"] - family["low"]) / 2 / stats.t.ppf(0.975, 9))
+    assert family["p_value"].to_numpy() == pytest.approx(2 * stats.t.sf(t.abs(), 9))
     assert (primary["verdict"] == "better").sum() == 2 * 4
     assert set(contrasts["statistic"].str.split(":").str[0]) == {"nll", "nll_scaled", "error"}
     pair = won[won["claim"] == "C/reference"]
