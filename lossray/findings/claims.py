@@ -29,7 +29,7 @@ WORDS = {
     (
         "C",
         "overall",
-    ): "at equal budget, rescaling a trained network makes a better ensemble than its controls",
+    ): "at equal budget, rescaling makes a better ensemble than no rescaling and than learning rates",
 }
 
 
