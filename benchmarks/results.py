@@ -4,7 +4,7 @@
 """
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,40 +13,59 @@ import pandas as pd
 import lossray
 from benchmarks.report import fill, table
 from lossray.findings.claims import TABLES_READ, claims_of
-from lossray.findings.matching import BEST, chosen_settings, described_runs
+from lossray.findings.comparison import comparison_of
+from lossray.findings.energies import TOP
+from lossray.findings.learning_rates import edges
+from lossray.findings.matching import (
+    BEST,
+    MATCHED,
+    chosen_settings,
+    moment_of,
+)
 from lossray.results import StudyResults
+from lossray.study.settings import ClaimsSettings
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "results.md"
 WIDTHS = ("sgd", "momentum", "rmsprop", "adam")  # the optimizers that train every width
 PLAIN = ("sgd", "momentum", "nesterov")
 GAUGES = ("raw", "balanced", "adaptive", "preconditioned")
 SHARES = ("explained1", "explained2", "random_walk1", "random_walk2")
+MLP = "mlp widths=32 activation=relu"
+NARROW = {MLP: "mlp", "cnn": "cnn"}  # the two that every optimizer trains
+MISSING = "-"
 
 
 def main(paper: str, edge: str) -> None:
     """Write all tables into the document."""
     study = lossray.open_study(paper)
     tables = {name: study.table(name) for name in TABLES_READ}
-    claims = claims_of(tables, study.study.claims)
-    runs = best_runs(tables)
-    alignment = tables["alignment"].merge(runs, on="run_id")
+    settings = study.study.claims
+    claims = claims_of(tables, settings)
+    compared = comparison_of(tables, settings)
+    runs, rows = compared.runs, compared.rows
+    rows = rows[(rows["rule"] == BEST) & (rows["subspace"] == TOP) & rows["usable"]]
+    at_end = rows[rows["moment"] == MATCHED]
+    best = best_runs(runs)
     parts_of_document = {
         "verdicts": verdicts(claims),
-        "updates": energies(alignment, "update"),
-        "gradients": energies(alignment, "minibatch_gradient"),
-        "parts": parts(alignment),
+        "rates": rates(runs),
+        "levels": levels(rows, settings, "update"),
+        "gradient_levels": levels(rows, settings, "minibatch_gradient"),
+        "updates": gauges(at_end, "update"),
+        "gradients": gauges(at_end, "minibatch_gradient"),
+        "parts": parts(at_end),
         "attribution": attribution(claims),
-        "dimension": widths(alignment, claims),
-        "degeneracy": dense(tables["degeneracy"].merge(runs, on="run_id")),
-        "trajectories": trajectories(study.table("trajectory").merge(runs, on="run_id")),
+        "dimension": widths(at_end, claims),
+        "dispersion": dispersion(claims),
+        "degeneracy": dense(tables["degeneracy"].merge(best, on="run_id")),
+        "trajectories": trajectories(study.table("trajectory").merge(best, on="run_id")),
         "edge": stability(lossray.open_study(edge)),
     }
     fill(DOCUMENT, parts_of_document)
 
 
-def best_runs(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """The finished runs at each optimizer's better learning rate, chosen as the claims choose it."""
-    runs = described_runs(tables)
+def best_runs(runs: pd.DataFrame) -> pd.DataFrame:
+    """The finished runs at each optimizer's best learning rate, chosen as the claims choose it."""
     chosen = chosen_settings(runs)
     best = chosen.loc[chosen["rule"] == BEST, "setting_id"]
     kept = runs[runs["setting_id"].isin(best) & (runs["status"] == "finished")]
@@ -54,39 +73,62 @@ def best_runs(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def verdicts(claims: pd.DataFrame) -> str:
-    """The statements, and claim A by architecture at the better learning rate, at both moments."""
-    rows = []
-    for row in claims.itertuples():
-        if row.claim == "B":
-            rows.append(["B", row.subject, row.verdict, row.text])
-        elif row.claim == "A/verdict" and ", best lr, " in str(row.subject) and "d = " not in str(row.text):
-            rows.append(["A", str(row.subject).replace(", best lr", ""), row.verdict, row.text])
+    """The verdicts over everything, then claim A's by architecture, which names the levels of loss."""
+    chosen = claims[claims["claim"].isin(["A", "B"])]
+    by_architecture = claims[(claims["claim"] == "A/levels") & ~claims["text"].str.contains("d = ")]
+    rows = [
+        [str(row.claim)[0], row.subject, row.verdict, row.text]
+        for row in pd.concat([chosen, by_architecture]).itertuples()
+    ]
     return table(("claim", "about", "verdict", "why"), [[_cell(text) for text in row] for row in rows])
 
 
-def energies(alignment: pd.DataFrame, direction: str) -> str:
-    """Geometric means at the last checkpoint, in percent of the direction's square."""
-    last = alignment[alignment["step"] == alignment["step"].max()]
-    own = last[(last["direction"] == direction) & (last["subspace"] == "v1")]
+def rates(runs: pd.DataFrame) -> str:
+    """The best learning rate of each optimizer, and those that were tried."""
     rows = []
-    for (architecture, optimizer), group in own.groupby(["architecture", "optimizer"], sort=False):
-        if architecture not in ("cnn", "mlp widths=32 activation=relu"):
-            continue
-        raw = group[group["gauge"] == "raw"]
-        gauges = [_percent(group[group["gauge"] == gauge]["log_energy"]) for gauge in GAUGES]
-        flips = np.exp((raw["log_energy"] - np.log(raw["sign_flip_null"])).mean())
-        loss = raw["train_loss"].median()
-        ratio = np.exp(raw["log_energy"].mean()) * raw["dim"].median()
-        who = [architecture.split()[0], optimizer, f"{raw['lr'].iloc[0]:g}", f"{loss:.2g}"]
-        rows.append([*who, *gauges, f"{ratio:.0f}", f"{flips:.1f}"])
-    head = ("model", "optimizer", "lr", "loss", *GAUGES, "times chance", "times sign flips")
-    return table(head, sorted(rows, key=lambda row: (row[0], row[1] not in PLAIN, row[1])))
+    for row in edges(runs).itertuples():
+        tried = f"{row.tried}, {row.lowest:g} to {row.highest:g}"
+        rows.append(
+            [_cell(row.architecture), row.optimizer, f"{row.lr:g}", tried, "yes" if row.inside else "no"]
+        )
+    return table(("model", "optimizer", "best lr", "tried", "inside"), rows)
 
 
-def parts(alignment: pd.DataFrame) -> str:
+def levels(rows: pd.DataFrame, settings: ClaimsSettings, direction: str) -> str:
+    """Energies in v1 at each level of training loss: percent of the direction's square, and of how many runs."""
+    moments = [*map(moment_of, settings.levels), MATCHED]
+    own = rows[(rows["direction"] == direction) & (rows["gauge"] == "raw")]
+    body = []
+    for architecture, name in NARROW.items():
+        here = own[own["architecture"] == architecture]
+        for optimizer in _optimizers(here):
+            mine = here[here["optimizer"] == optimizer]
+            cells = [_energy(mine[mine["moment"] == moment]) for moment in moments]
+            body.append([name, optimizer, *cells])
+    head = [f"{level:g} of the start" for level in settings.levels]
+    return table(("model", "optimizer", *head, "lowest common loss"), body)
+
+
+def gauges(at_end: pd.DataFrame, direction: str) -> str:
+    """Geometric means at the lowest common loss, in percent of the direction's square; and over the nulls."""
+    own = at_end[at_end["direction"] == direction]
+    body = []
+    for architecture, name in NARROW.items():
+        here = own[own["architecture"] == architecture]
+        for optimizer in _optimizers(here):
+            mine = here[here["optimizer"] == optimizer]
+            by_gauge = {gauge: mine[mine["gauge"] == gauge] for gauge in GAUGES}
+            shares = [_percent(by_gauge[gauge]["log_energy"]) for gauge in GAUGES]
+            raw, adaptive = by_gauge["raw"], by_gauge["adaptive"]
+            over = [raw["over_chance"], raw["over_sign_flips"], adaptive["over_chance"]]
+            body.append([name, optimizer, *shares, *(_ratio(values) for values in over)])
+    nulls = ("raw: times random", "raw: times random signs", "adaptive: times random")
+    return table(("model", "optimizer", *GAUGES, *nulls), body)
+
+
+def parts(at_end: pd.DataFrame) -> str:
     """Gradient, momentum, P^-1 g, update, and the first two in the optimizer's metric; percent, mlp."""
-    last = alignment[(alignment["step"] == alignment["step"].max()) & (alignment["subspace"] == "v1")]
-    mlp = last[last["architecture"] == "mlp widths=32 activation=relu"]
+    mlp = at_end[at_end["architecture"] == MLP]
     columns = {
         "g": ("minibatch_gradient", "raw"),
         "m": ("momentum", "raw"),
@@ -96,23 +138,23 @@ def parts(alignment: pd.DataFrame) -> str:
         "P^-1/2 m": ("momentum", "preconditioned"),
     }
     rows = []
-    for optimizer, group in mlp.groupby("optimizer"):
+    for optimizer in _optimizers(mlp):
+        group = mlp[mlp["optimizer"] == optimizer]
         cells = [
             _percent(group[(group["direction"] == name) & (group["gauge"] == gauge)]["log_energy"])
             for name, gauge in columns.values()
         ]
         rows.append([optimizer, *cells])
-    return table(("optimizer", *columns), sorted(rows, key=lambda row: (row[0] not in PLAIN, row[0])))
+    return table(("optimizer", *columns), rows)
 
 
-def widths(alignment: pd.DataFrame, claims: pd.DataFrame) -> str:
-    """The update's energy by dimension, and the slopes."""
-    last = alignment[(alignment["step"] == alignment["step"].max()) & (alignment["subspace"] == "v1")]
-    own = last[(last["direction"] == "update") & (last["gauge"] == "raw")]
+def widths(at_end: pd.DataFrame, claims: pd.DataFrame) -> str:
+    """The update's energy by dimension at the lowest common loss, and the slopes."""
+    own = at_end[(at_end["direction"] == "update") & (at_end["gauge"] == "raw")]
     own = own[own["architecture"].str.contains("activation=relu") & own["optimizer"].isin(WIDTHS)]
     rows = []
     for dim, group in own.groupby("n_params"):
-        cells = [_percent(group[group["optimizer"] == name]["log_energy"]) for name in WIDTHS]
+        cells = [_energy(group[group["optimizer"] == name]) for name in WIDTHS]
         rows.append([f"{dim:,.0f}", *cells, f"{100 / dim:.2g}"])
     slopes = claims[claims["claim"] == "A/slope"]
     text = [
@@ -122,6 +164,15 @@ def widths(alignment: pd.DataFrame, claims: pd.DataFrame) -> str:
     ]
     first = table(("d", *WIDTHS, "chance"), rows)
     return f"{first}\n\n{table(('about', 'statistic', 'estimate', 'verdict'), text)}"
+
+
+def dispersion(claims: pd.DataFrame) -> str:
+    """The spread of S along training beside SGD's."""
+    rows = [
+        [_cell(row.subject), row.statistic, _interval(row), f"{row.n}", row.verdict]
+        for row in claims[claims["claim"] == "A/dispersion"].itertuples()
+    ]
+    return table(("about", "statistic", "estimate", "n", "verdict"), rows)
 
 
 def attribution(claims: pd.DataFrame) -> str:
@@ -182,6 +233,23 @@ def stability(study: StudyResults) -> str:
             [optimizer, f"{lr:g}", f"{group['threshold'].iloc[0]:.3g}", _spread(medians), _spread(raw)]
         )
     return table(("optimizer", "lr", "threshold", "preconditioned sharpness x lr", "lambda_max x lr"), rows)
+
+
+def _optimizers(rows: pd.DataFrame) -> list[str]:
+    """SGD and its like first, then the adaptive ones, then the others."""
+    adaptive = dict(zip(rows["optimizer"], rows["adaptive"], strict=True))
+    return sorted(adaptive, key=lambda name: (name not in PLAIN, not adaptive[name], name))
+
+
+def _energy(rows: pd.DataFrame) -> str:
+    """The geometric mean of exp(S) in percent, and over how many runs."""
+    n = int(rows["log_energy"].notna().sum())
+    return f"{_percent(rows['log_energy'])} ({n})" if n else MISSING
+
+
+def _ratio(logarithms: pd.Series) -> str:
+    known = logarithms.dropna()
+    return f"{np.exp(known.mean()):.3g}" if len(known) else MISSING
 
 
 def _cell(text: object) -> str:

@@ -9,14 +9,8 @@ from numpy.typing import NDArray
 
 from lossray.findings.claim_a_extras import attribution_rows, dispersion_rows, slope_rows
 from lossray.findings.claim_rows import ClaimRow
-from lossray.findings.energies import (
-    ALIGNMENT_COLUMNS,
-    BASELINE,
-    TOP,
-    Cell,
-    cells_of,
-    observations,
-)
+from lossray.findings.comparison import comparison_of
+from lossray.findings.energies import BASELINE, TOP, Cell, cells_of
 from lossray.findings.evidence_a import LEAST_DIM, contrast_tests, evidence_of, gauge_evidence
 from lossray.findings.families import holm, intersection_union
 from lossray.findings.learning_rates import edge_notes
@@ -25,11 +19,6 @@ from lossray.findings.matching import (
     LAST,
     MATCHED,
     MOST_MISMATCH,
-    chosen_settings,
-    described_runs,
-    frame_of,
-    lost_runs,
-    matched_points,
     moment_of,
 )
 from lossray.findings.means import bca_interval, mean_test
@@ -61,16 +50,8 @@ NO_ROWS = Decision(UNDECIDED, "no alignment rows of compared runs", judged=False
 
 def claim_a_rows(tables: Mapping[str, pd.DataFrame], settings: ClaimsSettings) -> list[ClaimRow]:
     """All rows of claim A, the overall verdicts first."""
-    runs = described_runs(tables)
-    alignment = frame_of(tables, "alignment", ALIGNMENT_COLUMNS)
-    checkpoints = frame_of(tables, "checkpoints", ("run_id", "step", "train_loss"))
-    start = checkpoints[checkpoints["step"] == 0]
-    later = checkpoints[checkpoints["step"] > 0].merge(_comparable(alignment), on=["run_id", "step"])
-    choice = chosen_settings(runs)
-    checkpoints = pd.concat([start, later], ignore_index=True)
-    points = matched_points(runs, checkpoints, choice, levels=settings.levels)
-    lost = lost_runs(runs, choice)
-    rows = observations(points, alignment)
+    compared = comparison_of(tables, settings)
+    runs, points, lost, rows = compared.runs, compared.points, compared.lost, compared.rows
     cells = cells_of(points, rows, lost)
     activations = dict(zip(runs["architecture"], runs["activation"], strict=True))
     best = [cell for cell in cells if cell.rule == BEST]
@@ -81,19 +62,10 @@ def claim_a_rows(tables: Mapping[str, pd.DataFrame], settings: ClaimsSettings) -
         *(row for cell in shown if cell.direction in JUDGED for row in _cell_rows(cell, settings)),
         *(row for cell in best for row in _level_rows(cell, settings)),
         *_family_rows(shown, settings),
-        *dispersion_rows(points, alignment, settings),
+        *dispersion_rows(points, compared.alignment, settings),
         *slope_rows(runs, rows, settings),
         *attribution_rows(shown, settings),
     ]
-
-
-def _comparable(alignment: pd.DataFrame) -> pd.DataFrame:
-    """Run and step of the windows in which the parameters move: not so where a schedule has ended at zero."""
-    keys = ["run_id", "step"]
-    raw = alignment[(alignment["direction"] == "update") & (alignment["gauge"] == "raw")]
-    still = raw.loc[raw["log_energy"].isna(), keys].drop_duplicates()
-    windows = pd.concat([alignment[keys].drop_duplicates(), still])
-    return windows.drop_duplicates(keep=False)
 
 
 def moments_of(settings: ClaimsSettings) -> list[str]:
