@@ -95,7 +95,7 @@ def rates(runs: pd.DataFrame) -> str:
 
 
 def levels(rows: pd.DataFrame, settings: ClaimsSettings, direction: str) -> str:
-    """Energies in v1 at each level of training loss: percent of the direction's square, and of how many runs."""
+    """Energies in v1 at each level of loss: percent of the direction's square, and of how many runs."""
     moments = [*map(moment_of, settings.levels), MATCHED]
     own = rows[(rows["direction"] == direction) & (rows["gauge"] == "raw")]
     body = []
