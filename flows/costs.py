@@ -70,9 +70,10 @@ def estimate(pack_plan: PackPlan, plan: Plan, dataset: Dataset) -> Cost:
     products += min(n_params, search_products(1)) * _searches_sharpness(study, pack)
     dense = sum(follower.kind == "degeneracy" for follower in pack_plan.followers)
     dense_products, dense_seconds = _dense_cost(study, pack, n_params)
-    products = len(steps) * products + dense * dense_products
-    product_seconds = _time_product(pack, plan, dataset)
-    further = len(steps) * study.angles.window * timed.step_seconds + dense * dense_seconds
+    analyses = len(pack_plan.curvature_keys)
+    products = analyses * products + dense * dense_products
+    product_seconds = _time_product(pack, plan, dataset) if analyses else 0.0
+    further = analyses * study.angles.window * timed.step_seconds + dense * dense_seconds
     surfaces = sum(follower.kind == "surfaces" for follower in pack_plan.followers)
     points = surfaces * _surface_points(study, pack)
     further += points * FORWARD * product_seconds / len(pack.seeds)
@@ -84,7 +85,8 @@ def estimate(pack_plan: PackPlan, plan: Plan, dataset: Dataset) -> Cost:
         products=products,
         training_seconds=timed.step_seconds * study.training.steps + len(steps) * timed.evaluation_seconds,
         curvature_seconds=OVERHEAD * products * product_seconds + further,
-        disk_bytes=len(steps) * (timed.state_bytes + vectors + TABLE_BYTES)
+        disk_bytes=len(steps) * timed.state_bytes
+        + analyses * (vectors + TABLE_BYTES)
         + points * SURFACE_POINT_BYTES
         + _logit_bytes(pack_plan, study, dataset),
     )

@@ -98,6 +98,7 @@ class Driver:
         self.ledger = ledger
         self.capacity = capacity
         self.interrupt = interrupt
+        self.most_trainers = capacity.trainers_alone if plan.only_trains else capacity.trainers
         # An actor of a driver that was killed keeps its name for a moment: each driver has names of its own.
         self.namespace = f"{plan.namespace}-{uuid.uuid4().hex[:8]}"
         self.worker_options = worker_options([os.getcwd(), *filter(None, [plan.context.folder])])
@@ -146,7 +147,7 @@ class Driver:
             return []
         options = {**self.capacity.curvature.options(), **self.worker_options}
         task = warm_up.options(name="warm-up", **options)
-        workers = max(0, self._room() - QUEUED - min(len(self.waiting), self.capacity.trainers))
+        workers = max(0, self._room() - QUEUED - min(len(self.waiting), self.most_trainers))
         return [task.remote(self.plan.context) for _ in range(workers)]
 
     def _queue(self, jobs: Iterable[AnalysisJob]) -> None:
@@ -159,7 +160,7 @@ class Driver:
         return max(1, self.capacity.curvatures - len(self.trainers)) + QUEUED
 
     def _submit(self) -> None:
-        while self.waiting and len(self.trainers) < self.capacity.trainers:
+        while self.waiting and len(self.trainers) < self.most_trainers:
             self._start_trainer(self.waiting.popleft(), Attempt(), set())
         while self.ready and len(self.in_flight) < self._room():
             job = heapq.heappop(self.ready).job

@@ -6,18 +6,18 @@ The costs come from a few steps and products timed here, on the CPU, one setting
 import math
 import os
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 
 from flows.costs import Cost, estimate
-from flows.freeze import decide
 from flows.notes import notes_of
 from flows.plan import PackPlan, Plan, make_plan
 from flows.progress import duration
-from flows.study import Request, check_request, superseded
+from flows.request import Request, check_request, superseded, try_settings, tuning_round
 from flows.superseded import explained
+from flows.tuning import Round, most_added, optimizer_of, rate_of, stand_ins
 from lossray.errors import StudyError
+from lossray.settings import content_hash
 from lossray.study import Study, load_study, partition, surface_members
 from lossray.study.manifest import other_versions
 from lossray.training.datasets import Dataset
@@ -42,17 +42,19 @@ def dry_run(study: str, out: str | None, overrides: Sequence[str] = ()) -> str:
         raise StudyError("--out is missing: name the folder or URI that was recorded into")
     request = check_request(study, out or NO_STORE, overrides)
     settings = request.loaded.study
-    rule = partial(decide, settings, request.dataset, "cpu")
-    packs = partition(settings, request.frozen, rule, request.inputs.recordings)
-    plan = make_plan(request.context, packs, request.inputs)
+    tuning, recordings = tuning_round(request), request.inputs.recordings
+    rule = try_settings(request, "cpu")
+    packs = partition(settings, request.frozen, rule, recordings, settings=tuning.settings)
+    analysed = tuning.analysed if tuning.settled else stand_ins(tuning.settings)
+    plan = make_plan(request.context, packs, request.inputs, analysed=analysed)
     costs = _costs(plan, request.dataset)
-    lines = [*_packs(plan, costs), "", *_totals(plan, costs), *_done(request, plan)]
+    lines = [*_packs(plan, costs), "", *_totals(plan, costs), *_tuned(request, tuning), *_done(request, plan)]
     notes = [f"note: {line}" for line in notes_of(settings, request.dataset, request.inputs.recordings)]
     return "\n".join([*lines, *notes])
 
 
 def _costs(plan: Plan, dataset: Dataset) -> list[Cost]:
-    """The cost of each pack; packs of one setting cost the same where all their numbers are the same."""
+    """The cost of each pack; those that differ in seeds and learning rates only cost the same."""
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, int(plan.study.resources.train.cpus)))  # as a worker has
     try:
@@ -63,9 +65,13 @@ def _costs(plan: Plan, dataset: Dataset) -> list[Cost]:
     return [costs[_size(pack, plan.study)] for pack in plan.packs]
 
 
-def _size(pack: PackPlan, study: Study) -> tuple[str, int, int, int]:
-    surfaces = len(surface_members(pack.pack, study)) if study.surfaces is not None else 0
-    return pack.pack.setting_id, len(pack.pack.seeds), len(pack.checkpoint_keys), surfaces
+def _size(plan: PackPlan, study: Study) -> tuple[object, ...]:
+    """What the cost of a pack depends on."""
+    pack = plan.pack
+    optimizer = {**pack.optimizer.plain(), "lr": None} if pack.optimizer else pack.setting_id
+    alike = content_hash([pack.model.plain(), optimizer])
+    surfaces = len(surface_members(pack, study)) if study.surfaces is not None else 0
+    return alike, len(pack.seeds), len(plan.checkpoint_keys), len(plan.curvature_keys), surfaces
 
 
 def wall_seconds(costs: Sequence[Cost], slots: int) -> float:
@@ -107,6 +113,26 @@ def _totals(plan: Plan, costs: Sequence[Cost]) -> list[str]:
         f"time: about {duration(training)} of training and {duration(curvature)} of analysis, one after the "
         f"other; about {duration(wall)} with the {slots} tasks at a time that this machine runs",
         f"disk: about {_bytes(sum(c.disk_bytes for c in costs))}",
+    ]
+
+
+def _tuned(request: Request, tuning: Round) -> list[str]:
+    """Which rates there are, and how many may come."""
+    study = request.loaded.study
+    if study.tuning is None:
+        return []
+    grids = len(stand_ins(tuning.settings))
+    if tuning.settled:
+        return list(tuning.lines)
+    rates: dict[str, set[float]] = {}
+    for setting in tuning.settings:
+        rates.setdefault(optimizer_of(setting).name, set()).add(rate_of(setting))
+    most, factor = study.tuning.extensions, study.tuning.factor
+    return [
+        f"learning rates are tuned: the best of each of {grids} grids is analysed, the other runs are only "
+        f"trained; beyond an edge that is the best up to {most} rates are added, a factor of {factor:g} "
+        f"each: {most_added(study)} settings at most",
+        *(f"  {name}: lr {', '.join(f'{lr:g}' for lr in sorted(own))}" for name, own in rates.items()),
     ]
 
 

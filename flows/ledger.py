@@ -36,7 +36,8 @@ class Ledger:
         self._unanalysed = {name: self._without_analysis(pack) for name, pack in self._packs.items()}
         self._trained = {name for name, pack in self._packs.items() if self._was_trained(pack)}
         self.failures: list[str] = []
-        self.progress = Progress(store, self._counts(), state="running")
+        self.untrained: set[str] = set()  # ids of packs whose training has failed
+        self.progress = Progress(store, self._counts(), state="tuning" if plan.only_trains else "running")
 
     def tick(self) -> None:
         """Now and then: check the lease, show and publish the progress."""
@@ -73,6 +74,7 @@ class Ledger:
             self.store.publish("runs", pack.training_key, failed_run_rows(pack.pack, self.plan.study, error))
         self._fail(record, f"training of {pack.pack.pack_id}", trace)
         self.progress.counts.runs_failed += len(pack.pack.seeds)
+        self.untrained.add(pack.pack.pack_id)
 
     def checkpoint_trained(self) -> None:
         """A checkpoint that this driver had not seen is on disk."""
@@ -151,13 +153,14 @@ class Ledger:
         """What was done before; the checkpoints of an unfinished training are counted when replayed."""
         counts = Counts()
         for pack in self.plan.packs:
-            steps, analysed = len(pack.curvature_keys), len(pack.curvature_keys) - len(self.unanalysed(pack))
+            steps, to_analyse = len(pack.checkpoint_keys), len(pack.curvature_keys)
             trained = self.is_trained(pack)
             counts.runs += len(pack.pack.seeds)
             counts.runs_done += len(pack.pack.seeds) if trained else 0
             counts.checkpoints += steps
             counts.checkpoints_trained += steps if trained else 0
-            counts.checkpoints_analysed += analysed
+            counts.to_analyse += to_analyse
+            counts.checkpoints_analysed += to_analyse - len(self.unanalysed(pack))
         undone = {follower.key for follower in self._waiting.followers}
         for follower in self._followers():
             if follower.kind == "pair":
@@ -166,7 +169,7 @@ class Ledger:
             else:
                 counts.further += 1
                 counts.further_done += follower.key not in undone
-        counts.units = 2 * counts.checkpoints + counts.pairs + counts.further
+        counts.units = counts.checkpoints + counts.to_analyse + counts.pairs + counts.further
         done = counts.checkpoints_trained + counts.checkpoints_analysed
         counts.units_done = done + counts.pairs_done + counts.further_done
         return counts

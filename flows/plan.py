@@ -1,6 +1,6 @@
 """What a study consists of: packs, and the key of every task."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -45,7 +45,7 @@ AnalysisJob = CurvatureJob | PairJob | FurtherJob
 
 @dataclass(frozen=True)
 class PackPlan:
-    """The tasks of one pack."""
+    """The tasks of one pack; one that is only trained has no keys but those of its training."""
 
     pack: Pack
     training_key: str
@@ -80,6 +80,11 @@ class Plan:
     def study(self) -> Study:
         """The study's settings."""
         return self.context.study
+
+    @property
+    def only_trains(self) -> bool:
+        """Whether nothing is analysed: rates are being tuned."""
+        return not any(pack.curvature_keys for pack in self.packs)
 
     @property
     def namespace(self) -> str:
@@ -124,10 +129,33 @@ def described(job: AnalysisJob) -> str:
     return f"{job.kind}{detail} of {job.pack.pack_id} at step {job.step}"
 
 
-def make_plan(context: Context, packs: tuple[Pack, ...], inputs: StudyInputs) -> Plan:
-    """Name every task of the packs."""
-    plans = [_plan_pack(pack, packs[:i], context, inputs) for i, pack in enumerate(packs)]
+def make_plan(
+    context: Context,
+    packs: tuple[Pack, ...],
+    inputs: StudyInputs,
+    *,
+    analysed: Collection[str] | None = None,
+) -> Plan:
+    """Name every task of the packs.
+
+    Args:
+        context: of the tasks.
+        packs: all of the study.
+        inputs: what it depends on.
+        analysed: ids of the settings whose packs are analysed, the others are trained only; None: all are.
+    """
+    plans = [
+        _plan_pack(pack, packs[:i], context, inputs)
+        if analysed is None or pack.setting_id in analysed
+        else _plan_training(pack, context.study, inputs)
+        for i, pack in enumerate(packs)
+    ]
     return Plan(context, tuple(plans))
+
+
+def _plan_training(pack: Pack, study: Study, inputs: StudyInputs) -> PackPlan:
+    checkpoints = checkpoint_keys(pack, study, inputs)
+    return PackPlan(pack, training_key(pack, study, inputs), checkpoints, {}, {}, {})
 
 
 def _plan_pack(pack: Pack, before: Sequence[Pack], context: Context, inputs: StudyInputs) -> PackPlan:

@@ -26,6 +26,7 @@ class Counts:
     runs_failed: int = 0
     checkpoints: int = 0  # of packs
     checkpoints_trained: int = 0
+    to_analyse: int = 0  # checkpoints; not all where rates are tuned
     checkpoints_analysed: int = 0
     checkpoints_failed: int = 0
     pairs: int = 0  # of neighbouring checkpoints, to be compared
@@ -128,8 +129,8 @@ class Progress:
         rate, left = self._rate(), self._seconds_left()
         return (
             f"{self.state}: runs {c.runs_done}/{c.runs}{failed}; "
-            f"checkpoints trained {c.checkpoints_trained}/{c.checkpoints}, "
-            f"analysed {c.checkpoints_analysed}/{c.checkpoints}"
+            f"checkpoints trained {c.checkpoints_trained}/{c.checkpoints}"
+            + (f", analysed {c.checkpoints_analysed}/{c.to_analyse}" if c.to_analyse else "")
             + (f", pairs compared {c.pairs_done}/{c.pairs}" if c.pairs else "")
             + (f", further analyses {c.further_done}/{c.further}" if c.further else "")
             + (f"; {rate:.0f} a minute" if rate else "")

@@ -43,6 +43,7 @@ class Capacity:
     train: Share
     curvature: Share
     trainers: int  # training actors at a time; leaves one curvature slot wherever two tasks fit
+    trainers_alone: int  # likewise, when nothing is to be analysed
     curvatures: int  # curvature tasks at a time when nothing trains
 
 
@@ -124,8 +125,15 @@ def capacity(resources: Resources) -> Capacity:
     for name, share in (("train", train), ("curvature", curvature)):
         _check_fits(name, share)
     trainers = min(_slots(cpus - curvature.cpus, train.cpus), _slots(gpus - curvature.gpus, train.gpus))
+    alone = min(_slots(cpus, train.cpus), _slots(gpus, train.gpus))
     curvatures = min(_slots(cpus, curvature.cpus), _slots(gpus, curvature.gpus))
-    return Capacity(train, curvature, trainers=max(1, trainers), curvatures=max(1, curvatures))
+    return Capacity(
+        train,
+        curvature,
+        trainers=max(1, trainers),
+        trainers_alone=max(1, alone),
+        curvatures=max(1, curvatures),
+    )
 
 
 def _check_reachable(address: str, said: str) -> None:

@@ -83,11 +83,14 @@ def _progress(progress: dict[str, object], *, driven: bool) -> list[str]:
     state = str(progress["state"])
     if not state.startswith(("done", "interrupted", "failed")) and not driven:
         state = f"{state}, but its driver is gone; the same command resumes"
+    checkpoints = progress["checkpoints"]
+    to_analyse = progress.get("to_analyse", checkpoints)  # not in a store of an older version
+    of_them = f" of {to_analyse}" if to_analyse != checkpoints else ""
     lines = [
         f"state: {state} (as of {progress['updated']})",
         f"runs: {progress['runs_done']} of {progress['runs']} done, {progress['runs_failed']} failed",
-        f"checkpoints: {progress['checkpoints_trained']} of {progress['checkpoints']} trained, "
-        f"{progress['checkpoints_analysed']} analysed, {progress['checkpoints_failed']} failed",
+        f"checkpoints: {progress['checkpoints_trained']} of {checkpoints} trained, "
+        f"{progress['checkpoints_analysed']}{of_them} analysed, {progress['checkpoints_failed']} failed",
     ]
     if pairs := progress.get("pairs"):  # none in a store of an older version
         lines.append(

@@ -21,8 +21,16 @@ from lossray.study.keys import (
     trajectory_key,
     versions_of,
 )
-from lossray.study.packs import Pack, RecordedRun, Setting, partition, runs_of, settings_of
-from lossray.study.settings import ClaimsSettings, Resources, Study, TaskResources
+from lossray.study.packs import (
+    Pack,
+    RecordedRun,
+    Setting,
+    partition,
+    runs_of,
+    setting_of,
+    settings_of,
+)
+from lossray.study.settings import ClaimsSettings, Resources, Study, TaskResources, TuningSettings
 from lossray.study.table import study_from_table
 
 __all__ = [
@@ -35,6 +43,7 @@ __all__ = [
     "Study",
     "StudyInputs",
     "TaskResources",
+    "TuningSettings",
     "check_against_data",
     "check_recordings",
     "checkpoint_key",
@@ -51,6 +60,7 @@ __all__ = [
     "ready_made_studies",
     "runs_of",
     "separations_key",
+    "setting_of",
     "settings_of",
     "study_from_table",
     "study_inputs",

@@ -106,18 +106,32 @@ def settings_of(study: Study, recordings: Sequence[Recording] = ()) -> tuple[Set
         settings = [_recorded_setting(study, recording) for recording in recordings]
         return tuple({setting.setting_id: setting for setting in settings}.values())
     return tuple(
-        Setting(_setting_id(study, model.alone, optimizer), model.alone, optimizer)
+        setting_of(study, model.alone, optimizer)
         for model in study.models
         for optimizer in study.optimizers
         if model.optimizers is None or optimizer.name in model.optimizers
     )
 
 
-def runs_of(study: Study, recordings: Sequence[Recording] = ()) -> set[str]:
-    """The ids of all runs of a study."""
+def setting_of(study: Study, model: ModelSettings, optimizer: OptimizerSettings) -> Setting:
+    """A model, without the optimizers that it names, trained as the study says with an optimizer."""
+    content = {
+        "model": model.content(),
+        "optimizer": optimizer.content(),
+        "training": study.training.content(),
+    }
+    name = f"{_short(model.name)}-{_short(optimizer.name)}-{content_hash(content, 8)}"
+    return Setting(name, model, optimizer)
+
+
+def runs_of(
+    study: Study, recordings: Sequence[Recording] = (), *, settings: Sequence[Setting] | None = None
+) -> set[str]:
+    """The ids of all runs of a study; of these settings, where they are given."""
     if study.source == "checkpoints":
         return {recording.run for recording in recordings}
-    return {f"{setting.setting_id}-s{seed}" for setting in settings_of(study) for seed in study.seeds}
+    chosen = settings_of(study) if settings is None else settings
+    return {f"{setting.setting_id}-s{seed}" for setting in chosen for seed in study.seeds}
 
 
 def partition(
@@ -125,6 +139,8 @@ def partition(
     frozen: Sequence[Pack],
     decide: Callable[[Setting], tuple[str, ProductMode]],
     recordings: Sequence[Recording] = (),
+    *,
+    settings: Sequence[Setting] | None = None,
 ) -> tuple[Pack, ...]:
     """Divide the runs of a study into packs.
 
@@ -137,11 +153,12 @@ def partition(
         frozen: packs of the store's manifest; empty for a new store.
         decide: (executor, product mode) of a setting that has no pack yet; others keep theirs.
         recordings: the recorded runs of the store.
+        settings: what is trained, where that is not `settings_of` the study.
     """
     if study.source == "checkpoints":
         return _recorded_packs(study, frozen, decide, recordings)
     packs = list(frozen)
-    for setting in settings_of(study):
+    for setting in settings_of(study) if settings is None else settings:
         own = [pack for pack in frozen if pack.setting_id == setting.setting_id]
         covered = {seed for pack in own for seed in pack.seeds}
         seeds = [seed for seed in study.seeds if seed not in covered]
@@ -214,15 +231,6 @@ def _recorded_setting(study: Study, recording: Recording) -> Setting:
     }
     name = recording.optimizer or "unknown"
     return Setting(f"{_short(model.name)}-{_short(name)}-{content_hash(content, 8)}", model, optimizer)
-
-
-def _setting_id(study: Study, model: ModelSettings, optimizer: OptimizerSettings) -> str:
-    content = {
-        "model": model.content(),
-        "optimizer": optimizer.content(),
-        "training": study.training.content(),
-    }
-    return f"{_short(model.name)}-{_short(optimizer.name)}-{content_hash(content, 8)}"
 
 
 def _short(name: str) -> str:

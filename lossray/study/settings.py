@@ -97,6 +97,21 @@ class Resources(Settings):
     pack: Annotated[int | Literal["auto"], BeforeValidator(_pack)] = "auto"
 
 
+class TuningSettings(Settings):
+    """The [tuning] section: every optimizer's learning rate is tuned for every model; it is in no key.
+
+    All rates of a grid are trained, and only the runs at the best one are analysed: that of the lowest median
+    final validation loss. Where it is at an edge of the grid, rates are added beyond until it is inside.
+
+    Attributes:
+        factor: between the rate at an edge and the one that is added.
+        extensions: rates added at most, at either end of a grid.
+    """
+
+    factor: Annotated[float, Field(gt=1, le=100)] = 3.0
+    extensions: Annotated[int, Field(ge=0, le=20)] = 3
+
+
 class Study(Settings):
     """One study; `lossray.study.load_study` reads it, `study_from_table` checks it as a whole.
 
@@ -115,6 +130,7 @@ class Study(Settings):
     curvature: CurvatureSettings = CurvatureSettings()
     angles: AnglesSettings = AnglesSettings()
     claims: ClaimsSettings = ClaimsSettings()
+    tuning: TuningSettings | None = None
     resources: Resources = Resources()
     degeneracy: DegeneracySettings | None = None
     trajectory: TrajectorySettings | None = None

@@ -108,7 +108,7 @@ def _missing(table: Mapping[str, Any]) -> Iterator[Problem]:
 def _beside_recordings(table: Mapping[str, Any]) -> Iterator[Problem]:
     """A recorded study has one model, and nothing that only a training needs."""
     beside = "found beside source = 'checkpoints', whose runs are trained already; allowed: none"
-    for key in ("seeds", "optimizers"):
+    for key in ("seeds", "optimizers", "tuning"):
         if table.get(key) not in (None, [], ()):
             yield Problem((key,), beside)
     models = table.get("models", [])
