@@ -7,9 +7,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from lossray.findings.claim_a_extras import attribution_rows, dispersion_rows, slope_rows
+from lossray.findings.claim_a_extras import attribution_rows, slope_rows
 from lossray.findings.claim_rows import ClaimRow
 from lossray.findings.comparison import comparison_of
+from lossray.findings.dispersion import dispersion_rows
 from lossray.findings.energies import BASELINE, TOP, Cell, cells_of
 from lossray.findings.evidence_a import LEAST_DIM, contrast_tests, evidence_of, gauge_evidence
 from lossray.findings.families import holm, intersection_union
@@ -62,7 +63,7 @@ def claim_a_rows(tables: Mapping[str, pd.DataFrame], settings: ClaimsSettings) -
         *(row for cell in shown if cell.direction in JUDGED for row in _cell_rows(cell, settings)),
         *(row for cell in best for row in _level_rows(cell, settings)),
         *_family_rows(shown, settings),
-        *dispersion_rows(points, compared.alignment, settings),
+        *dispersion_rows(runs, points, compared.alignment, settings),
         *slope_rows(runs, rows, settings),
         *attribution_rows(shown, settings),
     ]

@@ -1,6 +1,5 @@
-"""Beside the verdict of claim A: dispersion, slope on dimension, attribution of the contrast."""
+"""Beside the verdict of claim A: slope on dimension, attribution of the contrast."""
 
-import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -9,69 +8,22 @@ from numpy.typing import NDArray
 
 from lossray.findings.claim_rows import ClaimRow
 from lossray.findings.energies import BASELINE, TOP, Cell
-from lossray.findings.families import holm
 from lossray.findings.matching import BEST, MATCHED
-from lossray.findings.means import mean_test, two_sided
+from lossray.findings.means import mean_test
 from lossray.findings.sign_flips import sign_flip_test
+from lossray.findings.skewness import safe_mean_test
 from lossray.study.settings import ClaimsSettings
 
 Array = NDArray[np.float64]
 
-LEAST_CHECKPOINTS = 3  # for the spread of a run's S
 LEAST_SIZES = 3  # for a slope
-
-
-def dispersion_rows(
-    points: pd.DataFrame, alignment: pd.DataFrame, settings: ClaimsSettings
-) -> Iterator[ClaimRow]:
-    """Ln SD of a run's S over its checkpoints, against SGD's of the same seed: "SGD follows no such rule".
-
-    Of the update, raw, v1, at the best learning rates.
-    """
-    chosen = points[(points["rule"] == BEST) & (points["moment"] == MATCHED)].drop(columns="step")
-    own = alignment[
-        (alignment["direction"] == "update")
-        & (alignment["gauge"] == "raw")
-        & (alignment["subspace"] == TOP)
-        & (alignment["resolved"] == True)  # noqa: E712 - null is not resolved
-        & (alignment["step"] > 0)
-    ]
-    rows = own.merge(chosen, on="run_id")
-    spread = rows.groupby(["architecture", "optimizer", "seed"])["log_energy"].agg(["std", "count"])
-    spread = spread[(spread["count"] >= LEAST_CHECKPOINTS) & (spread["std"] > 0)]
-    spread = spread.assign(log_sd=np.log(spread["std"].to_numpy(dtype=np.float64))).reset_index()
-    for architecture, group in spread.groupby("architecture", sort=False):
-        wide = group.pivot_table("log_sd", "optimizer", "seed", aggfunc="first")
-        others = [name for name in wide.index if name in set(chosen["optimizer"][chosen["adaptive"]])]
-        if BASELINE not in wide.index or not others:
-            continue
-        differences = wide.loc[others].to_numpy(float) - wide.loc[BASELINE].to_numpy(float)
-        p_values = sign_flip_test(differences)
-        adjusted = holm(p_values)
-        test = mean_test(differences, 0.0, alpha=settings.alpha / 2)
-        for i, name in enumerate(others):
-            if not test.n[i]:
-                continue
-            significant = adjusted[i] <= settings.alpha
-            verdict = "more regular than sgd" if test.mean[i] < 0 else "less regular than sgd"
-            yield ClaimRow(
-                claim="A/dispersion",
-                subject=f"{architecture}: {name} - {BASELINE}, update, raw",
-                statistic="difference of ln SD of S over checkpoints",
-                estimate=float(test.mean[i]),
-                low=float(test.low[i]),
-                high=float(test.high[i]),
-                p_value=float(p_values[i]),
-                p_adjusted=float(adjusted[i]),
-                n=int(test.n[i]),
-                verdict=verdict if significant else "no significant difference",
-                text=f"the spread of S along training is {math.exp(float(test.mean[i])):.2g} times that of "
-                f"{BASELINE}; sign flips, Holm over {len(others)}",
-            )
+SLOPE_MARGIN = 0.1  # a slope this near to one is that one: 26% of the energy for each tenfold d
 
 
 def slope_rows(runs: pd.DataFrame, rows: pd.DataFrame, settings: ClaimsSettings) -> Iterator[ClaimRow]:
     """The slope of S on ln d over models that differ in size alone: 0 is a constant angle, -1 is chance.
+
+    Either is claimed only where the slope is shown to lie within SLOPE_MARGIN of it.
 
     One regression for each seed with at least three sizes; the seeds are the units. Matched loss, best
     learning rates, raw gauge, v1.
@@ -116,32 +68,45 @@ def _family_labels(chosen: pd.DataFrame, names: dict[str, str]) -> dict[str, str
 
 
 def _slope_tests(subject: str, slopes: Array, sizes: str, settings: ClaimsSettings) -> Iterator[ClaimRow]:
-    alpha = settings.alpha
-    flat = mean_test(slopes, 0.0, alpha=alpha / 2)
-    chance = mean_test(slopes, -1.0, alpha=alpha / 2)
-    p_flat, p_chance = float(two_sided(flat)), float(two_sided(chance))
-    verdict = {
-        (True, True): "neither constant nor chance",
-        (False, True): "a constant angle",
-        (True, False): "chance",
-        (False, False): "not decided",
-    }[p_flat <= alpha, p_chance <= alpha]
-    for statistic, p in (
-        ("slope of S on ln d, against 0", p_flat),
-        ("slope of S on ln d, against -1", p_chance),
+    (flat, not_flat), (chance, not_chance) = _near(slopes, 0.0), _near(slopes, -1.0)
+    verdict = "not decided"
+    if flat <= settings.alpha:
+        verdict = "a constant angle"
+    elif chance <= settings.alpha:
+        verdict = "chance"
+    elif max(not_flat, not_chance) <= settings.alpha:
+        verdict = "neither constant nor chance"
+    shown = mean_test(slopes, 0.0, alpha=settings.alpha / 2)
+    for statistic, near, far in (
+        ("slope of S on ln d, against 0", flat, not_flat),
+        ("slope of S on ln d, against -1", chance, not_chance),
     ):
         yield ClaimRow(
             claim="A/slope",
             subject=subject,
             statistic=statistic,
-            estimate=float(flat.mean),
-            low=float(flat.low),
-            high=float(flat.high),
-            p_value=p,
-            n=int(flat.n),
+            estimate=float(shown.mean),
+            low=float(shown.low),
+            high=float(shown.high),
+            p_value=near,
+            n=int(shown.n),
             verdict=verdict,
-            text=f"{sizes}; 0 is a constant angle, -1 is chance",
+            text=f"{sizes}; 0 is a constant angle, -1 is chance, within {SLOPE_MARGIN:g} of it; p value of "
+            f"lying within (two one-sided tests); of lying outside {far:.2g}",
         )
+
+
+def _near(slopes: Array, target: float) -> tuple[float, float]:
+    """P values of "the mean is not within SLOPE_MARGIN of the target" and, two-sided, of "it is"."""
+    above_low, below_low = _one_sided(slopes, target - SLOPE_MARGIN)
+    above_high, below_high = _one_sided(slopes, target + SLOPE_MARGIN)
+    return max(above_low, below_high), min(1.0, 2 * min(below_low, above_high))
+
+
+def _one_sided(slopes: Array, bound: float) -> tuple[float, float]:
+    """P values of "the mean is not above the bound" and of "it is not below"."""
+    p_less, p_greater = safe_mean_test(slopes, bound, skewed="either")
+    return float(p_greater), float(p_less)
 
 
 def attribution_rows(cells: Sequence[Cell], settings: ClaimsSettings) -> Iterator[ClaimRow]:

@@ -26,6 +26,7 @@ HEADLINES = {"A": "A. Perpendicularity", "B": "B. Degeneracy", "C": "C. Ensemble
 WORDS = {
     ("A", "update"): "the updates of adaptive methods are almost perpendicular to v1, SGD's are not",
     ("A", "minibatch_gradient"): "the same of their minibatch gradients",
+    ("A", "dispersion"): "SGD's angle follows no such rule: it is less regular than every adaptive method's",
     (
         "C",
         "overall",
