@@ -19,7 +19,7 @@ from scipy import stats
 from lossray.findings.claim_rows import ClaimRow
 from lossray.findings.energies import BASELINE, TOP
 from lossray.findings.families import hommel
-from lossray.findings.matching import BEST, MATCHED
+from lossray.findings.matching import BEST, LAST
 from lossray.findings.means import mean_test
 from lossray.findings.verdict_a import NOT_SUPPORTED, SUPPORTED, UNDECIDED
 from lossray.study.settings import ClaimsSettings
@@ -27,6 +27,7 @@ from lossray.study.settings import ClaimsSettings
 Array = NDArray[np.float64]
 
 FACTOR = 1.25  # SGD's spread must exceed a method's by more, to be "less regular"
+MEASURE = f"SD of S over checkpoints as a multiple of {BASELINE}'s, more regular if below {1 / FACTOR:g}"
 LEAST_CHECKPOINTS = 3  # at which both runs of a pair have S
 ROUNDING = 1e-12  # relative: a smaller spread of S is none, and has no logarithm
 POWER = 0.8
@@ -77,11 +78,11 @@ def dispersion_rows(
 
     Args:
         runs: of `matching.described_runs`.
-        points: of `matching.matched_points`; only which runs are compared counts.
+        points: of `matching.matched_points`, for the runs with the best learning rate.
         alignment: the table.
         settings: the level.
     """
-    chosen = points[(points["rule"] == BEST) & (points["moment"] == MATCHED)].drop(columns="step")
+    chosen = points[(points["rule"] == BEST) & (points["moment"] == LAST)].drop(columns="step")
     own = alignment[
         (alignment["direction"] == "update")
         & (alignment["gauge"] == "raw")
@@ -178,7 +179,10 @@ def _mean_square(s: Array, both: NDArray[np.bool_]) -> Array:
 
 
 def _overall_row(judged: Sequence[Spreads], left_out: dict[str, str], settings: ClaimsSettings) -> ClaimRow:
-    texts = [f"{own.architecture}: {_word([own], settings.alpha)}" for own in judged]
+    texts = [
+        f"{own.architecture}: {_word([own], settings.alpha)} ({_multiples(own)}{_lost(own)})"
+        for own in judged
+    ]
     texts += [f"{name}: not judged ({reason})" for name, reason in left_out.items()]
     return ClaimRow(
         claim="A",
@@ -186,7 +190,7 @@ def _overall_row(judged: Sequence[Spreads], left_out: dict[str, str], settings: 
         statistic="verdict",
         n=len(judged),
         verdict=_word(judged, settings.alpha),
-        text="; ".join(texts) or "there are no runs",
+        text=f"{MEASURE}: {'; '.join(texts) or 'there are no runs'}",
     )
 
 
@@ -212,8 +216,7 @@ def _architecture_row(spreads: Spreads, settings: ClaimsSettings) -> ClaimRow:
         statistic="verdict",
         n=int(spreads.pairs.min()),
         verdict=verdict,
-        text=f"SD of S over checkpoints, as a multiple of {BASELINE}'s (regular: below {1 / FACTOR:g}): "
-        f"{_multiples(spreads)}{_lost(spreads)}{needed}",
+        text=f"{MEASURE}: {_multiples(spreads)}{_lost(spreads)}{needed}",
     )
 
 
