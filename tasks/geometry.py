@@ -23,6 +23,7 @@ from tasks.sharpness import sharpness_rows
 from tasks.spectra import Row
 
 WINDOW_PAIRS = 10  # of the largest subspace of the window statistic
+V1_PAIRS = 2  # the second one's value tells how well the first is known
 
 
 @dataclass
@@ -74,6 +75,8 @@ def pairs_needed(study: Study, n_outputs: int, dim: int) -> int:
 
 def gauge_pairs(study: Study, n_outputs: int, dim: int) -> int:
     """As many as the subspaces of [angles] need; d at most."""
+    if study.angles.subspaces == "v1":
+        return min(V1_PAIRS, dim)
     needed = list(subspaces(n_outputs, dim).values()) if study.angles.directions else []
     return min(max([*needed, WINDOW_PAIRS if study.angles.window else 1]), dim)
 

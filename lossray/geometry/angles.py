@@ -15,7 +15,7 @@ from lossray.geometry.gauges import Gauge
 from lossray.geometry.nulls import LayerNull, null_p_values
 from lossray.names import unknown_name
 from lossray.networks.layout import Layout
-from lossray.settings import Settings, each_once
+from lossray.settings import ADDED, Settings, each_once
 from lossray.training.optimizers import OPTIMIZERS
 
 Direction = Literal[
@@ -34,6 +34,8 @@ class AnglesSettings(Settings):
         gauges: metrics in which they are (SCIENCE 2.6).
         shadow: optimizers fed the same gradients, whose updates become directions too.
         window: steps replayed from each checkpoint for the alignment statistic; 0 for none.
+        subspaces: for which ones eigenpairs are computed in every gauge: "all", or "v1", the top eigenvector
+            alone, which takes a third of the products.
     """
 
     directions: Annotated[tuple[Direction, ...], Field(strict=False)] = (
@@ -51,6 +53,7 @@ class AnglesSettings(Settings):
     )
     shadow: Annotated[tuple[str, ...], Field(strict=False)] = ()
     window: Annotated[int, Field(ge=0)] = 50
+    subspaces: Annotated[Literal["all", "v1"], ADDED] = "all"
 
     @field_validator("directions", "gauges", "shadow")
     @classmethod

@@ -1,6 +1,7 @@
 """Gauges, windows, shadows and sharpness of a checkpoint, against dense Hessians and the training itself."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from lossray.storage import checkpoints
 from lossray.storage.store import Store
 from lossray.training.optimizers import StackOptimizer
 from tasks.context import dataset_of, stack_of
+from tasks.geometry import V1_PAIRS
 from tests.tasks.test_curvature import DOUBLE, analyse, dense, frame, parameters, rows_of, run_ids, train
 
 RELU = [{"name": "mlp", "widths": [5]}]
@@ -141,6 +143,32 @@ def placebo(plan, member, steps, v1, scale, draws=4_000):
     z = np.random.default_rng(0).normal(size=(draws, len(moves), len(scale)))
     turned = root @ z / scale
     return np.log(np.square(turned @ v1).sum(axis=1) / np.square(turned).sum(axis=(1, 2))).mean()
+
+
+def test_of_v1_alone_two_pairs_are_computed_and_its_rows_are_those_of_all(planned):
+    rows, pairs = [], []
+    for name in ("all", "v1"):
+        plan = relu(
+            partial(planned, name),
+            training=EVERY_STEP,
+            curvature={**DOUBLE["curvature"], "top": 1},
+            angles={"window": 5, "subspaces": name},
+        )
+        train(plan)
+        analyse(plan, 3)
+        rows.append({table: frame(plan, table) for table in ("angles", "alignment")})
+        pairs.append(frame(plan, "eigenvalues").groupby("run_id").size().max())
+    assert pairs[1] == V1_PAIRS + 1 < pairs[0]  # and the smallest
+    for table, energy in (("angles", "energy"), ("alignment", "log_energy")):
+        of_all, own = (found[table] for found in rows)
+        assert {"v1"} < set(own["subspace"]) < set(of_all["subspace"]) or table == "alignment"
+        keys = ["run_id", "direction", "gauge", "subspace"]
+        both = own.merge(of_all, on=keys, validate="1:1")
+        assert len(both) == len(own)
+        assert (own["subspace"] == "v1").sum() == (of_all["subspace"] == "v1").sum() > 0
+        known = both[(both["resolved_x"] == True) & (both["resolved_y"] == True)]  # noqa: E712
+        assert len(known) > 0
+        assert known[f"{energy}_x"].to_numpy() == pytest.approx(known[f"{energy}_y"].to_numpy(), rel=1e-2)
 
 
 def test_momentum_in_a_window_is_the_buffer_after_each_step(planned):
