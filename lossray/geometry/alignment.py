@@ -15,6 +15,7 @@ from lossray.geometry.angles import subspace_resolved
 from lossray.geometry.gauges import COVECTORS, Gauge
 from lossray.geometry.gram import Sketch, gram_shares
 from lossray.geometry.nulls import IsotropicNull, LayerNull
+from lossray.geometry.quadratic_forms import form_of
 from lossray.networks.layout import Layout
 
 SIZES = {"v1": 1, "top10": 10}
@@ -76,9 +77,9 @@ class Alignment:
         rows = []
         for name, sums in self._sums.items():
             sums.flush()
-            shares = gram_shares(torch.cat(sums.sketches, dim=1))
+            steps = form_of(gram_shares(torch.cat(sums.sketches, dim=1)))
             for i, (frame, null) in enumerate(zip(self.frames, self._isotropic_nulls(name), strict=True)):
-                rows += self._frame_rows(name, sums, sums.projected[i], frame, null.expected(shares))
+                rows += self._frame_rows(name, sums, sums.projected[i], frame, null.expected(steps))
         return rows
 
     def _dual_bases(self, direction: str) -> list[Tensor]:

@@ -8,12 +8,12 @@ SEED = 20250913  # of the one sketch that all windows share
 
 
 class Sketch:
-    """A random map from R^d to R^m, m = min(d, `WIDTH`), that keeps inner products.
+    """A random map from R^d to R^m, m = `WIDTH`, that keeps inner products; the identity where d <= m.
 
     A count sketch (Charikar, Chen and Farach-Colton 2002): every coordinate gets a random sign, and is added
     to one of m buckets. Runs of m coordinates are turned by a random shift each, which is as good as a bucket
     for each, and faster: two coordinates meet with a probability of 1/m at most. Inner products of u and v
-    are right in the mean, with a standard deviation of sqrt(2/m) |u||v| or less; where d <= m, exact.
+    are right in the mean, with a standard deviation of sqrt(2/m) |u||v| or less.
 
     Args:
         dim: d.
@@ -27,6 +27,8 @@ class Sketch:
 
     def __call__(self, vectors: Tensor) -> Tensor:
         """The images [..., m] of ``vectors`` [..., d], float64."""
+        if vectors.shape[-1] == self.width:
+            return vectors.double()
         self._signs = self._signs.to(vectors.device)
         image = torch.zeros(*vectors.shape[:-1], self.width, dtype=torch.float64, device=vectors.device)
         runs = zip(vectors.split(self.width, dim=-1), self._signs.split(self.width), strict=True)

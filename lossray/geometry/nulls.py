@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lossray.curvature.layers import layers
 from lossray.geometry.gram import finite_eigenvalues
-from lossray.geometry.quadratic_forms import QuadraticForm, form_of
+from lossray.geometry.quadratic_forms import QuadraticForm, form_of, stacked
 from lossray.networks.layout import Layout
 
 Array = NDArray[np.float64]
@@ -77,13 +77,14 @@ class IsotropicNull:
         overlaps = duals.double() @ duals.double().mT
         self._inside = {k: form_of(finite_eigenvalues(overlaps[:, :k, :k])) for k in sizes}
 
-    def expected(self, shares: Tensor) -> dict[int, Tensor]:
-        """Mean of S by size of the eigenspace, [R], for shares l_j [R, w] (`gram.gram_shares`)."""
-        window = form_of(shares)
-        whole = self._whole.times(window).expected_log()
+    def expected(self, window: QuadraticForm) -> dict[int, Tensor]:
+        """Mean of S by size of the eigenspace, [R]; ``window`` has the weights l_j (`gram.gram_shares`)."""
+        forms = [self._whole, *self._inside.values()]
+        logs = stacked(forms).times(stacked([window] * len(forms))).expected_log()
+        whole, *insides = logs.split(len(window.values))
         return {
-            k: inside.times(window).expected_log() - whole + self._finite_size(inside, window)
-            for k, inside in self._inside.items()
+            k: inside - whole + self._finite_size(self._inside[k], window)
+            for k, inside in zip(self._inside, insides, strict=True)
         }
 
     def _finite_size(self, inside: QuadraticForm, window: QuadraticForm) -> Tensor:
