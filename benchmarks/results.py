@@ -168,9 +168,10 @@ def widths(at_end: pd.DataFrame, claims: pd.DataFrame) -> str:
 
 def dispersion(claims: pd.DataFrame) -> str:
     """The spread of S along training beside SGD's."""
+    own = claims[(claims["claim"] == "A/dispersion") & claims["estimate"].notna()]
     rows = [
-        [_cell(row.subject), row.statistic, _interval(row), f"{row.n}", row.verdict]
-        for row in claims[claims["claim"] == "A/dispersion"].itertuples()
+        [_cell(row.subject), row.statistic, _interval(row), f"{row.n}", _cell(row.verdict)]
+        for row in own.itertuples()
     ]
     return table(("about", "statistic", "estimate", "n", "verdict"), rows)
 

@@ -6,7 +6,7 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import chain
 from pathlib import Path
 
-from benchmarks.error_rates import claim_a, claim_c
+from benchmarks.error_rates import claim_a, claim_b, claim_c, slope_and_dispersion
 from benchmarks.error_rates.case import MOST, Case, hits
 from benchmarks.report import table
 
@@ -31,7 +31,7 @@ every word on fewer (tests/findings/test_error_rates.py).
 
 def cases() -> Iterator[Case]:
     """Those of all claims."""
-    return chain(claim_a.cases(), claim_c.cases())
+    return chain(claim_a.cases(), slope_and_dispersion.cases(), claim_b.cases(), claim_c.cases())
 
 
 def main(repeats: int) -> None:

@@ -1,6 +1,6 @@
 """Claim B, degeneracy: exactly singular, singular beyond symmetry, effectively low rank (SCIENCE 5B)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -306,11 +306,7 @@ def _low_rank_verdict(shares: pd.DataFrame, runs: pd.DataFrame, settings: Claims
     }
     models = dict.fromkeys(architecture for architecture, _ in cells)
     lacking = [name for name in OPERATORS if any((model, name) not in cells for model in models)]
-    tests = [safe_mean_test(values, LOW_RANK, skewed="either") for values in cells.values()]
-    verdict = UNDECIDED
-    if tests:
-        p_less, p_greater = np.array(tests, dtype=np.float64).T
-        verdict = _low_rank_word(p_less, p_greater, settings.alpha)
+    verdict = word_of_cells(list(cells.values()), settings.alpha)
     if verdict == SUPPORTED and lacking:
         verdict = UNDECIDED
     means = {cell: float(values.mean()) for cell, values in cells.items()}
@@ -324,6 +320,15 @@ def _low_rank_verdict(shares: pd.DataFrame, runs: pd.DataFrame, settings: Claims
     )
     largest = max(means.values(), default=float("nan"))
     return ClaimRow("B", LOW, "verdict", estimate=largest, n=n, verdict=verdict, text=text)
+
+
+def word_of_cells(cells: Sequence[Array], alpha: float) -> str:
+    """The verdict on low rank, from the mean share of each seed's runs, [seeds] of every model and metric."""
+    tests = [safe_mean_test(values, LOW_RANK, skewed="either") for values in cells]
+    if not tests:
+        return UNDECIDED
+    p_less, p_greater = np.array(tests, dtype=np.float64).T
+    return _low_rank_word(p_less, p_greater, alpha)
 
 
 def _low_rank_word(p_less: ArrayLike, p_greater: ArrayLike, alpha: float) -> str:

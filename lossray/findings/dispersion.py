@@ -180,7 +180,7 @@ def _mean_square(s: Array, both: NDArray[np.bool_]) -> Array:
 
 def _overall_row(judged: Sequence[Spreads], left_out: dict[str, str], settings: ClaimsSettings) -> ClaimRow:
     texts = [
-        f"{own.architecture}: {_word([own], settings.alpha)} ({_multiples(own)}{_lost(own)})"
+        f"{own.architecture}: {word_of([own], settings.alpha)} ({_multiples(own)}{_lost(own)})"
         for own in judged
     ]
     texts += [f"{name}: not judged ({reason})" for name, reason in left_out.items()]
@@ -189,12 +189,12 @@ def _overall_row(judged: Sequence[Spreads], left_out: dict[str, str], settings: 
         subject="dispersion",
         statistic="verdict",
         n=len(judged),
-        verdict=_word(judged, settings.alpha),
+        verdict=word_of(judged, settings.alpha),
         text=f"{MEASURE}: {'; '.join(texts) or 'there are no runs'}",
     )
 
 
-def _word(judged: Sequence[Spreads], alpha: float) -> str:
+def word_of(judged: Sequence[Spreads], alpha: float) -> str:
     """SUPPORTED if every method of every architecture is more regular, NOT SUPPORTED if some is not.
 
     The first is an intersection-union test; the second adjusts p values over methods and architectures.
@@ -208,7 +208,7 @@ def _word(judged: Sequence[Spreads], alpha: float) -> str:
 
 
 def _architecture_row(spreads: Spreads, settings: ClaimsSettings) -> ClaimRow:
-    verdict = _word([spreads], settings.alpha)
+    verdict = word_of([spreads], settings.alpha)
     needed = f"; {_seeds_needed(spreads, settings.alpha)}" if verdict == UNDECIDED else ""
     return ClaimRow(
         claim="A/dispersion",

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from lossray.findings.claims import claims_of, claims_text
-from lossray.findings.dispersion import FACTOR, Spreads, _word, log_spreads
+from lossray.findings.dispersion import FACTOR, Spreads, log_spreads, word_of
 from lossray.study.settings import ClaimsSettings
 from tests.findings.planted import ADAPTIVE, in_all_gauges, planted
 
@@ -190,6 +190,6 @@ def test_size_over_two_models_at_the_boundary(checkpoints: int, skewed: bool) ->
             s = scale * (np.log(np.square(normal)) if skewed else normal)
             differences = log_spreads(s[:-1], s[-1])
             models.append(Spreads("mlp", tuple("abcd"), np.full(4, 10), differences, differences))
-        words.append(_word(models, 0.05))
+        words.append(word_of(models, 0.05))
     for word in ("SUPPORTED", "NOT SUPPORTED"):
         assert np.mean(np.array(words) == word) < 0.05 + 3 * np.sqrt(0.05 / 300)
