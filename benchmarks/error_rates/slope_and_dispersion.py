@@ -88,7 +88,7 @@ def dispersion(
     architectures: int = 1,
     restless: float = 0.0,
 ) -> str:
-    """The word where the methods' S scatter by these multiples of SGD's; seeds may differ in how much all do."""
+    """The word where the methods' S scatter by these multiples of SGD's; seeds may differ in how much."""
     judged = []
     scale = np.array([*ratios, 1.0])[:, None, None]
     for _ in range(architectures):
