@@ -177,7 +177,10 @@ class _Sums:
         block = torch.stack(self._waiting, dim=1)  # [R, w, d]
         self._waiting = []
         self.steps = self.steps.to(block.device) + (block != 0).any(dim=2).sum(dim=1)
-        self.squares = self.squares.to(block) + block.square().sum(dim=1)
+        if not self.squares.ndim:
+            self.squares = torch.zeros_like(block[:, 0])
+        for vectors in block.unbind(dim=1):  # without a copy of the block
+            self.squares.addcmul_(vectors, vectors)
         self.sketches.append(self._sketch(block))
         for total, basis in zip(self.projected, self.bases, strict=True):
             total += torch.einsum("rwd,rkd->rwk", block, basis).square().sum(dim=1)
