@@ -167,14 +167,17 @@ class Driver:
             self._start_analysis(replace(job, attempt=Attempt()))
 
     def _start_trainer(self, plan: PackPlan, attempt: Attempt, seen: set[int]) -> None:
-        share, retry = self.capacity.train, f"#{attempt.number}" if attempt.number > 1 else ""
+        retry = f"#{attempt.number}" if attempt.number > 1 else ""
         name = f"train/{plan.pack.pack_id}{retry}"
         actor_class: Any = TrainingActor  # what ray.remote has made of it
-        options = share.options() | self.worker_options
+        options = self.capacity.train.options() | self.worker_options
         actor = actor_class.options(name=name, namespace=self.namespace, **options).remote()
+        self._train(actor, plan, attempt, seen)
+
+    def _train(self, actor: Any, plan: PackPlan, attempt: Attempt, seen: set[int]) -> None:
         job: TrainingJob = self.plan.training_job(plan, attempt)
-        stream = actor.fit.options(name="train", num_returns="streaming").remote(job, share.cpus)
-        self.trainers[stream] = Trainer(plan, actor, attempt, seen)
+        fit = actor.fit.options(name="train", num_returns="streaming")
+        self.trainers[fit.remote(job, self.capacity.train.cpus)] = Trainer(plan, actor, attempt, seen)
 
     def _start_analysis(self, job: AnalysisJob) -> None:
         share = self.capacity.curvature
@@ -202,8 +205,11 @@ class Driver:
         try:
             published: Published = ray.get(next(stream))
         except StopIteration:
-            self._end_trainer(stream)
             self.ledger.training_done(trainer.plan)
+            if self.waiting:  # the actor goes on with another pack: a new process would import torch first
+                self._train(self.trainers.pop(stream).actor, self.waiting.popleft(), Attempt(), set())
+            else:
+                self._end_trainer(stream)
         except RayError as error:
             self._end_trainer(stream)
             self._retry_or_fail_training(trainer, error)
