@@ -15,6 +15,9 @@ import lossray
 from benchmarks.report import fill, table
 from lossray.ensembles.methods import METHODS
 from lossray.findings.claims import TABLES_READ, claims_of
+from lossray.findings.ensemble_contrasts import contrast
+from lossray.findings.ensemble_scores import ensemble_cells, setting_labels
+from lossray.findings.families import hommel
 from lossray.findings.verdict_c import named
 from lossray.results import StudyResults
 
@@ -32,6 +35,14 @@ SHOWN_SIZES = (
     "deep_ensemble",
 )
 
+OTHERS = (  # a method and what it is held against
+    ("perturbed", "snapshot"),
+    ("independent", "snapshot"),
+    ("align_curve", "snapshot"),
+    ("rescale_retrain", "perturbed"),
+    ("align_curve", "curve_seeds"),
+)
+
 
 def main(out: str, wide: str) -> None:
     """Write all tables into the document."""
@@ -40,7 +51,9 @@ def main(out: str, wide: str) -> None:
     narrow = stores[min(stores)]
     parts = {
         "ensemble_verdicts": verdicts(claims),
+        "ensemble_effects": effects(claims),
         "ensemble_contrasts": contrasts(claims),
+        "ensemble_others": others(narrow),
         "ensemble_budgets": budgets(narrow),
         "ensemble_sizes": sizes(narrow),
         "ensemble_rescalings": rescalings(stores),
@@ -63,16 +76,69 @@ def verdicts(claims: Mapping[float, pd.DataFrame]) -> str:
     return table(("sigma", "about", "verdict", "why"), rows)
 
 
+def effects(claims: Mapping[float, pd.DataFrame]) -> str:
+    """What the change of learning rates that a variant is equivalent to is worth over the schedule."""
+    return _shares({sigma: frame[frame["claim"] == "C/effect"] for sigma, frame in claims.items()})
+
+
 def contrasts(claims: Mapping[float, pd.DataFrame]) -> str:
     """The primary contrasts: relative improvement of the test NLL."""
-    rows = []
-    for sigma, frame in claims.items():
-        own = frame[(frame["claim"] == "C/contrast") & (frame["statistic"] == "nll: relative improvement")]
-        rows += [
-            [f"{sigma:g}", _cell(row.subject), _percents(row), f"{row.p_value:.2g}", f"{row.n}", row.verdict]
-            for row in own.itertuples()
+    return _shares(
+        {
+            sigma: frame[
+                (frame["claim"] == "C/contrast") & (frame["statistic"] == "nll: relative improvement")
+            ]
+            for sigma, frame in claims.items()
+        }
+    )
+
+
+def _shares(rows: Mapping[float, pd.DataFrame]) -> str:
+    body = [
+        [
+            f"{sigma:g}",
+            _cell(row.subject),
+            _percents(row),
+            f"{row.p_value:.2g}",
+            f"{row.p_adjusted:.2g}",
+            f"{row.n}",
+            row.verdict,
         ]
-    return table(("sigma", "variant - control", "improvement of the NLL, %", "p", "n", ""), rows)
+        for sigma, frame in rows.items()
+        for row in frame.itertuples()
+    ]
+    return table(("sigma", "variant - control", "improvement of the NLL, %", "p", "adjusted", "n", ""), body)
+
+
+def others(study: StudyResults) -> str:
+    """Other uses of the same budget against the schedule without rescaling, and against one another."""
+    tables = {name: study.table(name) for name in ("runs", "predictions")}
+    alpha = study.study.claims.alpha
+    rows = []
+    for cell in ensemble_cells(tables, setting_labels(tables)):
+        found = [
+            contrast(cell, method, control, budget, metric="nll", alpha=alpha)
+            for method, control in OTHERS
+            if {method, control} <= set(cell.methods)
+            for budget in cell.budgets(method, control)
+        ]
+        adjusted = hommel([own.p_value for own in found])
+        for own, p_adjusted in zip(found, adjusted, strict=True):
+            better = "better" if own.difference.estimate > 0 else "worse"
+            rows.append(
+                [
+                    cell.label,
+                    f"{named(own.variant)} - {named(own.control)}",
+                    f"{own.budget:g}",
+                    _percents(own.relative),
+                    f"{own.p_value:.2g}",
+                    f"{p_adjusted:.2g}",
+                    f"{own.n}",
+                    better if p_adjusted < alpha else "not decided",
+                ]
+            )
+    head = ("setting", "method - other", "budget", "improvement of the NLL, %", "p", "adjusted", "n", "")
+    return table(head, rows)
 
 
 def budgets(study: StudyResults) -> str:

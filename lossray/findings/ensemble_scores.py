@@ -49,7 +49,7 @@ class EnsembleCell:
 
     def lost(self, method: str, budget: float) -> tuple[str, ...]:
         """Base runs whose ensemble diverged or is not there."""
-        gone = np.isnan(self.of(METRICS[0], method, budget)).any(axis=1)
+        gone = ~np.isfinite(self.of(METRICS[0], method, budget)).all(axis=1)
         return tuple(self.base_runs[i] for i in np.flatnonzero(gone))
 
     def of(self, metric: str, method: str, budget: float) -> Array:

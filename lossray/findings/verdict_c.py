@@ -157,10 +157,11 @@ def mostly_lost(evidence: VariantEvidence) -> list[str]:
 
 def _identity(evidence: VariantEvidence) -> str:
     own = [one for several in evidence.contrasts.values() for one in several if one.same]
-    return (
-        f"the same as {own[-1].control} to rounding, example by example, at every budget "
-        f"(mean |difference| at most {max(one.spread for one in own):.1g} nats)"
+    largest = max(one.spread for one in own)
+    how = (
+        f"to rounding (mean |difference| at most {largest:.1g} nats)" if largest else "without any difference"
     )
+    return f"the same as {own[-1].control}, example by example, at every budget, {how}"
 
 
 def _won(evidence: VariantEvidence, won: Sequence[float], *, margin: float, alpha: float) -> str:
@@ -178,7 +179,7 @@ def worth(evidence: VariantEvidence) -> str:
     rates += "" if evidence.identical else " does"
     if not own:
         return f"{rates}; no {schedule} tells what that change is worth"
-    gains = ", ".join(f"{_share(one)} at budget {one.budget:g}" for one in own)
+    gains = ", ".join(f"{'nothing' if one.same else _share(one)} at budget {one.budget:g}" for one in own)
     return f"{rates}, and that change is worth {gains} over {schedule}, the schedule without it"
 
 
@@ -282,11 +283,9 @@ def in_numbers(evidence: VariantEvidence, *, alpha: float) -> str:
             for budget, several in evidence.contrasts.items()
         ]
         runs = sorted({own.n for several in evidence.contrasts.values() for own in several})
+        improvements = "" if evidence.identical else f" Improvement of the test NLL: {'; '.join(parts)}."
         counts = f"{runs[0]}" if len(runs) == 1 else f"{runs[0]} to {runs[-1]}"
-        text = (
-            f" Improvement of the test NLL: {'; '.join(parts)}; intervals of level {percent(1 - alpha)} "
-            f"each, {counts} base runs."
-        )
+        text = f"{improvements} Intervals of level {percent(1 - alpha)} each, {counts} base runs."
     if evidence.lost:
         text += f" Diverged or missing, and left out: {'; '.join(_lost(evidence))}."
     return text

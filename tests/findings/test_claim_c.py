@@ -109,7 +109,7 @@ def test_a_control_that_is_the_same_to_rounding_has_its_own_word_and_its_worth(s
     assert _verdicts(frame) == (SAME, SAME, SAME)
     for subject in (C1, C3):
         text = _row(frame, "C", subject)["text"]
-        assert "to rounding, example by example, at every budget" in text
+        assert ", example by example, at every budget, to rounding (mean |difference| at most " in text
         assert "rescaling is a change of learning rates, and that change is worth " in text
     overall, setting = (_row(frame, "C", subject)["text"] for subject in ("overall", "mlp: sgd"))
     assert "what the change of learning rates is worth stands in the verdict on each" in overall
@@ -126,6 +126,7 @@ def test_a_control_that_is_the_same_to_rounding_has_its_own_word_and_its_worth(s
             share = f"{100 * row['estimate']:+.3g}% ({100 * row['low']:+.3g} to {100 * row['high']:+.3g})"
             assert f"{share} at budget {budget}" in _row(frame, "C", C1)["text"]
             assert f"{share} at budget {budget}" in setting
+    assert "over lr_equivalent" not in _row(frame, "C", C1)["text"]  # nothing to tell
     row = _row(frame, "C/effect", "mlp: sgd: rescale_curve (C3) - curve, budget 3")
     assert row["verdict"] == ("worse" if seeds == 10 else "not decided")
 
@@ -204,7 +205,7 @@ def test_the_text_carries_the_numbers_of_every_budget(won: pd.DataFrame) -> None
         share = f"{100 * row['estimate']:+.3g}% ({100 * row['low']:+.3g} to {100 * row['high']:+.3g})"
         assert f"{share} over {control}" in text
         assert row["low"] < 0.2 < row["high"]
-    assert "; intervals of level 95% each, 10 base runs." in text
+    assert ". Intervals of level 95% each, 10 base runs." in text
     printed = claims_text(won)
     assert "C. Ensembles from scale invariance" in printed
     assert f"  SUPPORTED: {C1}" in printed
