@@ -16,7 +16,7 @@ from benchmarks.report import fill, table
 from lossray.ensembles.methods import METHODS
 from lossray.findings.claims import TABLES_READ, claims_of
 from lossray.findings.ensemble_contrasts import contrast
-from lossray.findings.ensemble_scores import ensemble_cells, setting_labels
+from lossray.findings.ensemble_scores import EnsembleCell, ensemble_cells, setting_labels
 from lossray.findings.families import hommel
 from lossray.findings.verdict_c import named
 from lossray.results import StudyResults
@@ -113,32 +113,39 @@ def _shares(rows: Mapping[float, pd.DataFrame]) -> str:
 def others(study: StudyResults) -> str:
     """Other uses of the same budget against the schedule without rescaling, and against one another."""
     tables = {name: study.table(name) for name in ("runs", "predictions")}
-    alpha = study.study.claims.alpha
-    rows = []
-    for cell in ensemble_cells(tables, setting_labels(tables)):
-        found = [
-            contrast(cell, method, control, budget, metric="nll", alpha=alpha)
-            for method, control in OTHERS
-            if {method, control} <= set(cell.methods)
-            for budget in cell.budgets(method, control)
-        ]
-        adjusted = hommel([own.p_value for own in found])
-        for own, p_adjusted in zip(found, adjusted, strict=True):
-            better = "better" if own.difference.estimate > 0 else "worse"
-            rows.append(
-                [
-                    cell.label,
-                    f"{named(own.variant)} - {named(own.control)}",
-                    f"{own.budget:g}",
-                    _percents(own.relative),
-                    f"{own.p_value:.2g}",
-                    f"{p_adjusted:.2g}",
-                    f"{own.n}",
-                    better if p_adjusted < alpha else "not decided",
-                ]
-            )
+    rows = [
+        row
+        for cell in ensemble_cells(tables, setting_labels(tables))
+        for method, control in OTHERS
+        if {method, control} <= set(cell.methods)
+        for row in _other_rows(cell, method, control, study.study.claims.alpha)
+    ]
     head = ("setting", "method - other", "budget", "improvement of the NLL, %", "p", "adjusted", "n", "")
     return table(head, rows)
+
+
+def _other_rows(cell: EnsembleCell, method: str, control: str, alpha: float) -> list[list[str]]:
+    """One method against another at every budget; p values adjusted over the budgets."""
+    found = [
+        contrast(cell, method, control, budget, metric="nll", alpha=alpha)
+        for budget in cell.budgets(method, control)
+    ]
+    rows = []
+    for own, p_adjusted in zip(found, hommel([own.p_value for own in found]), strict=True):
+        better = "better" if own.difference.estimate > 0 else "worse"
+        rows.append(
+            [
+                cell.label,
+                f"{named(method)} - {named(control)}",
+                f"{own.budget:g}",
+                _percents(own.relative),
+                f"{own.p_value:.2g}",
+                f"{p_adjusted:.2g}",
+                f"{own.n}",
+                better if p_adjusted < alpha else "not decided",
+            ]
+        )
+    return rows
 
 
 def budgets(study: StudyResults) -> str:

@@ -24,17 +24,17 @@ class RatioInterval:
     stderr: float  # of the ratio linearised around its estimate
     floor: float  # the part of stderr**2, the test split's, that more runs do not reduce
     freedom: int
-    numerator: float
-    denominator: float
-    covariance: tuple[float, float, float]  # of the two means: variance, covariance, variance
+    covariance: tuple[
+        float, float, float
+    ]  # of the two means, in units of the second's: variance, both, variance
 
     def p_above(self, bound: float) -> float:
         """One-sided P value of "the ratio is at most ``bound``"; 1 where nothing is known."""
-        return t_tail(self.numerator - bound * self.denominator, self._stderr(bound), self.freedom)
+        return t_tail(self.estimate - bound, self._stderr(bound), self.freedom)
 
     def p_below(self, bound: float) -> float:
         """One-sided P value of "the ratio is at least ``bound``"."""
-        return t_tail(bound * self.denominator - self.numerator, self._stderr(bound), self.freedom)
+        return t_tail(bound - self.estimate, self._stderr(bound), self.freedom)
 
     def p_differs(self, bound: float) -> float:
         """Two-sided P value of "the ratio is ``bound``"."""
@@ -60,12 +60,11 @@ def ratio_interval(numerator: Array, denominator: Array, means: Array, *, alpha:
     top, bottom = (float(mean) for mean in means)
     ratio = top / bottom if bottom > 0 else math.nan
     if n < 2 or not bottom > 0:
-        nothing = (math.nan, math.nan, math.nan)
-        return RatioInterval(ratio, *nothing, math.nan, 1, top, bottom, nothing)
-    of_runs, of_examples = covariance_parts(np.stack([numerator, denominator]))
+        return RatioInterval(ratio, math.nan, math.nan, math.nan, math.nan, 1, (math.nan, math.nan, math.nan))
+    of_runs, of_examples = covariance_parts(np.stack([numerator, denominator]) / bottom)
     total = of_runs + of_examples
-    around = np.array([1.0, -ratio]) / bottom
-    low, high = _ends(top, bottom, total, float(special.stdtrit(n - 1, 1 - alpha / 2)))
+    around = np.array([1.0, -ratio])
+    low, high = _ends(ratio, total, float(special.stdtrit(n - 1, 1 - alpha / 2)))
     return RatioInterval(
         estimate=ratio,
         low=low,
@@ -73,17 +72,15 @@ def ratio_interval(numerator: Array, denominator: Array, means: Array, *, alpha:
         stderr=math.sqrt(max(0.0, float(around @ total @ around))),
         floor=max(0.0, float(around @ of_examples @ around)),
         freedom=n - 1,
-        numerator=top,
-        denominator=bottom,
         covariance=(float(total[0, 0]), float(total[0, 1]), float(total[1, 1])),
     )
 
 
-def _ends(top: float, bottom: float, covariance: Array, t: float) -> tuple[float, float]:
-    """The bounds x at which |top - x bottom| is t standard errors; NaN where there are not two."""
-    leading = bottom**2 - t**2 * float(covariance[1, 1])
-    half = top * bottom - t**2 * float(covariance[0, 1])
-    last = top**2 - t**2 * float(covariance[0, 0])
+def _ends(ratio: float, covariance: Array, t: float) -> tuple[float, float]:
+    """The bounds x at which |ratio - x| is t standard errors; NaN where there are not two."""
+    leading = 1 - t**2 * float(covariance[1, 1])
+    half = ratio - t**2 * float(covariance[0, 1])
+    last = ratio**2 - t**2 * float(covariance[0, 0])
     if not leading > 0:
         return math.nan, math.nan
     root = math.sqrt(max(0.0, half**2 - leading * last))
