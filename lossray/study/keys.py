@@ -1,6 +1,7 @@
 """Task keys: the hash of all that a task's result depends on, and of nothing else.
 
-Equal keys mean equal rows. The study's name, [resources], [claims] and the place of the data are in none.
+Equal keys mean equal rows. The study's name, [resources], [claims], [tuning] and the place of the data are in
+none.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

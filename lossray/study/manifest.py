@@ -182,8 +182,8 @@ def edited_packs(old: Manifest, study: Study, inputs: StudyInputs) -> dict[str, 
 def check_extension(old: Manifest, study: Study, inputs: StudyInputs) -> None:
     """Allow what adds to a store, refuse what changes an input of the rows that it has.
 
-    Seeds, optimizers, models and sections may be added; [resources] and [claims] may change, and so may the
-    place of the data as long as their content is the same.
+    Seeds, optimizers, models and sections may be added; [resources], [claims] and [tuning] may change, and so
+    may the place of the data as long as their content is the same.
 
     Raises:
         StoreError: one line for each difference, and the remedy.

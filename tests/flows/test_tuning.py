@@ -184,6 +184,15 @@ def test_a_store_may_be_tuned_later_and_keeps_what_it_has(study, out):
     assert analysed(out) == [0.3, 1.0]
 
 
+def test_without_the_section_a_tuned_store_has_all_that_it_has_trained_analysed(study, out):
+    assert run(study([0.3, 1.0]), out) == 0
+    assert analysed(out) == [1.0]
+    before = keys(out)
+    assert run(study([0.3, 1.0], tuning={}), out) == 0
+    assert keys(out) > before
+    assert analysed(out) == rates(out) == [0.3, 1.0, 10.0]
+
+
 def test_a_training_that_fails_is_no_rate_that_was_tried_and_is_tried_again(study, out, monkeypatch, capsys):
     def train(job):
         if job.pack.optimizer.lr == 30.0:
