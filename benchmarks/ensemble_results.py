@@ -1,6 +1,6 @@
-"""The tables on claim C in docs/results.md, from two stores of the study `ensembles`.
+"""The tables on claim C in docs/results.md, from stores of the study `ensembles`.
 
-``python -m benchmarks.ensemble_results OUT OUT_WIDE`` puts each in its place; the text is ours.
+``python -m benchmarks.ensemble_results OUT [OUT_WIDE ...]`` puts each in its place; the text is ours.
 OUT_WIDE is the study with ``--set ensembles.sigma=1.0``.
 """
 
@@ -44,9 +44,9 @@ OTHERS = (  # a method and what it is held against
 )
 
 
-def main(out: str, wide: str) -> None:
+def main(*outs: str) -> None:
     """Write all tables into the document."""
-    stores = {study.study.ensembles.sigma: study for study in map(lossray.open_study, (out, wide))}
+    stores = {study.study.ensembles.sigma: study for study in map(lossray.open_study, outs)}
     claims = {sigma: _claims(study) for sigma, study in stores.items()}
     narrow = stores[min(stores)]
     parts = {
