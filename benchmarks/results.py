@@ -58,6 +58,7 @@ def main(paper: str, edge: str) -> None:
         "dimension": widths(at_end, claims),
         "dispersion": dispersion(claims),
         "degeneracy": dense(tables["degeneracy"].merge(best, on="run_id")),
+        "nullity": nullity(claims),
         "trajectories": trajectories(study.table("trajectory").merge(best, on="run_id")),
         "edge": stability(lossray.open_study(edge)),
     }
@@ -208,6 +209,15 @@ def dense(degeneracy: pd.DataFrame) -> str:
         "excess > 0",
     )
     return table(head, rows)
+
+
+def nullity(claims: pd.DataFrame) -> str:
+    """How the nullity rises during training, what of it is forced, and against SGD."""
+    rows = [
+        [_cell(row.subject), row.statistic, _interval(row), f"{row.n}", _cell(row.text)]
+        for row in claims[claims["claim"] == "B/nullity"].itertuples()
+    ]
+    return table(("about", "statistic", "estimate", "seeds", ""), rows)
 
 
 def trajectories(trajectory: pd.DataFrame) -> str:
