@@ -97,12 +97,13 @@ def _verdict_rows(
         for name in together:
             alone = [cell for cell in judged if cell.architecture == name]
             decision = _by_architecture(alone, evidence, moments, settings.alpha)[name]
+            with_data = [cell for cell in alone if evidence[id(cell)].limited(settings.alpha) is None]
             details.append(
                 ClaimRow(
                     claim="A/levels",
                     subject=f"{name}: {direction}, {BEST}",
                     statistic="verdict",
-                    n=min((_seeds(cell) for cell in alone), default=0),
+                    n=min(map(_seeds, with_data), default=0),
                     verdict=decision.verdict,
                     text=f"{decision.reason}{rates.get(name, '')}",
                 )
