@@ -130,9 +130,15 @@ def _aside(floor: pd.DataFrame, coarse: pd.DataFrame, runs: pd.DataFrame) -> str
 
 
 def _left_out(counted: pd.DataFrame, runs: pd.DataFrame, what: str) -> str:
-    """Architectures without rows, and runs that did not finish."""
+    """Architectures without rows, and runs that did not finish.
+
+    Rates that were only tried, in tuning, are not analysed, and their runs are not lost.
+    """
     without = sorted(set(runs["architecture"]) - set(counted["architecture"]))
-    lost = int((runs["status"] != "finished").sum())
+    gone = runs["status"] != "finished"
+    analysed = runs["setting_id"].isin(runs.loc[runs["run_id"].isin(counted["run_id"]), "setting_id"])
+    hopeless = gone.groupby([runs["architecture"], runs["optimizer"]]).transform("all")
+    lost = int((gone & (analysed | hopeless)).sum())
     none = f"; no {what} of {', '.join(without)}" if without else ""
     return none + (f"; {lost} diverged or failed runs are left out" if lost else "")
 

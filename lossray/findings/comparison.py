@@ -7,6 +7,7 @@ import pandas as pd
 
 from lossray.findings.energies import ALIGNMENT_COLUMNS, observations
 from lossray.findings.matching import (
+    BEST,
     chosen_settings,
     described_runs,
     frame_of,
@@ -36,8 +37,16 @@ def comparison_of(tables: Mapping[str, pd.DataFrame], settings: ClaimsSettings) 
     later = checkpoints[checkpoints["step"] > 0].merge(_moving(alignment), on=["run_id", "step"])
     choice = chosen_settings(runs)
     considered = pd.concat([start, later], ignore_index=True)
-    points = matched_points(runs, considered, choice, levels=settings.levels)
+    points = matched_points(runs, considered, _analysed(choice, runs, alignment), levels=settings.levels)
     return Comparison(runs, alignment, points, lost_runs(runs, choice), observations(points, alignment))
+
+
+def _analysed(choice: pd.DataFrame, runs: pd.DataFrame, alignment: pd.DataFrame) -> pd.DataFrame:
+    """The choice without rules by which hardly anything was analysed: in tuning only the best rates are."""
+    known = runs.loc[runs["run_id"].isin(alignment["run_id"]), "setting_id"]
+    rows = choice["setting_id"].isin(known)
+    whole = rows.groupby([choice["architecture"], choice["rule"]]).transform("all")
+    return choice[whole | (choice["rule"] == BEST)]
 
 
 def _moving(alignment: pd.DataFrame) -> pd.DataFrame:

@@ -179,6 +179,16 @@ def test_learning_rate_rules() -> None:
     assert _row(frame, "A/verdict", "mlp: update, best lr, matched loss")["verdict"] == "NOT SUPPORTED"
 
 
+def test_rates_that_were_only_tried_are_no_rule() -> None:
+    tables = planted(TRUE, sd=0.2, lr={"adam": (0.001, 0.01), "sgd": (0.3, 0.1)})
+    frame = _claims(tables)
+    assert frame["subject"].str.contains("largest lr").any()
+    tried = tables["alignment"]["run_id"].str.contains("adam-0.01-|sgd-0.1-")
+    frame = _claims(tables | {"alignment": tables["alignment"][~tried]})
+    assert not frame["subject"].str.contains("largest lr|smallest lr").any()
+    assert _verdict(frame)["verdict"] == "SUPPORTED"
+
+
 def test_a_best_rate_at_the_edge_is_said() -> None:
     tables = planted(TRUE, sd=0.2, lr={"adam": (0.01, 0.001), "momentum": (0.3, 0.1), "rmsprop": (0.003,)})
     row = _verdict(_claims(tables))

@@ -256,3 +256,14 @@ def test_the_rise_of_the_nullity_by_optimizer(runs: pd.DataFrame) -> None:
     assert (contrast["estimate"], contrast["p_value"]) == (9, 2 / 2**6)
     # Four contrasts of six seeds cannot be significant together.
     assert (contrast["p_adjusted"], contrast["verdict"]) == (8 / 2**6, "no significant difference")
+
+
+def test_rates_that_were_only_tried_are_not_lost(runs: pd.DataFrame) -> None:
+    own = runs[runs["optimizer"] != "rmsprop"]
+    degeneracy = planted_degeneracy(own, excess=12, share=0.02)
+    tried = own.assign(run_id="x" + own["run_id"], setting_id="x" + own["setting_id"], status="diverged")
+    row = _verdict(_frame(pd.concat([own, tried]), degeneracy), EXACT)
+    assert "diverged or failed" not in row["text"]
+    hopeless = runs[runs["optimizer"] == "rmsprop"].assign(status="diverged")
+    row = _verdict(_frame(pd.concat([own, tried, hopeless]), degeneracy), EXACT)
+    assert f"{len(hopeless)} diverged or failed runs are left out" in row["text"]
