@@ -4,7 +4,7 @@
 """
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +30,7 @@ WIDTHS = ("sgd", "momentum", "rmsprop", "adam")  # the optimizers that train eve
 PLAIN = ("sgd", "momentum", "nesterov")
 GAUGES = ("raw", "balanced", "adaptive", "preconditioned")
 SHARES = ("explained1", "explained2", "random_walk1", "random_walk2")
-MLP = "mlp widths=32 activation=relu"
-NARROW = {MLP: "mlp", "cnn": "cnn"}  # the two that every optimizer trains
+NARROW = ("mlp", "cnn")  # the two that every optimizer trains
 MISSING = "-"
 
 
@@ -100,8 +99,8 @@ def levels(rows: pd.DataFrame, settings: ClaimsSettings, direction: str) -> str:
     moments = [*map(moment_of, settings.levels), MATCHED]
     own = rows[(rows["direction"] == direction) & (rows["gauge"] == "raw")]
     body = []
-    for architecture, name in NARROW.items():
-        here = own[own["architecture"] == architecture]
+    for name in NARROW:
+        here = own[own["architecture"].map(_is_narrow(name))]
         for optimizer in _optimizers(here):
             mine = here[here["optimizer"] == optimizer]
             cells = [_energy(mine[mine["moment"] == moment]) for moment in moments]
@@ -114,8 +113,8 @@ def gauges(at_end: pd.DataFrame, direction: str) -> str:
     """Geometric means at the lowest common loss, in percent of the direction's square; and over the nulls."""
     own = at_end[at_end["direction"] == direction]
     body = []
-    for architecture, name in NARROW.items():
-        here = own[own["architecture"] == architecture]
+    for name in NARROW:
+        here = own[own["architecture"].map(_is_narrow(name))]
         for optimizer in _optimizers(here):
             mine = here[here["optimizer"] == optimizer]
             by_gauge = {gauge: mine[mine["gauge"] == gauge] for gauge in GAUGES}
@@ -129,7 +128,7 @@ def gauges(at_end: pd.DataFrame, direction: str) -> str:
 
 def parts(at_end: pd.DataFrame) -> str:
     """Gradient, momentum, P^-1 g, update, and the first two in the optimizer's metric; percent, mlp."""
-    mlp = at_end[at_end["architecture"] == MLP]
+    mlp = at_end[at_end["architecture"].map(_is_narrow("mlp"))]
     columns = {
         "g": ("minibatch_gradient", "raw"),
         "m": ("momentum", "raw"),
@@ -152,7 +151,8 @@ def parts(at_end: pd.DataFrame) -> str:
 def widths(at_end: pd.DataFrame, claims: pd.DataFrame) -> str:
     """The update's energy by dimension at the lowest common loss, and the slopes."""
     own = at_end[(at_end["direction"] == "update") & (at_end["gauge"] == "raw")]
-    own = own[own["architecture"].str.contains("activation=relu") & own["optimizer"].isin(WIDTHS)]
+    relu = own["architecture"].str.startswith("mlp") & ~own["architecture"].str.contains("tanh")
+    own = own[relu & own["optimizer"].isin(WIDTHS)]
     rows = []
     for dim, group in own.groupby("n_params"):
         cells = [_energy(group[group["optimizer"] == name]) for name in WIDTHS]
@@ -170,10 +170,10 @@ def widths(at_end: pd.DataFrame, claims: pd.DataFrame) -> str:
 def dispersion(claims: pd.DataFrame) -> str:
     """The spread of S along training beside SGD's."""
     own = claims[(claims["claim"] == "A/dispersion") & claims["estimate"].notna()]
-    rows = [
-        [_cell(row.subject), row.statistic, _interval(row), f"{row.n}", _cell(row.verdict)]
-        for row in own.itertuples()
-    ]
+    rows = []
+    for row in own.itertuples():
+        word = MISSING if pd.isna(row.verdict) else row.verdict
+        rows.append([_cell(row.subject), row.statistic, _interval(row), f"{row.n}", word])
     return table(("about", "statistic", "estimate", "n", "verdict"), rows)
 
 
@@ -225,7 +225,7 @@ def trajectories(trajectory: pd.DataFrame) -> str:
     last = trajectory[trajectory["step"] == trajectory["step"].max()]
     rows = []
     for (architecture, optimizer), group in last.groupby(["architecture", "optimizer"]):
-        if optimizer in WIDTHS and architecture in ("cnn", "mlp widths=32 activation=relu"):
+        if optimizer in WIDTHS and any(_is_narrow(name)(architecture) for name in NARROW):
             shares = [f"{100 * group[name].mean():.1f}" for name in SHARES]
             rows.append([architecture.split()[0], optimizer, *shares])
     return table(("model", "optimizer", "axis 1", "axis 2", "walk 1", "walk 2"), rows)
@@ -244,6 +244,12 @@ def stability(study: StudyResults) -> str:
             [optimizer, f"{lr:g}", f"{group['threshold'].iloc[0]:.3g}", _spread(medians), _spread(raw)]
         )
     return table(("optimizer", "lr", "threshold", "preconditioned sharpness x lr", "lambda_max x lr"), rows)
+
+
+def _is_narrow(name: str) -> Callable[[object], bool]:
+    """Whether a label is that of the small network of this name, whatever stood beside it in the study."""
+    wanted = {"mlp": "mlp widths=32", "cnn": "cnn"}[name]
+    return lambda label: str(label).removesuffix(" activation=relu") == wanted
 
 
 def _optimizers(rows: pd.DataFrame) -> list[str]:
