@@ -44,7 +44,7 @@ JUDGED = (
 )  # the first is the claim's headline; "gradient" is the abstract's word
 SHOWN_GAUGES = {"update": None, "minibatch_gradient": ("raw", "preconditioned")}  # None: all
 NOBODY = Decision(
-    UNDECIDED, f"no runs with a checkpoint within a factor {MOST_MISMATCH:g} of it", judged=False
+    UNDECIDED, f"no runs with a checkpoint within a factor {MOST_MISMATCH:g} of that loss", judged=False
 )
 NO_ROWS = Decision(UNDECIDED, "no alignment rows of compared runs", judged=False)
 
@@ -97,13 +97,12 @@ def _verdict_rows(
         for name in together:
             alone = [cell for cell in judged if cell.architecture == name]
             decision = _by_architecture(alone, evidence, moments, settings.alpha)[name]
-            with_data = [cell for cell in alone if evidence[id(cell)].limited(settings.alpha) is None]
             details.append(
                 ClaimRow(
                     claim="A/levels",
                     subject=f"{name}: {direction}, {BEST}",
                     statistic="verdict",
-                    n=min(map(_seeds, with_data), default=0),
+                    n=_fewest(alone, evidence, settings.alpha),
                     verdict=decision.verdict,
                     text=f"{decision.reason}{rates.get(name, '')}",
                 )
@@ -163,6 +162,12 @@ def _seeds(cell: Cell) -> int:
     if "raw" not in cell.gauges or not cell.adaptive:
         return 0
     return int(np.isfinite(cell.gauges["raw"].against_baseline(cell.adaptive)).sum(axis=-1).min())
+
+
+def _fewest(cells: Sequence[Cell], evidence: Mapping[int, Evidence], alpha: float) -> int:
+    """Pairs at the level that has fewest, of those that could be judged if there are any."""
+    judged = [cell for cell in cells if evidence[id(cell)].limited(alpha) is None]
+    return min((_seeds(cell) for cell in judged or cells), default=0)
 
 
 def _caveats(cell: Cell) -> str:

@@ -180,7 +180,7 @@ def _mean_square(s: Array, both: NDArray[np.bool_]) -> Array:
 
 def _overall_row(judged: Sequence[Spreads], left_out: dict[str, str], settings: ClaimsSettings) -> ClaimRow:
     texts = [
-        f"{own.architecture}: {word_of([own], settings.alpha)} ({_multiples(own)}{_lost(own)})"
+        f"{own.architecture}: by itself {word_of([own], settings.alpha)} ({_multiples(own)}{_lost(own)})"
         for own in judged
     ]
     texts += [f"{name}: not judged ({reason})" for name, reason in left_out.items()]

@@ -69,6 +69,7 @@ class Decision:
     reason: str
     judged: bool = True  # whether the data could have decided
     where: str = ""  # at which levels of loss, where it is a verdict on several
+    lost: str | None = None  # whose runs are left out
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,9 @@ def decide_together(evidence: Sequence[Evidence], *, alpha: float) -> list[Decis
 def _with_losses(decision: Decision, evidence: Evidence) -> Decision:
     if evidence.lost is None:
         return decision
-    return Decision(decision.verdict, f"{decision.reason} ({evidence.lost})", decision.judged)
+    return Decision(
+        decision.verdict, f"{decision.reason} ({evidence.lost})", decision.judged, lost=evidence.lost
+    )
 
 
 def _decide(evidence: Evidence, refuted: list[str], reversed_: list[str], alpha: float) -> Decision:
@@ -246,7 +249,10 @@ def across_moments(by_moment: Mapping[str, Decision]) -> Decision:
     """
     judged = {moment: own for moment, own in by_moment.items() if own.judged}
     if not judged:
-        reasons = dict.fromkeys(own.reason for own in by_moment.values())
+        reasons = [
+            f"{reason} (at {', '.join(moment for moment, own in by_moment.items() if own.reason == reason)})"
+            for reason in dict.fromkeys(own.reason for own in by_moment.values())
+        ]
         return Decision(UNDECIDED, "; ".join(reasons) or "no rows of compared runs", judged=False)
     verdict = overall({moment: own.verdict for moment, own in judged.items()})
     parts = [
@@ -257,7 +263,7 @@ def across_moments(by_moment: Mapping[str, Decision]) -> Decision:
     if lacking:
         parts.append(f"not judged at {', '.join(lacking)}")
     deciding = next((own for own in judged.values() if own.verdict == verdict), None)
-    where = "; ".join(parts)
+    where = "; ".join([*parts, *dict.fromkeys(own.lost for own in judged.values() if own.lost)])
     return Decision(verdict, f"{where} ({deciding.reason})" if deciding else where, where=where)
 
 

@@ -555,3 +555,26 @@ def test_a_checkpoint_at_which_the_learning_rate_has_reached_zero_is_not_compare
     (last,) = frame[frame["subject"] == "mlp: update, best lr, last checkpoint"]["verdict"]
     assert last == "SUPPORTED"
     assert 0.1 < _row(frame, "A/matching", "mlp: best lr")["estimate"] < 0.4  # the loss at step 100
+
+
+def test_a_level_that_most_seeds_do_not_reach_is_not_judged_and_does_not_count_in_n():
+    tables = planted(in_all_gauges(by_group(0.08, 0.002)), seeds=20, sd=0.3)
+    checkpoints = tables["checkpoints"]
+    seed = checkpoints["run_id"].str.split("-").str[-1].astype(int)
+    checkpoints.loc[(seed >= 8) & (checkpoints["step"] == 100), "train_loss"] = 20.0
+    rows = claims_of(tables, ClaimsSettings()).set_index(["claim", "subject"])
+    assert (
+        "(8 of 20)" in rows.loc[("A/verdict", "mlp: update, best lr, matched loss 0.1 of the start"), "text"]
+    )
+    levels = rows.loc[("A/levels", "mlp: update, best lr")]
+    assert levels["verdict"] == "SUPPORTED"
+    assert levels["n"] >= 10
+
+
+def test_the_overall_verdict_names_who_lost_runs():
+    tables = planted(in_all_gauges(by_group(0.08, 0.002)), seeds=20, sd=0.3)
+    runs = tables["runs"]
+    runs.loc[(runs["optimizer"] == "adam") & (runs["seed"] < 6), "status"] = "diverged"
+    rows = _claims(tables).set_index(["claim", "subject"])
+    assert rows.loc[("A", "update"), "verdict"] == "SUPPORTED"
+    assert "adam (6 of 20)" in rows.loc[("A", "update"), "text"]

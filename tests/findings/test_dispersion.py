@@ -57,7 +57,7 @@ def _model(frame: pd.DataFrame, subject: str = "mlp") -> pd.Series:
 def test_planted_truth(spread: dict[str, float], verdict: str) -> None:
     frame = _claims(_tables(spread, seeds=14, random_seed=2))
     assert _overall(frame)["verdict"] == verdict
-    assert f"mlp: {verdict} (adagrad " in _overall(frame)["text"]
+    assert f"mlp: by itself {verdict} (adagrad " in _overall(frame)["text"]
     assert _model(frame)["verdict"] == verdict
     assert ("seeds would decide" in _model(frame)["text"]) == (verdict == "UNDECIDED")
     assert f"{verdict}: SGD's angle follows no such rule" in claims_text(frame)
