@@ -42,7 +42,7 @@ def main(repeats: int) -> None:
 
 
 def rates_of(every: Sequence[Case], repeats: int) -> list[float]:
-    """How often each case's word is given; those above the bound are simulated again, AGAIN times as often."""
+    """How often each case's word is given; those above the bound from AGAIN times as many studies."""
     with ProcessPoolExecutor(WORKERS) as pool:
         places = range(len(every))
         counts = list(pool.map(_hits, places, [repeats] * len(every), chunksize=4))
