@@ -249,11 +249,7 @@ def across_moments(by_moment: Mapping[str, Decision]) -> Decision:
     """
     judged = {moment: own for moment, own in by_moment.items() if own.judged}
     if not judged:
-        reasons = [
-            f"{reason} (at {', '.join(moment for moment, own in by_moment.items() if own.reason == reason)})"
-            for reason in dict.fromkeys(own.reason for own in by_moment.values())
-        ]
-        return Decision(UNDECIDED, "; ".join(reasons) or "no rows of compared runs", judged=False)
+        return Decision(UNDECIDED, _reasons(by_moment) or "no rows of compared runs", judged=False)
     verdict = overall({moment: own.verdict for moment, own in judged.items()})
     parts = [
         f"{word} at {', '.join(moment for moment, own in judged.items() if own.verdict == word)}"
@@ -262,9 +258,17 @@ def across_moments(by_moment: Mapping[str, Decision]) -> Decision:
     lacking = [moment for moment in by_moment if moment not in judged]
     if lacking:
         parts.append(f"not judged at {', '.join(lacking)}")
-    deciding = next((own for own in judged.values() if own.verdict == verdict), None)
+    deciding = {moment: own for moment, own in judged.items() if own.verdict == verdict}
     where = "; ".join([*parts, *dict.fromkeys(own.lost for own in judged.values() if own.lost)])
-    return Decision(verdict, f"{where} ({deciding.reason})" if deciding else where, where=where)
+    return Decision(verdict, f"{where} ({_reasons(deciding)})" if deciding else where, where=where)
+
+
+def _reasons(by_moment: Mapping[str, Decision]) -> str:
+    """Each reason once, with the levels at which it holds."""
+    return "; ".join(
+        f"{reason} (at {', '.join(moment for moment, own in by_moment.items() if own.reason == reason)})"
+        for reason in dict.fromkeys(own.reason for own in by_moment.values())
+    )
 
 
 def overall(verdicts: Mapping[str, str]) -> str:
