@@ -10,7 +10,15 @@ from flows import progress
 from flows.progress import Counts, Progress, duration
 from lossray.storage.store import Store
 
-COUNTS = {"runs": 4, "runs_done": 2, "checkpoints": 6, "checkpoints_trained": 3, "units": 12, "units_done": 3}
+COUNTS = {
+    "runs": 4,
+    "runs_done": 2,
+    "checkpoints": 6,
+    "checkpoints_trained": 3,
+    "to_analyse": 6,
+    "units": 12,
+    "units_done": 3,
+}
 
 
 @pytest.fixture

@@ -249,6 +249,7 @@ def test_settings_defaults_are_those_of_the_design() -> None:
         "gauges": ["raw", "balanced", "adaptive", "preconditioned"],
         "shadow": [],
         "window": 50,
+        "subspaces": "all",
     }
     assert AnglesSettings.model_validate({"shadow": ["adam"], "window": 0}).shadow == ("adam",)
 
