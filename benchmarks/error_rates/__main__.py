@@ -22,7 +22,8 @@ on simulated studies whose truth is planted. Written by `python -m benchmarks.er
 every word on fewer (tests/findings/test_error_rates.py).
 
 - **Wrong**: how often a word is given, in percent, at the edge of its truth, where it just is not true: the
-  worst case. Bound: {most:.0%}.
+  worst case. Bound: {most:.0%}. What comes out above it is simulated again, {again} times as often, and
+  that number stands here: of so many numbers some are above by chance.
 - **Right**: how often it is given where it is true, at distances that were measured.
 - n is the number of seeds. Runs scatter *independently*; or those of a seed together, with that
   *correlation*; or *skewed*, as the logarithm of a squared normal number is (for claim A: S of a single
