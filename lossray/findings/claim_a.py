@@ -1,4 +1,4 @@
-"""Claim A, perpendicularity: its tests at the matched loss, and its verdicts (SCIENCE 5A)."""
+"""Claim A, perpendicularity: its tests at the matched loss, and its verdicts (docs/science.md, "Claims")."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Claim B, degeneracy: exactly singular, singular beyond symmetry, effectively low rank (SCIENCE 5B)."""
+"""Claim B, degeneracy: exactly singular, singular beyond symmetry, effectively low rank."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -237,7 +237,7 @@ def _medians(rows: pd.DataFrame, column: str) -> str:
 
 
 def _forced(trained: pd.DataFrame) -> str:
-    """Under cross entropy a null space says nothing (SCIENCE 2.2)."""
+    """Under cross entropy a null space says nothing (docs/science.md, "Degeneracy")."""
     share = (trained["loss"] == "cross_entropy").mean()
     if share == 0:
         return ""

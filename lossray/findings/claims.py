@@ -35,7 +35,7 @@ WORDS = {
 
 
 def claims_of(tables: Mapping[str, pd.DataFrame], settings: ClaimsSettings) -> pd.DataFrame:
-    """The `claims` table: the statistics and verdicts of claims A, B and C (SCIENCE 5).
+    """The `claims` table: the statistics and verdicts of claims A, B and C (docs/science.md, "Claims").
 
     Args:
         tables: TABLES_READ by name, as `open_study(...).table` gives them. What is empty or not there is

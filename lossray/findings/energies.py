@@ -13,7 +13,7 @@ Array = NDArray[np.float64]
 
 NO_SCALE = ("sgd", "momentum", "nesterov")  # P is the identity: the preconditioned gauge is the raw one
 TOP, WIDER = "v1", "top10"
-RESOLVED_SHARE = 0.5  # of each optimizer's runs: fewer, and the wider subspace stands in for v1
+RESOLVED_SHARE = 0.5  # of each optimizer's runs: with fewer the wider subspace is shown, and v1 not judged
 
 CELL = ["architecture", "rule", "moment", "direction"]
 ALIGNMENT_COLUMNS = (
@@ -175,9 +175,8 @@ def _gauge(gauge: str, rows: pd.DataFrame) -> GaugeEnergies:
 def _subspace(rows: pd.DataFrame) -> str:
     """v1 where it is resolved in enough runs of every compared optimizer, else the top 10 if they are there.
 
-    The energy in the top 10 is at least that in v1: perpendicular to them is perpendicular to v1, but what is
-    not perpendicular to them may be so to v1, so that it refutes nothing (`evidence_a`). One choice
-    for all runs keeps paired differences comparable.
+    The top 10 are for the reader: what lies in them need not lie in v1, so that they neither establish nor
+    refute (`evidence_a`). One choice for all runs keeps paired differences comparable.
     """
     judged = rows[rows["adaptive"] | (rows["optimizer"] == BASELINE)]
     share = judged.groupby(["subspace", "optimizer"])["usable"].mean()

@@ -107,7 +107,8 @@ def gauge_evidence(cell: Cell, gauge: GaugeEnergies, settings: ClaimsSettings) -
     """
     energies = np.array([gauge.of(name) for name in cell.adaptive])
     below, above = safe_mean_test(energies, math.log(settings.margin_energy))
-    known = (np.isfinite(energies).sum(axis=-1) >= 2) & (gauge.subspace == TOP)
+    needed = max(2.0, RESOLVED_SHARE * len(cell.gauges["raw"].seeds))
+    known = (np.isfinite(energies).sum(axis=-1) >= needed) & (gauge.subspace == TOP)
     return GaugeEvidence(
         methods=cell.adaptive,
         known=known,

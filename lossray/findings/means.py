@@ -91,7 +91,7 @@ def equivalence(values: ArrayLike, width: float, *, alpha: float) -> Array:
 def bca_interval(values: ArrayLike, *, alpha: float, seed: int = 0) -> tuple[float, float]:
     """Two-sided BCa bootstrap interval of the mean of ``values`` [n], for display.
 
-    Tests do not use it: at n = 10 its one-sided error is 7 to 8.5% in place of 5% (SCIENCE 5A). NaN where
+    Tests do not use it: at n = 10 its one-sided error is 7 to 8.5% in place of 5%. NaN where
     the values, NaNs left out, are fewer than three or all equal.
     """
     sample = np.asarray(values, dtype=np.float64)

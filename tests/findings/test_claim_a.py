@@ -379,6 +379,16 @@ def test_a_gauge_in_which_v1_is_not_resolved_decides_nothing() -> None:
         assert "in gauge balanced" in row["text"]
 
 
+def test_a_gauge_in_which_most_runs_are_unresolved_decides_nothing_without_the_top_10_either() -> None:
+    tables = planted(in_all_gauges(by_group(0.06, 0.0005)), sd=0.1)
+    alignment = tables["alignment"][tables["alignment"]["subspace"] == "v1"]
+    most = (alignment["gauge"] == "balanced") & alignment["run_id"].str.contains("-adam-.*-[0-6]$")
+    tables["alignment"] = alignment.assign(resolved=alignment["resolved"] & ~most)
+    row = _row(_claims(tables), "A/verdict", "mlp: update, best lr, matched loss")
+    assert row["verdict"] == "UNDECIDED"
+    assert "gauge balanced" in row["text"]
+
+
 # ---- nulls
 
 
