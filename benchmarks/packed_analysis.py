@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.report import table, write_section
-from lossray.curvature.analysis import packed_analysis
-from lossray.curvature.operators import StackHessian
 from lossray.networks.executor import choose_executor
 from lossray.networks.models import build_model, model_settings
 from lossray.networks.stack import Stack, build_stack
+from lossray.operators.objectives import PackedObjective
+from lossray.operators.packed import PackedHessian
+from lossray.spectra.analysis import packed_analysis
 from lossray.training.datasets import Dataset, DataSettings, load_dataset
 from lossray.training.loop import TrainingSettings, train
 from lossray.training.optimizers import optimizer_settings
@@ -156,7 +157,9 @@ def compare(pack: Pack, repeats: int) -> list[str]:
 def _analyse(pack: Pack, seeds: Sequence[int]) -> Tensor:
     """Leading eigenvalues [R, TOP]."""
     batch = (pack.inputs, pack.targets)
-    operator = StackHessian(pack.stack, pack.theta, pack.buffers, F.cross_entropy, [batch], mode="retained")
+    operator = PackedHessian(
+        PackedObjective(pack.stack, pack.theta, pack.buffers, F.cross_entropy, [batch]), mode="retained"
+    )
     found = packed_analysis(
         operator, top=TOP, tolerance=TOLERANCE, probes=PROBES, steps=LANCZOS_STEPS, seeds=list(seeds)
     )

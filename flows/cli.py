@@ -95,7 +95,7 @@ def tables(
 @app.command()
 def claims(out: Annotated[str, OUT]) -> None:
     """The verdicts on the paper's claims, with the numbers behind them."""
-    from flows.claims import describe
+    from flows.verdicts import describe
 
     typer.echo(describe(out))
 
@@ -124,10 +124,10 @@ def spectrum(
     operator: Annotated[str, typer.Option(help="hessian, ggn or fisher.")] = "hessian",
 ) -> None:
     """The curvature spectrum of one's own model at one point."""
-    from flows.spectrum import Request
+    from flows.spectrum import SpectrumRequest
     from flows.spectrum import spectrum as describe
 
-    typer.echo(describe(Request(model, data, weights, loss, top, examples, dtype, operator), out))
+    typer.echo(describe(SpectrumRequest(model, data, weights, loss, top, examples, dtype, operator), out))
 
 
 @app.command()

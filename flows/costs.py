@@ -10,21 +10,23 @@ from typing import Any
 import torch
 
 from flows.plan import PackPlan, Plan
-from lossray.curvature.analysis import TRACES_PER_PROBE, CurvatureSettings
-from lossray.curvature.layers import layers
-from lossray.curvature.operators import StackHessian
-from lossray.curvature.polish import MOST_STEPS
 from lossray.ensembles.methods import METHODS
-from lossray.geometry.surface import LINES
+from lossray.geometry.planes import LINES
+from lossray.networks.parameter_layers import layers
+from lossray.nullity.polish import MOST_STEPS
+from lossray.operators.objectives import PackedObjective
+from lossray.operators.packed import PackedHessian
+from lossray.operators.settings import CurvatureSettings
+from lossray.spectra.analysis import TRACES_PER_PROBE
 from lossray.study import Pack, Study, surface_members
 from lossray.training.datasets import Dataset, analysis_set
 from lossray.training.loop import train
 from lossray.training.optimizers import OPTIMIZERS
+from tasks.build_ensembles import EnsembleJob
+from tasks.checkpoint_geometry import asks_for_angles, gauge_pairs, pairs_needed
+from tasks.checkpoint_spectra import operators_asked
 from tasks.context import loss_of, stack_of
-from tasks.ensembles import EnsembleJob
-from tasks.geometry import asks_for_angles, gauge_pairs, pairs_needed
 from tasks.path_ends import RESCALED, ConnectivityJob
-from tasks.spectra import operators_asked
 
 TIMED_STEPS = (0, 1, 2, 3, 8, 13)  # checkpoints of the timed training; the first step warms up
 LONG_SEGMENT = 5  # steps between the last of them
@@ -229,8 +231,9 @@ def _time_product(pack: Pack, plan: Plan, dataset: Dataset) -> float:
     stack, theta, buffers = stack_of(pack, dataset, dtype=dtype, device=torch.device("cpu"))
     examples = analysis_set(dataset, settings.examples)
     batch = (examples.inputs, examples.targets)
-    hessian = StackHessian(
-        stack, theta, buffers, loss_of(plan.context), [batch], mode=pack.product_mode, dtype=dtype
+    hessian = PackedHessian(
+        PackedObjective(stack, theta, buffers, loss_of(plan.context), [batch], dtype=dtype),
+        mode=pack.product_mode,
     )
     hessian.apply(theta)
     return min(_seconds(partial(hessian.apply, theta)) for _ in range(TIMED_PRODUCTS))

@@ -32,16 +32,16 @@ from flows.interrupt import Interrupt
 from flows.ledger import Ledger
 from flows.plan import AnalysisJob, PackPlan, Plan, described
 from flows.session import Capacity, worker_options
-from tasks.connectivity import connectivity
-from tasks.curvature import CurvatureJob, curvature, warm_up
-from tasks.degeneracy import DegeneracyJob, degeneracy
-from tasks.ensembles import EnsembleJob, ensemble
-from tasks.pairs import PairJob, pair
+from tasks.analyse_checkpoint import CurvatureJob, curvature, warm_up
+from tasks.build_ensembles import EnsembleJob, ensemble
+from tasks.commit_record import Attempt
+from tasks.compare_checkpoints import PairJob, pair
+from tasks.connect_runs import connectivity
+from tasks.evaluate_surfaces import SurfaceJob, surfaces
+from tasks.follow_runs import SeparationsJob, TrajectoryJob, separations, trajectory
+from tasks.measure_degeneracy import DegeneracyJob, degeneracy
 from tasks.path_ends import ConnectivityJob
-from tasks.record import Attempt
-from tasks.surfaces import SurfaceJob, surfaces
-from tasks.training import Published, TrainingActor, TrainingJob
-from tasks.trajectory import SeparationsJob, TrajectoryJob, separations, trajectory
+from tasks.train_pack import Published, TrainingActor, TrainingJob
 
 ATTEMPTS = 4  # tries at a task whose worker or node died
 QUEUED = 1  # analysis tasks submitted beyond those that can run, so that no worker waits for the driver

@@ -4,20 +4,20 @@ from functools import partial
 
 import torch
 
-from lossray.curvature.example_mean import require_example_mean
-from lossray.curvature.modes import ProductMode, choose_product_mode
-from lossray.curvature.objectives import StackObjective
 from lossray.errors import LossrayError, ModelError
 from lossray.networks.executor import choose_executor
 from lossray.networks.losses import get_loss
 from lossray.networks.models import build_model
 from lossray.networks.nests import rows
 from lossray.networks.stack import build_stack, stack_models
+from lossray.operators.example_mean import require_example_mean
+from lossray.operators.modes import ProductMode, choose_product_mode
+from lossray.operators.objectives import PackedObjective
 from lossray.plugins import failure
 from lossray.study import Setting, Study
 from lossray.study.packs import AUTO_SIZE
 from lossray.training.datasets import Dataset, analysis_set
-from tasks.spectra import operators_of
+from tasks.checkpoint_spectra import operators_of
 
 TRIAL_EXAMPLES = 4
 
@@ -68,11 +68,11 @@ def _decided(study: Study, dataset: Dataset, device: str, setting: Setting) -> t
     for split in ("train", "validation", "test"):
         own = getattr(dataset, split)
         if len(own.targets):
-            whole = StackObjective(stack, theta, buffers, loss, [(own.inputs, own.targets)], dtype=dtype)
+            whole = PackedObjective(stack, theta, buffers, loss, [(own.inputs, own.targets)], dtype=dtype)
             require_example_mean(whole, purpose=f"the loss over the {split} split", anywhere=True)
     n_examples = len(analysis_set(dataset, study.curvature.examples).targets)
     mode = choose_product_mode(stack, theta, buffers, loss, few, n_examples=n_examples, dtype=dtype)
-    objective = StackObjective(stack, theta, buffers, loss, [few], dtype=dtype)
+    objective = PackedObjective(stack, theta, buffers, loss, [few], dtype=dtype)
     for named in operators_of(study, objective, mode=mode, scale=torch.ones_like(theta)):
         if named.block == "all":
             named.operator.apply(theta)

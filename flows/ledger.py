@@ -6,10 +6,10 @@ from flows.followers import Event, Follower, Waiting
 from flows.plan import AnalysisJob, PackPlan, Plan, described
 from flows.progress import Counts, Progress
 from lossray.storage.store import Store
-from tasks.curvature import CurvatureJob
-from tasks.pairs import PairJob
-from tasks.record import Attempt, failure
-from tasks.training import failed_run_rows
+from tasks.analyse_checkpoint import CurvatureJob
+from tasks.commit_record import Attempt, failure
+from tasks.compare_checkpoints import PairJob
+from tasks.train_pack import failed_run_rows
 
 
 class Ledger:

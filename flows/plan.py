@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Literal
 
 from flows.followers import Event, Follower
-from lossray.connectivity.settings import Alignment
+from lossray.connectivity.settings import AlignmentKind
 from lossray.ensembles.methods import METHODS
 from lossray.settings import content_hash
 from lossray.study import (
@@ -26,18 +26,18 @@ from lossray.study import (
     training_key,
     trajectory_key,
 )
-from lossray.training.plan import checkpoint_steps
-from tasks.connectivity import pairs_of
+from lossray.training.settings import checkpoint_steps
+from tasks.analyse_checkpoint import CurvatureJob
+from tasks.build_ensembles import EnsembleJob
+from tasks.commit_record import Attempt
+from tasks.compare_checkpoints import PairJob
+from tasks.connect_runs import pairs_of
 from tasks.context import Context
-from tasks.curvature import CurvatureJob
-from tasks.degeneracy import DegeneracyJob
-from tasks.ensembles import EnsembleJob
-from tasks.pairs import PairJob
+from tasks.evaluate_surfaces import SurfaceJob, needs_course, needs_eigenvectors
+from tasks.follow_runs import SeparationsJob, TrajectoryJob
+from tasks.measure_degeneracy import DegeneracyJob
 from tasks.path_ends import RESCALED, ConnectivityJob
-from tasks.record import Attempt
-from tasks.surfaces import SurfaceJob, needs_course, needs_eigenvectors
-from tasks.training import TrainingJob
-from tasks.trajectory import SeparationsJob, TrajectoryJob
+from tasks.train_pack import TrainingJob
 
 FurtherJob = DegeneracyJob | TrajectoryJob | SeparationsJob | SurfaceJob | ConnectivityJob | EnsembleJob
 AnalysisJob = CurvatureJob | PairJob | FurtherJob
@@ -236,7 +236,7 @@ def _connectivity(
     step = study.training.steps
     earlier = tuple(other for other in before if other.setting_id == pack.setting_id)
     pairs = tuple(pairs_of(settings, pack, earlier))
-    wanted: dict[Alignment | Literal["rescaled"], tuple[tuple[str, str], ...]]
+    wanted: dict[AlignmentKind | Literal["rescaled"], tuple[tuple[str, str], ...]]
     wanted = {name: pairs for name in settings.align if pairs}
     if settings.rescaled:
         wanted[RESCALED] = tuple((run_id, run_id) for run_id in pack.run_ids)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from flows.claims import claims_current
 from flows.freeze import decide
 from flows.plan import Plan, make_plan
 from flows.superseded import (
@@ -18,9 +17,10 @@ from flows.superseded import (
     withdraw,
 )
 from flows.tuning import Round, round_of, trained_runs
-from lossray.curvature.modes import ProductMode
+from flows.verdicts import claims_current
 from lossray.errors import DataError, ModelError, StoreError
 from lossray.imports import settle_imports
+from lossray.operators.modes import ProductMode
 from lossray.source_hash import check_imported, source_hash
 from lossray.storage.publish import tables_current
 from lossray.storage.recordings import FOLDER, read_recordings

@@ -9,16 +9,16 @@ import torch
 from flows.interrupt import Interrupt
 from flows.ledger import Ledger
 from flows.plan import AnalysisJob, PackPlan, Plan
-from tasks.connectivity import connect_runs
-from tasks.curvature import CurvatureJob, analyse_checkpoint
-from tasks.degeneracy import DegeneracyJob, measure_degeneracy
-from tasks.ensembles import EnsembleJob, build_ensembles
-from tasks.pairs import PairJob, compare_checkpoints
+from tasks.analyse_checkpoint import CurvatureJob, analyse_checkpoint
+from tasks.build_ensembles import EnsembleJob, build_ensembles
+from tasks.commit_record import Attempt
+from tasks.compare_checkpoints import PairJob, compare_checkpoints
+from tasks.connect_runs import connect_runs
+from tasks.evaluate_surfaces import SurfaceJob, evaluate_surfaces
+from tasks.follow_runs import SeparationsJob, TrajectoryJob, compare_runs, follow_trajectory
+from tasks.measure_degeneracy import DegeneracyJob, measure_degeneracy
 from tasks.path_ends import ConnectivityJob
-from tasks.record import Attempt
-from tasks.surfaces import SurfaceJob, evaluate_surfaces
-from tasks.training import train_pack
-from tasks.trajectory import SeparationsJob, TrajectoryJob, compare_runs, follow_trajectory
+from tasks.train_pack import train_pack
 
 
 def run_serially(plan: Plan, ledger: Ledger, interrupt: Interrupt) -> bool:

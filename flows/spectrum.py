@@ -12,11 +12,6 @@ from torch import nn
 
 from flows.spectrum_store import Origin, open_store, publish
 from flows.spectrum_text import describe
-from lossray.curvature.analysis import MemberAnalysis, packed_analysis
-from lossray.curvature.example_mean import require_example_mean
-from lossray.curvature.modules import ModuleObjective
-from lossray.curvature.operators import PackedFisher, PackedGaussNewton, PackedHessian
-from lossray.curvature.transforms import PointOperator
 from lossray.errors import DataError, ModelError, StudyError
 from lossray.names import unknown_name
 from lossray.networks.functional import call_model
@@ -24,9 +19,14 @@ from lossray.networks.losses import get_loss
 from lossray.networks.models import build_model, model_settings
 from lossray.networks.nests import described, rows
 from lossray.networks.weights import load_weights
+from lossray.operators.example_mean import require_example_mean
+from lossray.operators.modules import ModuleObjective
+from lossray.operators.packed import PackedFisher, PackedGaussNewton, PackedHessian
+from lossray.operators.transforms import PointOperator
 from lossray.plugins import add_user_folders, failure, is_spec
 from lossray.seeds import stream
 from lossray.source_hash import source_hash
+from lossray.spectra.analysis import Analysis, packed_analysis
 from lossray.study.problems import problems_in
 from lossray.training.datasets import (
     Dataset,
@@ -35,7 +35,7 @@ from lossray.training.datasets import (
     data_settings,
     load_whole,
 )
-from tasks.record import Attempt, Stopwatch
+from tasks.commit_record import Attempt, Stopwatch
 
 OPERATORS: dict[str, Callable[[ModuleObjective], PointOperator]] = {
     "hessian": PackedHessian,
@@ -50,7 +50,7 @@ PROBES, STEPS = 4, 64  # of the density
 
 
 @dataclass(frozen=True)
-class Request:
+class SpectrumRequest:
     """What to analyse."""
 
     model: str
@@ -64,7 +64,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Point:
+class ModelAndData:
     """The model and the examples, read and checked."""
 
     model: nn.Module
@@ -72,7 +72,7 @@ class Point:
     examples: int | Literal["all"]  # of the data
 
 
-def spectrum(request: Request, out: str | None = None) -> str:
+def spectrum(request: SpectrumRequest, out: str | None = None) -> str:
     """Analyse a model and describe its spectrum.
 
     Args:
@@ -113,7 +113,7 @@ def spectrum(request: Request, out: str | None = None) -> str:
     return f"{text}\n\ntables in {store.url}: `lossray tables {store.url}`"
 
 
-def read_point(request: Request) -> Point:
+def read_point(request: SpectrumRequest) -> ModelAndData:
     """The model with its weights, and the data.
 
     Raises:
@@ -145,10 +145,10 @@ def read_point(request: Request) -> Point:
         raise ModelError(
             f"model {request.model!r} with loss {request.loss!r} on inputs {described(few)}: {failure(error)}"
         ) from error
-    return Point(model, data, request.examples or "all")
+    return ModelAndData(model, data, request.examples or "all")
 
 
-def operator_at(request: Request, point: Point) -> PointOperator:
+def operator_at(request: SpectrumRequest, point: ModelAndData) -> PointOperator:
     """The operator as a pack of one.
 
     Raises:
@@ -161,7 +161,7 @@ def operator_at(request: Request, point: Point) -> PointOperator:
     return OPERATORS[request.operator](objective)
 
 
-def heading(request: Request, point: Point, analysis: MemberAnalysis) -> list[str]:
+def heading(request: SpectrumRequest, point: ModelAndData, analysis: Analysis) -> list[str]:
     """What was analysed."""
     where = f"weights of {request.weights}" if request.weights else "weights as the function makes them"
     size = sum(parameter.numel() for parameter in point.model.parameters() if parameter.requires_grad)

@@ -7,16 +7,16 @@ from typing import Any, Literal
 
 from torch import nn
 
-from lossray.curvature.analysis import Analysis
-from lossray.curvature.transforms import PointOperator
 from lossray.errors import StoreError
+from lossray.operators.transforms import PointOperator
 from lossray.settings import content_hash
+from lossray.spectra.analysis import PackedAnalysis
 from lossray.storage.publish import publish_tables
 from lossray.storage.store import Store
 from lossray.study import versions_of
 from lossray.training.datasets import Dataset, analysis_fingerprint, analysis_set
-from tasks.record import Stopwatch
-from tasks.spectra import curvature_rows, density_rows, eigenvalue_rows
+from tasks.checkpoint_spectra import curvature_rows, density_rows, eigenvalue_rows
+from tasks.commit_record import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def open_store(out: str) -> Store:
 
 
 def publish(
-    store: Store, watch: Stopwatch, origin: Origin, analysis: Analysis, operator: PointOperator
+    store: Store, watch: Stopwatch, origin: Origin, analysis: PackedAnalysis, operator: PointOperator
 ) -> None:
     """Write the rows, under a run that is named by the model and the content of all that was analysed."""
     request = origin.request

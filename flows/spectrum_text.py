@@ -5,17 +5,17 @@ from collections.abc import Sequence
 
 import torch
 
-from lossray.curvature.analysis import MemberAnalysis
-from lossray.curvature.density import SpectralDensity
-from lossray.curvature.estimates import MemberEstimate
-from lossray.curvature.pairs import MemberPairs
+from lossray.spectra.analysis import Analysis
+from lossray.spectra.certified_pairs import EigenPairs
+from lossray.spectra.density import SpectralDensity
+from lossray.spectra.estimates import Estimate
 
 BINS = 16  # of the histogram
 WIDTH = 40  # characters of its longest bar
 POORLY_KNOWN = 0.1  # residual over |value| of a pair that converged beside an outlier that dwarfs it
 
 
-def describe(operator: str, analysis: MemberAnalysis, heading: Sequence[str]) -> str:
+def describe(operator: str, analysis: Analysis, heading: Sequence[str]) -> str:
     """The whole text.
 
     Args:
@@ -72,7 +72,7 @@ def histogram(density: SpectralDensity, dim: int) -> list[str]:
     ]
 
 
-def _pairs(pairs: MemberPairs) -> list[str]:
+def _pairs(pairs: EigenPairs) -> list[str]:
     lines = [f"{'':4}{'value':>14} {'residual':>10} {'gap':>10}"]
     for i in range(len(pairs)):
         flag = _flag(bool(pairs.converged[i]), float(pairs.relative_errors[i]))
@@ -90,7 +90,7 @@ def _flag(converged: bool, relative_error: float) -> str:
     return f"  known to {relative_error:.0%} of itself" if relative_error > POORLY_KNOWN else ""
 
 
-def _estimate(estimate: MemberEstimate) -> str:
+def _estimate(estimate: Estimate) -> str:
     if estimate.stderr == 0 and estimate.bound == 0:
         return f"{estimate.value:.5g} (exact)"
     if math.isnan(estimate.stderr):

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 import ray
 from ray.exceptions import RayTaskError
 
-from flows.claims import publish_claims
 from flows.driver import WAIT_SECONDS, Driver
 from flows.freeze import study_device
 from flows.interrupt import Interrupt
@@ -32,6 +31,7 @@ from flows.request import (
 from flows.serial import run_serially
 from flows.session import Capacity, capacity, has_gpus, ray_session
 from flows.superseded import explained
+from flows.verdicts import publish_claims
 from lossray.errors import StoreError, StudyError
 from lossray.storage.lease import Lease
 from lossray.storage.publish import publish_tables

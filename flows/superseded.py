@@ -14,7 +14,7 @@ from lossray.packages import installed
 from lossray.storage.files import keyed
 from lossray.storage.store import FAILED, Store
 from lossray.study import versions_of
-from tasks.record import versions_in
+from tasks.commit_record import versions_in
 
 COLUMNS = ["task_key", "kind", "status", "pack_id", "step", "versions", "lossray_version"]
 REPLACED = "checkpoints of the run were replaced, deleted or added"

@@ -8,10 +8,13 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lossray.connectivity.alignment import align
+    from lossray.connectivity.align import align
     from lossray.connectivity.connect import connect
-    from lossray.curvature.floor import structural_floor
-    from lossray.curvature.matrices import (
+    from lossray.networks.balance import balance
+    from lossray.networks.rescale import rescale
+    from lossray.nullity.degeneracy import degeneracy
+    from lossray.nullity.structural_floor import structural_floor
+    from lossray.operators.matrices import (
         EmpiricalFisher,
         GaussNewton,
         Hessian,
@@ -19,33 +22,34 @@ if TYPE_CHECKING:
         Restricted,
         Scaled,
     )
-    from lossray.curvature.nullity import degeneracy
-    from lossray.curvature.single import analyse, eigenpairs, spectral_density, trace
-    from lossray.networks.rescaling import balance, rescale
     from lossray.results import open_study
+    from lossray.spectra.analyse import analyse
+    from lossray.spectra.eigenpairs import eigenpairs
+    from lossray.spectra.spectral_density import spectral_density
+    from lossray.spectra.trace import trace
     from lossray.training.record import record
 
 __version__ = "0.2.0"
 
 _HOMES = {
-    "EmpiricalFisher": "lossray.curvature.matrices",
-    "GaussNewton": "lossray.curvature.matrices",
-    "Hessian": "lossray.curvature.matrices",
-    "Preconditioned": "lossray.curvature.matrices",
-    "Restricted": "lossray.curvature.matrices",
-    "Scaled": "lossray.curvature.matrices",
-    "align": "lossray.connectivity.alignment",
-    "analyse": "lossray.curvature.single",
-    "balance": "lossray.networks.rescaling",
+    "EmpiricalFisher": "lossray.operators.matrices",
+    "GaussNewton": "lossray.operators.matrices",
+    "Hessian": "lossray.operators.matrices",
+    "Preconditioned": "lossray.operators.matrices",
+    "Restricted": "lossray.operators.matrices",
+    "Scaled": "lossray.operators.matrices",
+    "align": "lossray.connectivity.align",
+    "analyse": "lossray.spectra.analyse",
+    "balance": "lossray.networks.balance",
     "connect": "lossray.connectivity.connect",
-    "degeneracy": "lossray.curvature.nullity",
-    "eigenpairs": "lossray.curvature.single",
+    "degeneracy": "lossray.nullity.degeneracy",
+    "eigenpairs": "lossray.spectra.eigenpairs",
     "open_study": "lossray.results",
     "record": "lossray.training.record",
-    "rescale": "lossray.networks.rescaling",
-    "spectral_density": "lossray.curvature.single",
-    "structural_floor": "lossray.curvature.floor",
-    "trace": "lossray.curvature.single",
+    "rescale": "lossray.networks.rescale",
+    "spectral_density": "lossray.spectra.spectral_density",
+    "structural_floor": "lossray.nullity.structural_floor",
+    "trace": "lossray.spectra.trace",
 }
 
 __all__ = [

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lossray.connectivity.jumps import jumps
-from lossray.connectivity.members import align_members
-from lossray.connectivity.settings import Alignment, ConnectivitySettings
+from lossray.connectivity.packed_align import packed_align
+from lossray.connectivity.settings import AlignmentKind, ConnectivitySettings
 from lossray.errors import ModelError
 from lossray.networks.batch_norm import statistics_of
 from lossray.networks.nests import is_tensor, mapped
@@ -24,8 +24,8 @@ from lossray.storage.store import Store
 from lossray.study import Pack
 from lossray.training.datasets import Dataset
 from lossray.training.evaluation import evaluate_split, keeps_function, output_change
+from tasks.commit_record import Attempt
 from tasks.context import Context, loss_of
-from tasks.record import Attempt
 
 # In place of an alignment: of a run with a rescaled copy of itself.
 RESCALED: Literal["rescaled"] = "rescaled"
@@ -39,7 +39,7 @@ class ConnectivityJob:
     pack: Pack
     earlier: tuple[Pack, ...]  # packs of the same setting that come before
     pairs: tuple[tuple[str, str], ...]  # runs; the second is of this pack
-    aligned: Alignment | Literal["rescaled"]  # what is done to the second of each pair first
+    aligned: AlignmentKind | Literal["rescaled"]  # what is done to the second of each pair first
     step: int  # of the last checkpoint
     key: str
     attempt: Attempt
@@ -69,7 +69,7 @@ Tensors = tuple[Tensor, dict[str, Tensor], Tensor]  # of a run: parameters [d], 
 
 
 @dataclass(frozen=True)
-class Ends:
+class PathEnds:
     """Both ends of P pairs."""
 
     a: Tensor  # [P, d]
@@ -124,7 +124,7 @@ def joinable(site: Site) -> Site:
     return replace(site, job=replace(site.job, pairs=pairs))
 
 
-def _jumps(site: Site, ends: Ends) -> Tensor:
+def _jumps(site: Site, ends: PathEnds) -> Tensor:
     """Whether the loss would jump at the second end, [P]."""
     train, loss = site.dataset.train, loss_of(site.job.context)
 
@@ -134,7 +134,7 @@ def _jumps(site: Site, ends: Ends) -> Tensor:
     return jumps(site.stack, ends.b, ends.buffers_a, ends.buffers_b, train.inputs, losses)
 
 
-def ends_of(site: Site) -> Ends:
+def ends_of(site: Site) -> PathEnds:
     """The ends of every pair, the second aligned or rescaled."""
     ends = _as_they_are(site)
     if site.job.aligned == "none":
@@ -142,7 +142,7 @@ def ends_of(site: Site) -> Ends:
     return _rescaled(site, ends) if site.job.aligned == RESCALED else _aligned(site, ends)
 
 
-def _as_they_are(site: Site) -> Ends:
+def _as_they_are(site: Site) -> PathEnds:
     """The runs of each pair at their last checkpoints."""
     job = site.job
     runs: dict[str, Tensors] = {}
@@ -160,14 +160,14 @@ def _as_they_are(site: Site) -> Ends:
     alive = torch.stack([one[2] & other[2] for one, other in zip(a, b, strict=True)])
     distance = torch.linalg.vector_norm(first.double() - second.double(), dim=1)
     unknown = torch.full_like(distance, torch.nan)
-    return Ends(first, second, alive, _stacked(a), _stacked(b), distance, unknown)
+    return PathEnds(first, second, alive, _stacked(a), _stacked(b), distance, unknown)
 
 
 def _stacked(ends: Sequence[Tensors]) -> dict[str, Tensor]:
     return {name: torch.stack([own[name] for _, own, _ in ends]) for name in ends[0][1]}
 
 
-def _rescaled(site: Site, ends: Ends) -> Ends:
+def _rescaled(site: Site, ends: PathEnds) -> PathEnds:
     """D theta with log-normal factors."""
     data = (site.dataset.train.inputs, None)
     symmetry = rescaling_symmetry(site.stack.template, site.stack.layout, data)
@@ -195,12 +195,12 @@ def _exact(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
-def _aligned(site: Site, ends: Ends) -> Ends:
+def _aligned(site: Site, ends: PathEnds) -> PathEnds:
     """The second of each pair brought close to the first."""
     kind = site.job.aligned
     assert kind != "none"
     assert kind != RESCALED
-    found = align_members(
+    found = packed_align(
         site.stack,
         (ends.b, ends.buffers_b),
         (ends.a, ends.buffers_a),

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from scipy import special
 
 from benchmarks.error_rates.case import Case
-from lossray.findings.claim_b import LOW_RANK, Count, word_of_cells
+from lossray.findings.claim_b import LOW_RANK, NullityCount, word_of_cells
 from lossray.findings.verdict_a import NOT_SUPPORTED, SUPPORTED
 from lossray.study.settings import ClaimsSettings
 
@@ -58,7 +58,9 @@ def singular(
     if unequal:
         there[rng.random(n) < 0.5, 1:] = 0.0
     told = there * (rng.random(answers.shape) >= unknown)
-    return Count((answers * told).sum(axis=1), (there - told).sum(axis=1), there.sum(axis=1)).verdict(ALPHA)
+    return NullityCount((answers * told).sum(axis=1), (there - told).sum(axis=1), there.sum(axis=1)).verdict(
+        ALPHA
+    )
 
 
 def _singular_cases(n: int) -> Iterator[Case]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lossray.connectivity.matching import Permutations, assignment
+from lossray.connectivity.weight_matching import Permutations, assignment
 from lossray.errors import ModelError
 from lossray.networks.architecture import Node, graph_of
 from lossray.networks.copies import double_copy

@@ -12,12 +12,9 @@ from torch import Tensor, nn
 
 from lossray.connectivity.barriers import above_chord
 from lossray.connectivity.curves import points_along, train_curves
-from lossray.connectivity.examples import Examples, Indexed, joined
+from lossray.connectivity.examples import Indexed, IndexedExamples, joined
 from lossray.connectivity.jumps import differing, jumps
 from lossray.connectivity.paths import CURVES, KINDS, Kind, Path, bent, geometric, straight
-from lossray.curvature.example_mean import require_example_mean
-from lossray.curvature.finite import require_finite_loss
-from lossray.curvature.modules import ModuleObjective
 from lossray.errors import ModelError, StudyError
 from lossray.names import unknown_name
 from lossray.networks.as_found import copied
@@ -25,10 +22,13 @@ from lossray.networks.batch_norm import has_statistics
 from lossray.networks.layout import require_module, uncompiled
 from lossray.networks.losses import Loss, in_dtype_of_outputs
 from lossray.networks.stack import Members, Stack, stack_models
+from lossray.operators.example_mean import require_example_mean
+from lossray.operators.finite import require_finite_loss
+from lossray.operators.modules import ModuleObjective
 from lossray.training.batches import takes_all
 from lossray.training.datasets import Dataset, Split
 from lossray.training.optimizers import OptimizerSettings, optimizer_settings
-from lossray.training.plan import TrainingSettings
+from lossray.training.settings import TrainingSettings
 from lossray.training.steps import TrainingTask
 
 POINTS = 25  # of a path, where its barrier is looked for
@@ -49,7 +49,7 @@ class Connection:
     _ends: tuple[nn.Module, nn.Module] = field(repr=False)
     _stack: Stack = field(repr=False)
     _buffers: tuple[Members, Members] = field(repr=False)  # of the ends, [1, *shape]
-    _examples: Examples = field(repr=False)
+    _examples: IndexedExamples = field(repr=False)
     _loss: Loss = field(repr=False)  # of outputs and the numbers of examples
 
     def at(self, t: float) -> nn.Module:

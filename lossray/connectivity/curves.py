@@ -18,7 +18,7 @@ from lossray.seeds import generator
 from lossray.training.batches import gradient_in_training, next_minibatch
 from lossray.training.datasets import Dataset
 from lossray.training.evaluation import METRICS, evaluate
-from lossray.training.optimizers import StackOptimizer
+from lossray.training.optimizers import PackedOptimizer
 from lossray.training.steps import TrainingTask, all_finite, below_limit
 
 MEMBERS_AT_ONCE = 64  # points of paths that are evaluated as members of one stack
@@ -62,7 +62,7 @@ def train_curves(task: TrainingTask, path: Path, buffers: Members, *, initial_lo
     curve = Path(path.kind, path.points.detach().clone())
     own = {name: tensor.detach().clone() for name, tensor in buffers.items()}
     bends = curve.bends.flatten(0, 1)  # a view [bends * R, d]: optimizers treat them as members of one stack
-    optimizer = StackOptimizer(task.optimizer, bends, task.stack.layout)
+    optimizer = PackedOptimizer(task.optimizer, bends, task.stack.layout)
     members, initial_loss = len(task.seeds), initial_loss.to(bends.device)
     alive = torch.ones(members, dtype=torch.bool, device=bends.device)
     for step in range(task.training.steps):

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from lossray.curvature.objectives import Batch, example_losses
 from lossray.errors import DataError
 from lossray.networks.functional import call_model
 from lossray.networks.losses import Loss
+from lossray.operators.objectives import Batch, example_losses
 
 
 @dataclass(frozen=True)
-class Examples:
+class IndexedExamples:
     """All examples of a data set."""
 
     inputs: Any  # tensors [N, ...]: one, or a nest of them
@@ -53,7 +53,7 @@ class Examples:
 class Indexed(nn.Module):
     """A model as a function of the numbers [B] of examples."""
 
-    def __init__(self, model: nn.Module, examples: Examples) -> None:
+    def __init__(self, model: nn.Module, examples: IndexedExamples) -> None:
         super().__init__()
         self.model = model
         self.examples = examples
@@ -63,7 +63,7 @@ class Indexed(nn.Module):
         return call_model(self.model, _rows(self.examples.inputs, indices))
 
 
-def joined(batches: Iterable[Batch]) -> Examples:
+def joined(batches: Iterable[Batch]) -> IndexedExamples:
     """The examples of all batches, in their order.
 
     Raises:
@@ -77,7 +77,7 @@ def joined(batches: Iterable[Batch]) -> Examples:
     inputs, targets = tree_unflatten([_concatenated(column) for column in columns], flat[0][1])
     sizes = tuple(part.size or 0 for part in parts)
     device = next(leaf.device for leaf in flat[0][0] if isinstance(leaf, Tensor))
-    return Examples(inputs, targets, _weights(parts, device), sizes, device)
+    return IndexedExamples(inputs, targets, _weights(parts, device), sizes, device)
 
 
 def _concatenated(column: tuple[Any, ...]) -> Any:

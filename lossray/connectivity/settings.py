@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field, field_validator
 from lossray.settings import Settings, each_once
 
 Kind = Literal["line", "polychain", "bezier"]
-Alignment = Literal["none", "permutation", "scale", "both"]
+AlignmentKind = Literal["none", "permutation", "scale", "both"]
 
 
 def _listed(value: Any) -> Any:
@@ -37,7 +37,9 @@ class ConnectivitySettings(Settings):
     bends: Annotated[int, Field(ge=1, le=100)] = 1
     steps: Annotated[int, Field(ge=1)] | None = None
     points: Annotated[int, Field(ge=3, le=10_000)] = 25
-    align: Annotated[tuple[Alignment, ...], BeforeValidator(_listed), Field(strict=False, min_length=1)] = (
+    align: Annotated[
+        tuple[AlignmentKind, ...], BeforeValidator(_listed), Field(strict=False, min_length=1)
+    ] = (
         "none",
         "both",
     )

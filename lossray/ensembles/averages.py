@@ -7,20 +7,22 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lossray.ensembles.bench import Point
+from lossray.ensembles.bench import PackedWeights
 from lossray.seeds import generator
 
 RANK = 20  # deviations that SWAG keeps, as in the paper
 
 
-def averaged(points: Sequence[Point]) -> Point:
+def averaged(points: Sequence[PackedWeights]) -> PackedWeights:
     """The mean of the weights, float64 sums; the buffers are those of the last point."""
     mean = torch.stack([point.theta.double() for point in points]).mean(dim=0)
     last = points[-1]
     return replace(last, theta=mean.to(last.theta.dtype))
 
 
-def gaussian_samples(points: Sequence[Point], seeds: Sequence[int], count: int) -> list[Point]:
+def gaussian_samples(
+    points: Sequence[PackedWeights], seeds: Sequence[int], count: int
+) -> list[PackedWeights]:
     """Draws from SWAG's Gaussian, half of its covariance diagonal and half of low rank.
 
     theta = mean + sqrt(variance / 2) z1 + D z2 / sqrt(2 (K - 1)), D the K last deviations from running means.

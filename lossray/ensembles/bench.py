@@ -23,8 +23,8 @@ from lossray.storage.checkpoints import Checkpoint
 from lossray.training.batches import takes_all
 from lossray.training.datasets import Dataset
 from lossray.training.optimizers import OptimizerSettings
-from lossray.training.plan import TrainingSettings
 from lossray.training.schedules import learning_rate
+from lossray.training.settings import TrainingSettings
 from lossray.training.steps import LearningRates, PackState, TrainingTask, fresh, resumed, take_step
 
 FORWARD = 1 / 3  # cost of a forward pass: a gradient is a forward and a backward pass, which costs two
@@ -35,20 +35,20 @@ Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Point:
+class PackedWeights:
     """One set of weights for each base run."""
 
     theta: Tensor  # [R, d]
     buffers: Buffers  # name -> [R, *shape]
     alive: Tensor  # [R] bool; the weights of the others mean nothing
 
-    def where(self, healthy: Tensor) -> "Point":
+    def where(self, healthy: Tensor) -> "PackedWeights":
         """The same, with those that are not ``healthy`` [R] marked as dead."""
         return replace(self, alive=self.alive & healthy)
 
 
 @dataclass(frozen=True)
-class Problem:
+class BaseRuns:
     """What the base runs have in common.
 
     Attributes:
@@ -87,7 +87,7 @@ class Problem:
 class Bench:
     """What a method works with, and what it has taken so far for each base run, in gradients of examples."""
 
-    problem: Problem
+    problem: BaseRuns
     budget: Budget
     bends: int = 1  # of a curve
 
@@ -102,7 +102,7 @@ class Bench:
 
     # ---- training
 
-    def base(self) -> Point:
+    def base(self) -> PackedWeights:
         """The base runs after those steps of their own training that the budget has for them."""
         steps = self.budget.base_steps
         problem, found = self.problem, self.problem.checkpoint(steps)
@@ -115,7 +115,7 @@ class Bench:
         self.pay(steps * problem.batch)
         return _point(pack)
 
-    def fresh_runs(self, purpose: str, number: int, steps: int) -> Point:
+    def fresh_runs(self, purpose: str, number: int, steps: int) -> PackedWeights:
         """Independent runs from initialisations of their own, trained for ``steps`` under the run's schedule.
 
         Args:
@@ -135,12 +135,12 @@ class Bench:
 
     def retrain(
         self,
-        start: Point,
+        start: PackedWeights,
         steps: int,
         *,
         cycle: int,
         rates: LearningRates | None = None,
-    ) -> Point:
+    ) -> PackedWeights:
         """One cycle: the run's optimizer afresh, its learning rate falling to 0 along half a cosine.
 
         Args:
@@ -154,14 +154,14 @@ class Bench:
 
     def course(
         self,
-        start: Point,
+        start: PackedWeights,
         steps: int,
         captures: Sequence[int],
         *,
         rate: Callable[[int], float],
         cycle: int = 0,
         rates: LearningRates | None = None,
-    ) -> list[Point]:
+    ) -> list[PackedWeights]:
         """The points after each of the steps ``captures`` of one training with a rate of its own."""
         problem = self.problem
         seeds = self.seeds("cycle", cycle)
@@ -181,7 +181,7 @@ class Bench:
         self.pay(done * problem.batch)
         return points
 
-    def curve(self, a: Point, b: Point, steps: int, *, cycle: int = 0) -> Path:
+    def curve(self, a: PackedWeights, b: PackedWeights, steps: int, *, cycle: int = 0) -> Path:
         """A Bezier curve from a to b, trained for ``steps``; NaN where it diverges or an end is dead."""
         problem = self.problem
         task = replace(
@@ -195,15 +195,17 @@ class Bench:
         inner = found.path.points.masked_fill(~healthy[:, None], torch.nan)
         return replace(found.path, points=inner)
 
-    def on_path(self, path: Path, a: Point, b: Point, t: float) -> Point:
+    def on_path(self, path: Path, a: PackedWeights, b: PackedWeights, t: float) -> PackedWeights:
         """The point at t of a path from a to b, batch-norm statistics recomputed between the ends."""
         if t in (0.0, 1.0):
             end = a if t == 0 else b
             return end.where(torch.isfinite(path.at(0.5)).all(dim=1))
         theta = path.at(t)
-        return self.refreshed(Point(theta, a.buffers, a.alive & b.alive & torch.isfinite(theta).all(dim=1)))
+        return self.refreshed(
+            PackedWeights(theta, a.buffers, a.alive & b.alive & torch.isfinite(theta).all(dim=1))
+        )
 
-    def refreshed(self, point: Point) -> Point:
+    def refreshed(self, point: PackedWeights) -> PackedWeights:
         """The same weights with batch-norm statistics of the training examples; free where there are none."""
         if not has_statistics(self.problem.stack.template):
             return point
@@ -246,7 +248,7 @@ class Bench:
             take_step(task, pack, step)
 
 
-def _point(pack: PackState) -> Point:
+def _point(pack: PackState) -> PackedWeights:
     """A copy of where a pack stands."""
     buffers = {name: tensor.clone() for name, tensor in pack.buffers.items()}
-    return Point(pack.theta.clone(), buffers, pack.alive.clone())
+    return PackedWeights(pack.theta.clone(), buffers, pack.alive.clone())

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lossray.connectivity.jumps import jumps
-from lossray.ensembles.bench import Point, Problem
+from lossray.ensembles.bench import BaseRuns, PackedWeights
 from lossray.networks.batch_norm import has_statistics, refresh_statistics
 from lossray.networks.stack import Members
 from lossray.training.datasets import Split
@@ -16,7 +16,7 @@ from lossray.training.evaluation import evaluate_split
 PLACES = (0.25, 0.5, 0.75)  # of a line, where its barrier is looked for
 
 
-def line_barrier(problem: Problem, a: Point, b: Point, examples: Split) -> Tensor:
+def line_barrier(problem: BaseRuns, a: PackedWeights, b: PackedWeights, examples: Split) -> Tensor:
     """Largest rise of the loss above the chord of its ends, at PLACES and at least 0; [R] float64.
 
     Batch norm has statistics of the training inputs at the ends too. NaN where other buffers differ between
@@ -26,7 +26,7 @@ def line_barrier(problem: Problem, a: Point, b: Point, examples: Split) -> Tenso
     return _rise(problem, (a, b), (ends[0], ends[1]), examples)
 
 
-def pair_barriers(problem: Problem, points: Sequence[Point], examples: Split) -> Tensor:
+def pair_barriers(problem: BaseRuns, points: Sequence[PackedWeights], examples: Split) -> Tensor:
     """`line_barrier` of every two points, in the order of `itertools.combinations`, [R, pairs]."""
     ends = [_losses(problem, point.theta, point, examples) for point in points]
     rises = [
@@ -37,7 +37,10 @@ def pair_barriers(problem: Problem, points: Sequence[Point], examples: Split) ->
 
 
 def _rise(
-    problem: Problem, points: tuple[Point, Point], ends: tuple[Tensor, Tensor], examples: Split
+    problem: BaseRuns,
+    points: tuple[PackedWeights, PackedWeights],
+    ends: tuple[Tensor, Tensor],
+    examples: Split,
 ) -> Tensor:
     (a, b), (first, last) = points, ends
     rises = []
@@ -47,7 +50,7 @@ def _rise(
     return torch.stack(rises).amax(dim=0).clamp(min=0).masked_fill(_jumps(problem, a, b, examples), torch.nan)
 
 
-def _jumps(problem: Problem, a: Point, b: Point, examples: Split) -> Tensor:
+def _jumps(problem: BaseRuns, a: PackedWeights, b: PackedWeights, examples: Split) -> Tensor:
     """Whether the loss would jump at b, [R]."""
 
     def losses(theta: Tensor, buffers: Members) -> Tensor:
@@ -56,7 +59,7 @@ def _jumps(problem: Problem, a: Point, b: Point, examples: Split) -> Tensor:
     return jumps(problem.stack, b.theta, a.buffers, b.buffers, problem.dataset.train.inputs, losses)
 
 
-def _losses(problem: Problem, theta: Tensor, point: Point, examples: Split) -> Tensor:
+def _losses(problem: BaseRuns, theta: Tensor, point: PackedWeights, examples: Split) -> Tensor:
     """Losses [R] with the buffers of a point, batch norm's refreshed on the training inputs."""
     buffers = point.buffers
     if has_statistics(problem.stack.template):

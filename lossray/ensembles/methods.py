@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from lossray.ensembles import controls, variants
-from lossray.ensembles.bench import Bench, Problem
+from lossray.ensembles.bench import BaseRuns, Bench
 from lossray.ensembles.budget import Budget
-from lossray.ensembles.recipes import Members, Options
+from lossray.ensembles.recipes import EnsembleMembers, Options
 from lossray.ensembles.rescaling import equivalent_rates
 from lossray.errors import ModelError
 from lossray.networks.layout import uncompiled
@@ -35,11 +35,11 @@ class Method:
             learning rates that equal a rescaling; "alignment", units that can be permuted or rescaled.
     """
 
-    build: Callable[[Bench, Options], Members]
+    build: Callable[[Bench, Options], EnsembleMembers]
     steps: Callable[[Budget], int]
     needs: Literal["rescaling", "rates", "alignment"] | None = None
 
-    def refusal(self, problem: Problem) -> str | None:
+    def refusal(self, problem: BaseRuns) -> str | None:
         """Why the method cannot be applied to these runs; None where it can."""
         model, optimizer = problem.stack.template, problem.optimizer
         if self.needs is not None and not is_tensor(problem.dataset.train.inputs):

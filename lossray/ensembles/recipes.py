@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lossray.connectivity.paths import Path
-from lossray.ensembles.bench import Array, Bench, Point
+from lossray.ensembles.bench import Array, Bench, PackedWeights
 from lossray.ensembles.budget import Budget
 from lossray.ensembles.rescaling import Gauges, Rescaling, equivalent_rates
 from lossray.training.steps import LearningRates
@@ -13,7 +13,7 @@ COMPANION_SHARE = 0.75  # of the extra budget that goes into another run, to whi
 
 
 @dataclass(frozen=True)
-class Members:
+class EnsembleMembers:
     """An ensemble for each base run, and what it has cost.
 
     Attributes:
@@ -22,7 +22,7 @@ class Members:
         rescalings: what the method has rescaled by, in order.
     """
 
-    points: tuple[Point, ...]
+    points: tuple[PackedWeights, ...]
     costs: tuple[Array, ...]
     rescalings: tuple[Rescaling, ...] = ()
 
@@ -49,8 +49,11 @@ def rates_of(bench: Bench, rescaling: Rescaling) -> LearningRates:
 
 
 def chain(
-    bench: Bench, cycles: int, step: Callable[[Point, int], Point], base: Point | None = None
-) -> tuple[tuple[Point, ...], tuple[Array, ...]]:
+    bench: Bench,
+    cycles: int,
+    step: Callable[[PackedWeights, int], PackedWeights],
+    base: PackedWeights | None = None,
+) -> tuple[tuple[PackedWeights, ...], tuple[Array, ...]]:
     """The base, and what ``step`` makes of each member in turn."""
     points = [base or bench.base()]
     costs = [bench.spent]
@@ -75,14 +78,16 @@ def curve_steps(budget: Budget) -> int:
     return max(1, budget.extra_steps - companion_steps(budget))
 
 
-def on_a_curve(bench: Bench, a: Point, b: Point, steps: int | None = None) -> Members:
+def on_a_curve(bench: Bench, a: PackedWeights, b: PackedWeights, steps: int | None = None) -> EnsembleMembers:
     """Members on a curve that is trained with half of the extra steps by default."""
     path = bench.curve(a, b, max(1, bench.budget.extra_steps - half(bench)) if steps is None else steps)
     points, costs = along(bench, path, a, b)
-    return Members(points, costs)
+    return EnsembleMembers(points, costs)
 
 
-def along(bench: Bench, path: Path, a: Point, b: Point) -> tuple[tuple[Point, ...], tuple[Array, ...]]:
+def along(
+    bench: Bench, path: Path, a: PackedWeights, b: PackedWeights
+) -> tuple[tuple[PackedWeights, ...], tuple[Array, ...]]:
     """Members at evenly spaced places of a path, the ends first."""
     points, costs = [], []
     for t in spread(bench.budget.size):

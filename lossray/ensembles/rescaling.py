@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lossray.curvature.objectives import StackObjective
-from lossray.curvature.operators import PackedHessian
-from lossray.curvature.ritz import largest_ritz_values
-from lossray.ensembles.bench import PRODUCT, Bench, Point, Problem
+from lossray.ensembles.bench import PRODUCT, BaseRuns, Bench, PackedWeights
 from lossray.ensembles.lines import line_barrier
 from lossray.errors import ModelError
 from lossray.networks.nests import chunks, count, rows
 from lossray.networks.random_gauges import random_factors
 from lossray.networks.symmetry import RescalingSymmetry, rescaling_symmetry
+from lossray.operators.objectives import PackedObjective
+from lossray.operators.packed import PackedHessian
 from lossray.seeds import generator
+from lossray.spectra.ritz_values import largest_ritz_values
 from lossray.training.evaluation import CHUNK, keeps_function, output_change
 from lossray.training.optimizers import OPTIMIZERS, OptimizerSettings
 from lossray.training.steps import LearningRates
@@ -52,11 +52,11 @@ class Rescaling:
     line_barrier: Tensor
     dead_units: Tensor  # int64
 
-    def apply(self, point: Point) -> Point:
+    def apply(self, point: PackedWeights) -> PackedWeights:
         """D theta: the same functions."""
         return replace(point, theta=point.theta * self.diagonal)
 
-    def undo(self, point: Point) -> Point:
+    def undo(self, point: PackedWeights) -> PackedWeights:
         """D^-1 theta."""
         return replace(point, theta=point.theta / self.diagonal)
 
@@ -84,7 +84,7 @@ class Gauges:
         self.drawn: list[Rescaling] = []
         self._dead: Tensor | None = None  # [R, units]
 
-    def draw(self, point: Point) -> Rescaling:
+    def draw(self, point: PackedWeights) -> Rescaling:
         """The next rescaling, at ``point``."""
         bench = self.bench
         stack, train = bench.problem.stack, bench.problem.dataset.train
@@ -118,7 +118,7 @@ class Gauges:
         self.drawn.append(found)
         return found
 
-    def _require_kept(self, point: Point, diagonal: Tensor) -> None:
+    def _require_kept(self, point: PackedWeights, diagonal: Tensor) -> None:
         """Refuse a rescaling that changes the function of a run by more than rounding."""
         stack, scaled = self.bench.problem.stack, point.theta.double() * diagonal
         eps = self.symmetry.seen.eps
@@ -131,7 +131,7 @@ class Gauges:
                 "ensembles.methods"
             )
 
-    def _dead_units(self, point: Point) -> Tensor:
+    def _dead_units(self, point: PackedWeights) -> Tensor:
         """Those at the first point. They get no gradient; one that wakes up later keeps its gauge."""
         if self._dead is None:
             self._dead = dead_units(self.bench, self.symmetry, point)
@@ -191,7 +191,7 @@ def equivalent_rates(optimizer: OptimizerSettings, diagonal: Tensor) -> Learning
     return LearningRates(update=1 / diagonal) if optimizer.name in BY_UPDATE else None
 
 
-def dead_units(bench: Bench, symmetry: RescalingSymmetry, point: Point) -> Tensor:
+def dead_units(bench: Bench, symmetry: RescalingSymmetry, point: PackedWeights) -> Tensor:
     """Hidden units that no training example makes active, [R, units] bool.
 
     Their outgoing weights have no gradient, whatever the loss is: here a random combination of the outputs.
@@ -216,11 +216,11 @@ def dead_units(bench: Bench, symmetry: RescalingSymmetry, point: Point) -> Tenso
 
 
 @torch.no_grad()
-def largest_eigenvalue(problem: Problem, point: Point) -> Tensor:
+def largest_eigenvalue(problem: BaseRuns, point: PackedWeights) -> Tensor:
     """A lower bound of the largest Hessian eigenvalue, [R] float64: Lanczos on some examples."""
     train = problem.dataset.train
     some = min(SHARPNESS_EXAMPLES, problem.examples)
-    objective = StackObjective(
+    objective = PackedObjective(
         problem.stack,
         point.theta.masked_fill(~point.alive[:, None], torch.nan),
         point.buffers,
@@ -238,6 +238,6 @@ def largest_eigenvalue(problem: Problem, point: Point) -> Tensor:
     return largest_ritz_values(hessian, start, LANCZOS_STEPS)
 
 
-def _at_once(point: Point) -> int:
+def _at_once(point: PackedWeights) -> int:
     """Examples of one forward pass of all runs."""
     return max(1, CHUNK // len(point.theta))

@@ -6,17 +6,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lossray.ensembles.bench import Bench, Point
+from lossray.ensembles.bench import Bench, PackedWeights
 from lossray.seeds import generator
 from lossray.training.batches import gradient_in_training, next_minibatch
-from lossray.training.optimizers import StackOptimizer
+from lossray.training.optimizers import PackedOptimizer
 from lossray.training.steps import all_finite, below_limit
 
 VOLUME = 1e-2  # weight of -log(volume) in the loss of a new vertex
 START = 0.1  # distance of a new vertex from the middle of the others, in norms of the base
 
 
-def grow(bench: Bench, vertices: Sequence[Point], steps: int) -> Point:
+def grow(bench: Bench, vertices: Sequence[PackedWeights], steps: int) -> PackedWeights:
     """One more vertex: minimises the expected loss over the simplex less VOLUME times its log volume.
 
     Each step draws one point of the simplex, uniformly; the gradient at it reaches the new vertex by that
@@ -39,7 +39,7 @@ def grow(bench: Bench, vertices: Sequence[Point], steps: int) -> Point:
     healthy = torch.stack([vertex.alive for vertex in vertices]).all(dim=0)
     seeds, rate = bench.seeds("vertex", number), bench.cosine(steps)
     initial_loss = bench.initial_loss()
-    optimizer = StackOptimizer(problem.optimizer, theta, problem.stack.layout)
+    optimizer = PackedOptimizer(problem.optimizer, theta, problem.stack.layout)
     buffers = {name: tensor.clone() for name, tensor in vertices[0].buffers.items()}
     for step in range(steps):
         shares = uniform_shares(problem.seeds, number + 1, number, step).to(theta)  # [R, V + 1]

@@ -5,11 +5,11 @@ from itertools import pairwise
 
 import torch
 
-from lossray.connectivity.members import align_members
+from lossray.connectivity.packed_align import packed_align
 from lossray.connectivity.paths import Path
-from lossray.ensembles.bench import Bench, Point
+from lossray.ensembles.bench import Bench, PackedWeights
 from lossray.ensembles.recipes import (
-    Members,
+    EnsembleMembers,
     Options,
     along,
     chain,
@@ -23,51 +23,51 @@ from lossray.ensembles.recipes import (
 from lossray.ensembles.rescaling import Rescaling
 
 
-def rescaled_copies(bench: Bench, options: Options) -> Members:
+def rescaled_copies(bench: Bench, options: Options) -> EnsembleMembers:
     """C0: the base in other gauges. The same function again and again: a test of the software."""
     base, gauges = bench.base(), gauges_of(bench, options)
     points, costs = [base], [bench.spent]
     for _ in range(bench.budget.cycles):
         points.append(gauges.draw(base).apply(base))
         costs.append(bench.spent)
-    return Members(tuple(points), tuple(costs), tuple(gauges.drawn))
+    return EnsembleMembers(tuple(points), tuple(costs), tuple(gauges.drawn))
 
 
-def rescale_retrain(bench: Bench, options: Options) -> Members:
+def rescale_retrain(bench: Bench, options: Options) -> EnsembleMembers:
     """C1: rescale, retrain one cycle, go back to the base's gauge; again from there."""
     gauges = gauges_of(bench, options)
     points, costs = chain(
         bench, bench.budget.cycles, lambda point, k: _retrained(bench, gauges.draw(point), point, k)
     )
-    return Members(points, costs, tuple(gauges.drawn))
+    return EnsembleMembers(points, costs, tuple(gauges.drawn))
 
 
-def points_geometric(bench: Bench, options: Options) -> Members:
+def points_geometric(bench: Bench, options: Options) -> EnsembleMembers:
     """C2 along D^t theta, on which the function stays the same."""
     base, gauges = bench.base(), gauges_of(bench, options)
     diagonal = gauges.draw(base).diagonal.double()
     times = spread(bench.budget.size)
     points = [replace(base, theta=(base.theta.double() * diagonal**t).to(base.theta.dtype)) for t in times]
-    return Members(tuple(points), (bench.spent,) * len(points), tuple(gauges.drawn))
+    return EnsembleMembers(tuple(points), (bench.spent,) * len(points), tuple(gauges.drawn))
 
 
-def points_line(bench: Bench, options: Options) -> Members:
+def points_line(bench: Bench, options: Options) -> EnsembleMembers:
     """C2 along the straight line from theta to D theta."""
     base, gauges = bench.base(), gauges_of(bench, options)
     scaled = gauges.draw(base).apply(base)
     line = Path("line", torch.stack([base.theta, scaled.theta]))
     points, costs = along(bench, line, base, scaled)
-    return Members(points, costs, tuple(gauges.drawn))
+    return EnsembleMembers(points, costs, tuple(gauges.drawn))
 
 
-def rescale_curve(bench: Bench, options: Options) -> Members:
+def rescale_curve(bench: Bench, options: Options) -> EnsembleMembers:
     """C3: rescale, polish (half of the extra steps), join theta and polished D theta by a trained curve."""
     base, gauges = bench.base(), gauges_of(bench, options)
     end = bench.retrain(gauges.draw(base).apply(base), half(bench), cycle=0)
     return replace(on_a_curve(bench, base, end), rescalings=tuple(gauges.drawn))
 
 
-def rescale_retrain_curve(bench: Bench, options: Options) -> Members:
+def rescale_retrain_curve(bench: Bench, options: Options) -> EnsembleMembers:
     """C4: C1 with half of the cycles, and a curve through each pair of neighbours with the other half."""
     gauges = gauges_of(bench, options)
     links = max(1, bench.budget.cycles // 2)
@@ -80,31 +80,31 @@ def rescale_retrain_curve(bench: Bench, options: Options) -> Members:
         path = bench.curve(a, b, steps, cycle=k)
         middles.append(bench.on_path(path, a, b, 0.5))
         later.append(bench.spent)
-    return Members((*points, *middles), (*costs, *later), tuple(gauges.drawn))
+    return EnsembleMembers((*points, *middles), (*costs, *later), tuple(gauges.drawn))
 
 
-def align_curve(bench: Bench, options: Options) -> Members:
+def align_curve(bench: Bench, options: Options) -> EnsembleMembers:
     """C5: another run, aligned with the base (permutation and scale); a trained curve between them."""
     base, companion = bench.base(), bench.fresh_runs("companion", 1, companion_steps(bench.budget))
     return on_a_curve(bench, base, _aligned(bench, companion, base), curve_steps(bench.budget))
 
 
 def _retrained(
-    bench: Bench, rescaling: Rescaling, point: Point, cycle: int, steps: int | None = None
-) -> Point:
+    bench: Bench, rescaling: Rescaling, point: PackedWeights, cycle: int, steps: int | None = None
+) -> PackedWeights:
     """One cycle in another gauge, and back; of the budget's length by default."""
     steps = bench.budget.cycle_steps if steps is None else steps
     return rescaling.undo(bench.retrain(rescaling.apply(point), steps, cycle=cycle))
 
 
-def _aligned(bench: Bench, points: Point, to: Point) -> Point:
+def _aligned(bench: Bench, points: PackedWeights, to: PackedWeights) -> PackedWeights:
     """Permutation and scale of each run's point to another; the same functions."""
     problem = bench.problem
-    found = align_members(
+    found = packed_align(
         problem.stack,
         (points.theta, points.buffers),
         (to.theta, to.buffers),
         problem.dataset.train.inputs,
         alive=points.alive & to.alive,
     )
-    return Point(found.theta, found.buffers, points.alive)
+    return PackedWeights(found.theta, found.buffers, points.alive)

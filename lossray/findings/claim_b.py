@@ -49,7 +49,7 @@ COLUMNS = (
 
 
 @dataclass(frozen=True)
-class Count:
+class NullityCount:
     """Of each seed's `n` runs, those for which a statement holds, and those of which no gap lets us tell.
 
     Arrays [seeds]; single numbers are one seed. Runs of one seed share initialisation and data order, so that
@@ -193,10 +193,10 @@ def _runs_of(rows: pd.DataFrame) -> pd.DataFrame:
     return runs.assign(unknown=~runs["yes"] & ~runs["no"])
 
 
-def _count(runs: pd.DataFrame) -> Count:
+def _count(runs: pd.DataFrame) -> NullityCount:
     seed, _ = pd.factorize(runs["seed"])
     yes, unknown = (np.bincount(seed, weights=runs[name].to_numpy(dtype=bool)) for name in ("yes", "unknown"))
-    return Count(yes, unknown, np.bincount(seed))
+    return NullityCount(yes, unknown, np.bincount(seed))
 
 
 def _singular_verdict(

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lossray.curvature.layers import layers
-from lossray.curvature.pairs import PackedOperator
 from lossray.geometry.finite_step import FiniteStep
 from lossray.geometry.nulls import layer_index, layer_sums
 from lossray.networks.layout import Layout
+from lossray.networks.parameter_layers import layers
+from lossray.spectra.operator import PackedOperator
 
 
 @dataclass(frozen=True)

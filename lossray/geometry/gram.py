@@ -7,7 +7,7 @@ WIDTH = 4096
 SEED = 20250913  # of the one sketch that all windows share
 
 
-class Sketch:
+class GramSketch:
     """A random map from R^d to R^m, m = `WIDTH`, that keeps inner products; the identity where d <= m.
 
     A count sketch (Charikar, Chen and Farach-Colton 2002): every coordinate gets a random sign, and is added

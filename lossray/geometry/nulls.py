@@ -8,10 +8,10 @@ from numpy.typing import NDArray
 from scipy.special import betainc, betaincc
 from torch import Tensor
 
-from lossray.curvature.layers import layers
 from lossray.geometry.gram import finite_eigenvalues
 from lossray.geometry.quadratic_forms import QuadraticForm, form_of, stacked
 from lossray.networks.layout import Layout
+from lossray.networks.parameter_layers import layers
 
 Array = NDArray[np.float64]
 IntArray = NDArray[np.int64]

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from lossray.curvature.pairs import EigenPairs
-from lossray.geometry.angles import subspace_resolved
+from lossray.geometry.subspace_angles import subspace_resolved
+from lossray.spectra.certified_pairs import PackedEigenPairs
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,9 @@ def overlap_sizes(n_outputs: int, top: int, dim: int) -> list[int]:
     return sorted(k for k in sizes if 0 < k < dim)
 
 
-def overlap_rows(earlier: EigenPairs, later: EigenPairs, *, n_outputs: int, top: int) -> list[OverlapRow]:
+def overlap_rows(
+    earlier: PackedEigenPairs, later: PackedEigenPairs, *, n_outputs: int, top: int
+) -> list[OverlapRow]:
     """One row per size and member.
 
     Sizes of more dimensions than there are pairs are left out. Neither signs nor rotations inside a subspace

@@ -1,7 +1,7 @@
 """The eigenpairs of a pack at one step as bytes: the content of OUT/vectors/<pack>/<step>.safetensors.
 
 Tensor keys are "<operator>/<block>/<end>/<field>", for example "hessian/all/largest/values"; the fields are
-those of `EigenPairs`. The Hessian in another gauge (SCIENCE 2.6) is an operator of its own, such as
+those of `PackedEigenPairs`. The Hessian in another gauge (SCIENCE 2.6) is an operator of its own, such as
 "hessian@adaptive". The vectors are rounded to float32, all else is kept as computed.
 """
 
@@ -11,15 +11,15 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from lossray.curvature.pairs import EigenPairs
 from lossray.errors import StoreError
+from lossray.spectra.certified_pairs import PackedEigenPairs
 from lossray.storage import tensors as files
 
 FORMAT = "eigenpairs/2"
 REMEDY = "delete it and run the study again"  # where it is still needed the checkpoint is analysed again
-FIELDS = tuple(field.name for field in fields(EigenPairs))
+FIELDS = tuple(field.name for field in fields(PackedEigenPairs))
 Name = tuple[str, str, str]  # operator, block and end, such as ("hessian", "all", "largest")
-Spectra = Mapping[Name, EigenPairs]
+Spectra = Mapping[Name, PackedEigenPairs]
 
 
 def dumps(spectra: Spectra, *, key: str) -> bytes:
@@ -39,7 +39,7 @@ def dumps(spectra: Spectra, *, key: str) -> bytes:
 
 def loads(
     data: bytes, *, key: str, device: str | torch.device = "cpu", name: str = "vectors"
-) -> dict[Name, EigenPairs]:
+) -> dict[Name, PackedEigenPairs]:
     """The eigenpairs in the content of a file; vectors in float64, with the rounding of float32.
 
     Args:
@@ -67,6 +67,6 @@ def _stored(field: str, tensor: Tensor) -> Tensor:
     return tensor.float() if field == "vectors" else tensor
 
 
-def _pairs(tensors: Mapping[str, Tensor], prefix: str, device: str | torch.device) -> EigenPairs:
+def _pairs(tensors: Mapping[str, Tensor], prefix: str, device: str | torch.device) -> PackedEigenPairs:
     own = {field: tensors[f"{prefix}/{field}"].to(device) for field in FIELDS}
-    return EigenPairs(**own | {"vectors": own["vectors"].double()})
+    return PackedEigenPairs(**own | {"vectors": own["vectors"].double()})

@@ -1,55 +1,34 @@
-"""The gauge of least norm: damped Newton steps on a sum of exponentials (SCIENCE 2.6)."""
+"""The same function at the weights of least norm: `lossray.balance`."""
 
-import math
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
-_STEPS = 500
-_SMALL_STEP = 1e-8  # a Newton step from so near ends at rounding
+from lossray.errors import ModelError
+from lossray.networks.layout import layout_of, tensors_of, uncompiled
+from lossray.networks.rescale import in_gauge
+from lossray.networks.symmetry import rescaling_symmetry
 
 
-def balanced_factors(weights: Tensor) -> Tensor:
-    """The factors alpha that minimise sum_ij w_ij (alpha_i / alpha_j)^2, where alpha_0 = 1.
+def balance(model: nn.Module, data: Any = None) -> nn.Module:
+    """A copy of a ReLU network in the balanced gauge: the weights of least norm that give the same function.
 
-    There the weights into and out of a unit have the same sum. The problem is convex in log alpha.
-    The damped step ln(1 + delta) / delta, with delta the largest change of an exponent, converges from
-    everywhere (Sun & Tran-Dinh, "Generalized self-concordant functions", Math. Program. 2019).
+    There the incoming and the outgoing weights of every hidden unit have the same norm (SCIENCE 2.6). Units
+    without incoming or without outgoing weights stay as they are.
 
     Args:
-        weights: w_ij >= 0, what goes into unit i out of unit j, [U + 1, U + 1] float64; 0 is the outside.
+        model: left as it is.
+        data: as in `rescale`.
 
-    Returns:
-        alpha [U] of units 1 to U; 1 for those with nothing going in or nothing coming out, NaN if a weight is
-        not finite.
+    Raises:
+        ModelError: the architecture has no rescaling symmetry, the weights are not finite, or the function
+            changes by more than rounding.
+        DataError: data without inputs.
     """
-    logs = torch.zeros(len(weights), dtype=torch.float64, device=weights.device)
-    if not bool(torch.isfinite(weights).all()):
-        return torch.full_like(logs[1:], torch.nan)
-    weights = weights - torch.diag(weights.diagonal())  # a unit's weights to itself do not depend on alpha
-    free = (weights.sum(dim=1) > 0) & (weights.sum(dim=0) > 0)
-    free[0] = False
-    units = free.nonzero()[:, 0]
-    crossing = weights > 0
-    if len(units) == 0:
-        return torch.ones_like(logs[1:])
-    for _ in range(_STEPS):
-        step = _newton_step(weights * torch.exp(2 * (logs[:, None] - logs)), units)
-        delta = float((2 * (step[:, None] - step)).masked_fill(~crossing, 0).abs().max())
-        if delta <= _SMALL_STEP:
-            logs = logs + step
-            break
-        logs = logs + step * (math.log1p(delta) / delta)
-    return logs[1:].exp()
-
-
-def _newton_step(weights: Tensor, units: Tensor) -> Tensor:
-    """Newton step of log alpha at alpha = 1, [U + 1]; 0 but for ``units``."""
-    into, out = weights.sum(dim=1), weights.sum(dim=0)
-    total = into + out
-    laplacian = torch.diag(total) - weights - weights.T
-    scale = total[units].rsqrt()  # unit diagonal: the layers' norms may differ by orders of magnitude
-    matrix = laplacian[units][:, units] * scale[:, None] * scale
-    step = torch.zeros_like(total)
-    step[units] = torch.linalg.solve(matrix, (out - into)[units] * scale) * scale / 2
-    return step
+    layout = layout_of(model)
+    theta = torch.cat([tensor.reshape(-1).double() for tensor in tensors_of(model)[0].values()])
+    if not bool(torch.isfinite(theta).all()):
+        raise ModelError(f"balance: {type(uncompiled(model)).__name__} has weights that are not finite")
+    symmetry = rescaling_symmetry(model, layout, data)
+    return in_gauge(model, symmetry, symmetry.balance_factors(theta[None])[0])

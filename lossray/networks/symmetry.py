@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lossray.networks.as_found import copied
-from lossray.networks.balance import balanced_factors
+from lossray.networks.balanced_factors import balanced_factors
 from lossray.networks.hidden_units import hidden_groups
 from lossray.networks.layout import Layout, layout_of, uncompiled
 from lossray.networks.observed import Observed, observe

@@ -30,7 +30,7 @@ class Checkpoint:
     seeds: tuple[int, ...]  # [R]
     parameters: dict[str, Tensor]  # name -> [R, *shape]
     buffers: dict[str, Tensor]  # name -> [R, *shape]
-    optimizer: dict[str, Tensor]  # the state of the StackOptimizer
+    optimizer: dict[str, Tensor]  # the state of the PackedOptimizer
     alive: Tensor  # [R] bool
     diverged_at: Tensor  # [R] int64, -1 where alive
     initial_loss: Tensor  # [R] float64

@@ -16,7 +16,7 @@ from lossray.storage.recordings import Recording
 from lossray.storage.tables import TABLES
 from lossray.study.packs import Pack
 from lossray.study.settings import Study
-from lossray.training.plan import checkpoint_steps
+from lossray.training.settings import checkpoint_steps
 
 # What a version stands for, when it goes up, and what then happens to stores: docs/versions.md.
 KEY_VERSION = 1  # of training; goes up when the same settings come to mean other numbers

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lossray.curvature.modes import ProductMode
 from lossray.networks.layers import ModelSettings
 from lossray.networks.models import model_settings
+from lossray.operators.modes import ProductMode
 from lossray.settings import content_hash
 from lossray.storage.recordings import Recording
 from lossray.study.settings import Study

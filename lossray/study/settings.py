@@ -6,13 +6,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator
 
 from lossray.connectivity.settings import ConnectivitySettings
-from lossray.curvature.analysis import CurvatureSettings
-from lossray.curvature.degeneracy import DegeneracySettings
 from lossray.ensembles.settings import EnsemblesSettings
-from lossray.geometry.angles import AnglesSettings
-from lossray.geometry.surface import EIGENVECTOR_KINDS, SurfacesSettings
-from lossray.geometry.trajectory import TrajectorySettings
+from lossray.geometry.planes import EIGENVECTOR_KINDS, SurfacesSettings
+from lossray.geometry.principal_axes import TrajectorySettings
+from lossray.geometry.subspace_angles import AnglesSettings
 from lossray.networks.layers import ModelSettings
+from lossray.nullity.counts import DegeneracySettings
+from lossray.operators.settings import CurvatureSettings
 from lossray.plugins import is_spec
 from lossray.settings import Settings, each_once
 from lossray.study.problems import Place

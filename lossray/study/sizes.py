@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lossray.curvature.memory import SHARE, available_bytes, readable_bytes
 from lossray.errors import ModelError
+from lossray.memory import SHARE, available_bytes, readable_bytes
 from lossray.networks.layers import ModelSettings
 from lossray.networks.models import MODELS, build_model
 

@@ -16,7 +16,7 @@ from lossray.study.problems import Place, Problem, problems_in, shown, without_c
 from lossray.study.settings import LARGEST_INTEGER, Study
 from lossray.training.datasets import DataSettings, data_settings
 from lossray.training.optimizers import OPTIMIZERS, OptimizerSettings, expand_grid, optimizer_settings
-from lossray.training.plan import TrainingSettings
+from lossray.training.settings import TrainingSettings
 
 RECORDED_TRAINING = ("loss", "dtype")  # the keys of [training] that a recorded study takes
 

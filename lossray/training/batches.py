@@ -16,7 +16,7 @@ from lossray.networks.nests import Inputs, mapped
 from lossray.networks.stack import Stack
 from lossray.seeds import generator, stream
 from lossray.training.datasets import Dataset
-from lossray.training.plan import TrainingSettings
+from lossray.training.settings import TrainingSettings
 
 BatchSize = int | Literal["full"]
 

@@ -28,10 +28,10 @@ from lossray.training.sources import (
     Array,
     DataSettings,
     DigitsSettings,
-    Examples,
     FunctionSettings,
     GaussiansSettings,
     Parts,
+    RawExamples,
     read_digits,
     read_function,
     read_gaussians,
@@ -107,7 +107,7 @@ class Source:
     """One entry of the registry: the keys a source takes, and how to read it."""
 
     settings: type[DataSettings]
-    read: Callable[[Any, Path | None], tuple[Examples | Parts, int | None]]
+    read: Callable[[Any, Path | None], tuple[RawExamples | Parts, int | None]]
 
 
 SOURCES: dict[str, Source] = {
@@ -194,7 +194,7 @@ def load_whole(settings: DataSettings, *, dtype: torch.dtype, base: Path | None 
     """
     found, n_classes = _source(settings.source).read(settings, base)
     examples = found.train if isinstance(found, Parts) else found
-    nothing = Examples(rows(examples.inputs, slice(0)), examples.targets[:0])
+    nothing = RawExamples(rows(examples.inputs, slice(0)), examples.targets[:0])
     n_outputs = _n_outputs(Parts(examples, examples, examples), n_classes, settings.source)
     whole, empty = (_as_split(part, None) for part in (examples, nothing))
     train, none = (_cast(split, dtype, settings.source) for split in (whole, empty))
@@ -217,7 +217,7 @@ def content_key(settings: DataSettings, base: Path | None) -> str:
     return load_dataset(settings, dtype=torch.float64, base=base).fingerprint
 
 
-def _split(examples: Examples, settings: DataSettings) -> Parts:
+def _split(examples: RawExamples, settings: DataSettings) -> Parts:
     sizes = exact_sizes(len(examples.targets), settings.split)
     for name, size in zip(("train", "validation", "test"), sizes, strict=True):
         if size == 0:
@@ -226,7 +226,7 @@ def _split(examples: Examples, settings: DataSettings) -> Parts:
                 f"the {name} split is empty"
             )
     parts = partition(examples.targets, sizes, settings.split_seed)
-    return Parts(*(Examples(rows(examples.inputs, part), examples.targets[part]) for part in parts))
+    return Parts(*(RawExamples(rows(examples.inputs, part), examples.targets[part]) for part in parts))
 
 
 def _n_outputs(parts: Parts, n_classes: int | None, source: str) -> int:
@@ -276,7 +276,7 @@ def _fit(inputs: Array, kind: Literal["none", "feature", "global"]) -> Standardi
     )
 
 
-def _as_split(examples: Examples, standardisation: Any) -> Split:
+def _as_split(examples: RawExamples, standardisation: Any) -> Split:
     inputs = mapped(lambda array: torch.from_numpy(np.ascontiguousarray(array)), examples.inputs)
     if isinstance(inputs, Tensor):
         inputs = _standardised(inputs, standardisation)

@@ -24,7 +24,7 @@ __all__ = [
     "OPTIMIZERS",
     "OptimizerEntry",
     "OptimizerSettings",
-    "StackOptimizer",
+    "PackedOptimizer",
     "expand_grid",
     "learning_rate",
     "optimizer_settings",
@@ -112,7 +112,7 @@ class _Part:
             }
 
 
-class StackOptimizer:
+class PackedOptimizer:
     """One optimizer setting on all members of a pack.
 
     Element-wise optimizers step on the flat tensor as a whole; muon on per-member matrices (see
@@ -168,7 +168,7 @@ class StackOptimizer:
 
     def virtual_update(self, gradient: Tensor, lr: float) -> Tensor:
         """The change [R, d] that `step` would make, weight decay included; theta and state stay untouched."""
-        trial = StackOptimizer(self.settings, self.theta.clone(), self.layout)
+        trial = PackedOptimizer(self.settings, self.theta.clone(), self.layout)
         trial.load_state(self._live_state())
         trial.step(gradient, lr)
         return trial.theta - self.theta

@@ -20,7 +20,7 @@ from lossray.names import unknown_name
 from lossray.training.arrow_columns import labels, numbers
 from lossray.training.images import images_of, pixels
 from lossray.training.parquet_files import WILDCARDS, ParquetFile, find_files, folder_values
-from lossray.training.sources import Array, DataSettings, Examples, Parts, as_tuple
+from lossray.training.sources import Array, DataSettings, Parts, RawExamples, as_tuple
 from lossray.training.splits import exact_sizes, partition
 
 
@@ -95,7 +95,7 @@ class Table:
         return f"{self.file.name}: column '{name}'"
 
 
-def read_parquet(settings: ParquetSettings, base: Path | None) -> tuple[Examples | Parts, int | None]:
+def read_parquet(settings: ParquetSettings, base: Path | None) -> tuple[RawExamples | Parts, int | None]:
     """Read all files.
 
     Args:
@@ -114,7 +114,7 @@ def read_parquet(settings: ParquetSettings, base: Path | None) -> tuple[Examples
     targets, n_classes = _targets(
         _join({table.file.name: _labels(settings, table) for table in tables}, "/".join(settings.labels))
     )
-    examples = Examples(_inputs(settings, tables), targets)
+    examples = RawExamples(_inputs(settings, tables), targets)
     if tables[0].file.split is None:
         return examples, n_classes
     return _parts(
@@ -122,7 +122,7 @@ def read_parquet(settings: ParquetSettings, base: Path | None) -> tuple[Examples
     ), n_classes
 
 
-def _parts(examples: Examples, settings: ParquetSettings, splits: Array) -> Parts:
+def _parts(examples: RawExamples, settings: ParquetSettings, splits: Array) -> Parts:
     """The splits that the files' names say [N]; what is missing comes from the training files."""
     rows = {name: np.flatnonzero(splits == name) for name in ("train", "validation", "test")}
     shares = dict(zip(rows, settings.split, strict=True))
@@ -141,7 +141,7 @@ def _parts(examples: Examples, settings: ParquetSettings, splits: Array) -> Part
                 )
             kept, taken = partition(examples.targets[train], sizes, settings.split_seed)
             rows["train"], rows[name] = train[kept], train[taken]
-    return Parts(*(Examples(examples.inputs[own], examples.targets[own]) for own in rows.values()))
+    return Parts(*(RawExamples(examples.inputs[own], examples.targets[own]) for own in rows.values()))
 
 
 def _labels(settings: ParquetSettings, table: Table) -> Array:

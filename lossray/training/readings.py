@@ -38,7 +38,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class RecordedOptimizer:
-    """The optimizer of a recorded checkpoint: what a `StackOptimizer` of one member would say."""
+    """The optimizer of a recorded checkpoint: what a `PackedOptimizer` of one member would say."""
 
     state: Mapping[str, Tensor]
 

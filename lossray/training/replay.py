@@ -15,7 +15,7 @@ from lossray.networks.stack import Stack
 from lossray.storage.checkpoints import Checkpoint
 from lossray.training.datasets import Dataset, on_device
 from lossray.training.optimizers import OptimizerSettings
-from lossray.training.plan import TrainingSettings
+from lossray.training.settings import TrainingSettings
 from lossray.training.steps import TrainingTask, resumed, take_step
 
 

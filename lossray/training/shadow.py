@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lossray.networks.layout import Layout
-from lossray.training.optimizers import StackOptimizer, optimizer_settings
+from lossray.training.optimizers import PackedOptimizer, optimizer_settings
 
 
 class Shadow:
@@ -27,7 +27,7 @@ class Shadow:
     def __init__(self, name: str, theta: Tensor, layout: Layout) -> None:
         self.name = name
         self._theta = theta.detach().clone()
-        self._optimizer = StackOptimizer(optimizer_settings({"name": name}), self._theta, layout)
+        self._optimizer = PackedOptimizer(optimizer_settings({"name": name}), self._theta, layout)
 
     @torch.no_grad()
     def step(self, theta: Tensor, gradient: Tensor, *, alive: Tensor | None = None) -> Tensor:

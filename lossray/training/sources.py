@@ -54,7 +54,7 @@ class DataSettings(Settings):
 
 
 @dataclass(frozen=True)
-class Examples:
+class RawExamples:
     """Examples as read, before splitting and standardising."""
 
     # [N, ...] float64; from a user's function also int64 (token ids), or a tuple or dict of such arrays
@@ -66,9 +66,9 @@ class Examples:
 class Parts:
     """Examples that their source has split itself."""
 
-    train: Examples
-    validation: Examples
-    test: Examples
+    train: RawExamples
+    validation: RawExamples
+    test: RawExamples
 
 
 # --- digits
@@ -80,13 +80,13 @@ class DigitsSettings(DataSettings):
     source: Literal["digits"] = "digits"
 
 
-def read_digits(settings: DigitsSettings, base: Path | None) -> tuple[Examples, int]:
+def read_digits(settings: DigitsSettings, base: Path | None) -> tuple[RawExamples, int]:
     """Inputs [1797, 1, 8, 8] in 0..1 (the pixels are counts from 0 to 16), ten classes."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     inputs = digits.images.astype(np.float64)[:, None] / 16
-    return Examples(inputs, digits.target.astype(np.int64)), 10
+    return RawExamples(inputs, digits.target.astype(np.int64)), 10
 
 
 # --- gaussians
@@ -108,7 +108,7 @@ class GaussiansSettings(DataSettings):
     seed: int = 0
 
 
-def read_gaussians(settings: GaussiansSettings, base: Path | None) -> tuple[Examples, int]:
+def read_gaussians(settings: GaussiansSettings, base: Path | None) -> tuple[RawExamples, int]:
     """Teacher-student data, the same bit for bit on every machine.
 
     All draws lie on a grid of 2^-12, on which the teacher's sums of products are exact in float64. The
@@ -127,7 +127,7 @@ def read_gaussians(settings: GaussiansSettings, base: Path | None) -> tuple[Exam
         outputs = hidden @ _unit_rows(settings, "output", settings.classes, HIDDEN).T
     if settings.noise:
         outputs = outputs + settings.noise * _normal(settings, "noise", settings.n, settings.classes)
-    return Examples(inputs, outputs.argmax(axis=1).astype(np.int64)), settings.classes
+    return RawExamples(inputs, outputs.argmax(axis=1).astype(np.int64)), settings.classes
 
 
 def _on_grid(values: Array) -> Array:
@@ -172,7 +172,7 @@ class FunctionSettings(DataSettings):
         return dict(self.__pydantic_extra__)
 
 
-def read_function(settings: FunctionSettings, base: Path | None) -> tuple[Examples | Parts, int | None]:
+def read_function(settings: FunctionSettings, base: Path | None) -> tuple[RawExamples | Parts, int | None]:
     """Call the function and check what it returns.
 
     It returns ``(inputs, targets)``, or a mapping of "train", "validation" and "test" to such pairs; tensors,
@@ -224,7 +224,7 @@ def _check_arguments(settings: FunctionSettings, function: Callable[..., object]
         raise DataError(f"{settings.source}{signature} does not fit the keys of [data]: {problem}") from None
 
 
-def _examples(settings: FunctionSettings, pair: object, name: str) -> Examples:
+def _examples(settings: FunctionSettings, pair: object, name: str) -> RawExamples:
     if not isinstance(pair, tuple | list) or len(pair) != 2:
         drawn = hasattr(pair, "__getitem__") or hasattr(pair, "__iter__")  # a Dataset or a DataLoader
         remedy = " as whole tensors" if drawn and not isinstance(pair, tuple | list) else ""
@@ -241,7 +241,7 @@ def _examples(settings: FunctionSettings, pair: object, name: str) -> Examples:
                 f"{settings.source}: {name}inputs are {_describe(inputs)}, but there are {len(targets)} "
                 f"{name}targets; every tensor of the inputs has one row for each"
             )
-        return Examples(inputs, targets)
+        return RawExamples(inputs, targets)
     if inputs.ndim < 2:
         raise DataError(f"{settings.source}: {name}inputs are {_describe(inputs)}; expected [N, ...]")
     if len(inputs) != len(targets):
@@ -251,7 +251,7 @@ def _examples(settings: FunctionSettings, pair: object, name: str) -> Examples:
             f"{settings.source}: {name}inputs are integers, which standardise = '{settings.standardise}' "
             "cannot take; return floats, or set standardise = 'none' to keep integers (token ids)"
         )
-    return Examples(inputs, targets)
+    return RawExamples(inputs, targets)
 
 
 def _inputs(value: object, what: str) -> Inputs:

@@ -11,8 +11,8 @@ from lossray.networks.stack import Stack
 from lossray.storage.checkpoints import Checkpoint
 from lossray.training.batches import gradient_in_training, next_minibatch
 from lossray.training.datasets import Dataset
-from lossray.training.optimizers import OptimizerSettings, StackOptimizer, learning_rate
-from lossray.training.plan import TrainingSettings
+from lossray.training.optimizers import OptimizerSettings, PackedOptimizer, learning_rate
+from lossray.training.settings import TrainingSettings
 from lossray.training.shadow import Shadow, load_shadow_states, make_shadows
 
 
@@ -57,7 +57,7 @@ class PackState:
 
     theta: Tensor  # [R, d]
     buffers: dict[str, Tensor]  # name -> [R, *shape]
-    optimizer: StackOptimizer
+    optimizer: PackedOptimizer
     alive: Tensor  # [R] bool
     diverged_at: Tensor  # [R] int64, -1 where alive
     initial_loss: Tensor  # [R] float64, NaN before the first evaluation
@@ -83,7 +83,7 @@ def fresh(task: TrainingTask, theta: Tensor, buffers: Mapping[str, Tensor]) -> P
     return PackState(
         theta=own,
         buffers={name: tensor.detach().clone() for name, tensor in buffers.items()},
-        optimizer=StackOptimizer(task.optimizer, own, task.stack.layout),
+        optimizer=PackedOptimizer(task.optimizer, own, task.stack.layout),
         alive=torch.ones(members, dtype=torch.bool, device=own.device),
         diverged_at=torch.full((members,), -1, device=own.device),
         initial_loss=torch.full((members,), torch.nan, dtype=torch.float64, device=own.device),

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from lossray.ensembles.bench import Bench, Problem
+from lossray.ensembles.bench import BaseRuns, Bench
 from lossray.ensembles.budget import Budget
 from lossray.networks.losses import get_loss
 from lossray.networks.models import build_model, model_settings
@@ -13,7 +13,7 @@ from lossray.networks.stack import build_stack
 from lossray.training.datasets import data_settings, load_dataset
 from lossray.training.loop import train
 from lossray.training.optimizers import optimizer_settings
-from lossray.training.plan import TrainingSettings
+from lossray.training.settings import TrainingSettings
 
 SEEDS = (3, 8)
 STEPS = 16
@@ -47,7 +47,7 @@ def make_problem():
         def fresh(others):
             return build_stack(build, others, executor=executor, dtype=number_format)[1:]
 
-        return Problem(
+        return BaseRuns(
             stack,
             fresh,
             get_loss("cross_entropy"),

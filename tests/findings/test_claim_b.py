@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lossray.findings.claim_b import LOW_RANK, Count, _low_rank_word
+from lossray.findings.claim_b import LOW_RANK, NullityCount, _low_rank_word
 from lossray.findings.claims import claims_of
 from lossray.study.settings import ClaimsSettings
 from tests.findings.planted import in_all_gauges, planted, planted_degeneracy
@@ -118,21 +118,21 @@ def test_runs_of_one_seed_are_one_observation() -> None:
     """All of 160 runs say yes: of ten seeds they decide, of five or one they do not."""
     for seeds, verdict in ((10, "SUPPORTED"), (6, "SUPPORTED"), (5, "UNDECIDED"), (1, "UNDECIDED")):
         runs = np.full(seeds, 16)
-        assert Count(runs, 0 * runs, runs).verdict(0.05) == verdict
+        assert NullityCount(runs, 0 * runs, runs).verdict(0.05) == verdict
         against = "NOT SUPPORTED" if verdict == "SUPPORTED" else "UNDECIDED"
-        assert Count(0 * runs, 0 * runs, runs).verdict(0.05) == against
-    assert Count(160, 0, 160).verdict(0.05) == "UNDECIDED"  # one seed
-    assert Count(np.array([]), np.array([]), np.array([])).verdict(0.05) == "UNDECIDED"
+        assert NullityCount(0 * runs, 0 * runs, runs).verdict(0.05) == against
+    assert NullityCount(160, 0, 160).verdict(0.05) == "UNDECIDED"  # one seed
+    assert NullityCount(np.array([]), np.array([]), np.array([])).verdict(0.05) == "UNDECIDED"
 
 
 def test_unknown_runs_count_against_the_word_that_is_tested() -> None:
     runs = np.full(12, 8)
     for yes, unknown, verdict in ((8, 0, "SUPPORTED"), (5, 3, "UNDECIDED"), (0, 2, "NOT SUPPORTED")):
-        count = Count(np.full(12, yes), np.full(12, unknown), runs)
+        count = NullityCount(np.full(12, yes), np.full(12, unknown), runs)
         assert count.verdict(0.05) == verdict
         low, high = count.interval(0.05)
         assert (low > 0.5, high < 0.5) == (verdict == "SUPPORTED", verdict == "NOT SUPPORTED")
-    assert Count(0 * runs, runs, runs).interval(0.05) == (0, 1)
+    assert NullityCount(0 * runs, runs, runs).interval(0.05) == (0, 1)
 
 
 @pytest.mark.parametrize("seeds", [5, 10, 20])
@@ -146,7 +146,7 @@ def test_size_of_the_verdict_on_runs_that_share_seeds(seeds: int, icc: float) ->
         by_seed = np.where(
             rng.random((seeds, 9)) < icc, rng.random((seeds, 1)) < 0.5, rng.random((seeds, 9)) < 0.5
         )
-        words.append(Count(by_seed.sum(axis=1), 0 * n, n).verdict(0.05))
+        words.append(NullityCount(by_seed.sum(axis=1), 0 * n, n).verdict(0.05))
     assert np.mean(np.array(words) != "UNDECIDED") < 0.05 + 3 * np.sqrt(0.05 / 400)
 
 

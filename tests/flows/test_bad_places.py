@@ -3,10 +3,10 @@
 import pytest
 import ray
 
-from flows.claims import describe as claims
 from flows.session import ray_session
 from flows.status import list_tables
 from flows.study import run_study
+from flows.verdicts import describe as claims
 from lossray.errors import StoreError, StudyError
 
 

@@ -18,7 +18,7 @@ from flows.plan import make_plan
 from flows.study import check_request
 from lossray.errors import StoreError, StudyError
 from lossray.study import partition
-from tasks.ensembles import build_ensembles
+from tasks.build_ensembles import build_ensembles
 
 METHODS = ["snapshot", "rescale_retrain", "lr_equivalent", "rescale_curve", "curve", "curve_lr_equivalent"]
 SECTIONS = {

@@ -13,7 +13,7 @@ import lossray
 from lossray.errors import StoreError
 from lossray.storage.publish import derived_key
 from lossray.storage.store import Store
-from tasks.degeneracy import measure_degeneracy
+from tasks.measure_degeneracy import measure_degeneracy
 
 SECTIONS = {
     "seeds": 3,
@@ -182,7 +182,7 @@ def test_claims_are_published_with_the_tables_and_follow_their_settings(whole, t
 
 
 def test_the_command_prints_the_verdicts_of_a_store_in_any_state(whole, tmp_path):
-    from flows.claims import describe
+    from flows.verdicts import describe
 
     _, out = whole
     other = shutil.copytree(out, tmp_path / "out")

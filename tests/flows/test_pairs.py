@@ -13,8 +13,8 @@ import flows
 import flows.serial
 import lossray
 from lossray.storage.store import Store
-from tasks.curvature import analyse_checkpoint
-from tasks.pairs import compare_checkpoints
+from tasks.analyse_checkpoint import analyse_checkpoint
+from tasks.compare_checkpoints import compare_checkpoints
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from lossray.storage.checkpoints import dumps, read_checkpoint
 from lossray.storage.store import Store
 from lossray.storage.tables import TABLES
 from lossray.training.datasets import data_settings, load_dataset
-from tasks.curvature import analyse_checkpoint
+from tasks.analyse_checkpoint import analyse_checkpoint
 
 DATA = {"source": "gaussians", "n": 90, "dim": 6, "classes": 3, "noise": 1.0}
 STEPS = (0, 2, 5)

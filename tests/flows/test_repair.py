@@ -52,7 +52,7 @@ def test_the_record_of_a_checkpoint_is_made_again_without_training(
     for table in ("tasks", "training"):
         (out / "parts" / table / f"{key}.parquet").unlink()
     shutil.rmtree(out / "tables")
-    monkeypatch.setattr("tasks.training.train", None)
+    monkeypatch.setattr("tasks.train_pack.train", None)
     assert flows.run(study_path, out, in_process=True) == 0
     helpers.assert_same_rows(out, undisturbed)
 

@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 import lossray
 from flows.cli import app
-from flows.spectrum import Request, spectrum
+from flows.spectrum import SpectrumRequest, spectrum
 from flows.spectrum_text import BINS, histogram
-from lossray.curvature.density import SpectralDensity
 from lossray.errors import DataError, ModelError, StoreError, StudyError
+from lossray.spectra.density import SpectralDensity
 
 OWN = """
 import torch
@@ -66,7 +66,7 @@ def _folder(tmp_path, monkeypatch, forget_modules):
 
 
 def request(**changes):
-    return Request(
+    return SpectrumRequest(
         **{"model": "spectrum_own:net", "data": "spectrum_own:data", "dtype": "float64", **changes}
     )
 

@@ -23,7 +23,7 @@ from lossray.storage.files import LocalFiles
 from lossray.storage.publish import assemble
 from lossray.storage.store import Store
 from lossray.storage.tables import TABLES
-from tasks.curvature import analyse_checkpoint
+from tasks.analyse_checkpoint import analyse_checkpoint
 
 SGD, ADAM = {"name": "sgd", "lr": 0.1}, {"name": "adam", "lr": 0.03}
 

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pytest
 
 import lossray
-import tasks.curvature
-import tasks.training
+import tasks.analyse_checkpoint
+import tasks.train_pack
 from flows.estimate import dry_run
 from flows.status import describe
 from flows.study import run_study
@@ -28,7 +28,7 @@ from lossray.storage.schema import number
 from lossray.storage.store import Store
 from lossray.storage.tables import TABLES
 from lossray.study import keys, versions_of
-from tasks.record import versions_text
+from tasks.commit_record import versions_text
 
 KEPT = Path(__file__).parents[1] / "fixtures" / "store-c4d9bfb"
 # The versions that were not 1 at commit c4d9bfb.
@@ -131,9 +131,9 @@ def test_a_kept_store_is_extended_and_what_stands_stays_bit_for_bit(kept, capsys
     before = {name: stable(out, name, runs) for name in names}
     trained = []
     monkeypatch.setattr(
-        tasks.training,
+        tasks.train_pack,
         "train",
-        lambda *a, train=tasks.training.train, **k: trained.append(k["pack_id"]) or train(*a, **k),
+        lambda *a, train=tasks.train_pack.train, **k: trained.append(k["pack_id"]) or train(*a, **k),
     )
     text = text.partition("[degeneracy]")[0].replace("seeds = 2", "seeds = 3", 1)  # whose rows stay
     text = text.replace("[training]", '[[optimizers]]\nname = "sgd"\nlr = 0.05\n\n[training]')
@@ -249,9 +249,9 @@ def test_an_interrupted_withdrawal_goes_on_and_every_number_is_a_new_one(tiny, m
     before = stable(out, "eigenvalues")
     monkeypatch.setattr(keys, "CURVATURE_VERSION", keys.CURVATURE_VERSION + 1)
     monkeypatch.setattr(
-        tasks.curvature,
+        tasks.analyse_checkpoint,
         "eigenvalue_rows",
-        lambda *a, rows=tasks.curvature.eigenvalue_rows: [
+        lambda *a, rows=tasks.analyse_checkpoint.eigenvalue_rows: [
             row | {"eigenvalue": row["eigenvalue"] * 1.5} for row in rows(*a)
         ],
     )
@@ -310,7 +310,7 @@ def test_another_training_never_takes_the_checkpoints_of_this_one(tiny, monkeypa
     monkeypatch.setattr(keys, "KEY_VERSION", keys.KEY_VERSION + 1)
     trained = []
 
-    def train(*args, train=tasks.training.train, **options):
+    def train(*args, train=tasks.train_pack.train, **options):
         for checkpoint in train(*args, **options):
             trained.append((options["resume"] and options["resume"].step, checkpoint.step))
             if len(trained) == 1:
@@ -319,7 +319,7 @@ def test_another_training_never_takes_the_checkpoints_of_this_one(tiny, monkeypa
             if len(trained) == 2:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(tasks.training, "train", train)
+    monkeypatch.setattr(tasks.train_pack, "train", train)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             run(study, out)
@@ -343,9 +343,9 @@ def test_checkpoints_without_a_key_count_where_their_rows_are_committed_alone(ti
     (out / f"parts/tasks/{training}.parquet").unlink()
     resumed = []
     monkeypatch.setattr(
-        tasks.training,
+        tasks.train_pack,
         "train",
-        lambda *a, train=tasks.training.train, **k: resumed.append(k["resume"]) or train(*a, **k),
+        lambda *a, train=tasks.train_pack.train, **k: resumed.append(k["resume"]) or train(*a, **k),
     )
     assert run(study, out) == 0
     assert resumed == []

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from lossray.curvature.objectives import StackObjective, mean_losses
 from lossray.geometry.finite_step import finite_steps, real_steps
 from lossray.networks.losses import cross_entropy, mse
 from lossray.networks.stack import stack_models
+from lossray.operators.objectives import PackedObjective, mean_losses
 
 
 class Abs(nn.Module):
@@ -33,7 +33,7 @@ def linear_objective(values, n=7, dtype=torch.float32):
     x = torch.randn(n, 3, generator=generator)
     y = torch.randn(n, 2, generator=generator)
     batches = [(x[:5], y[:5]), (x[5:], y[5:])]
-    return StackObjective(stack, theta, buffers, mse, batches, dtype=dtype), x.double()
+    return PackedObjective(stack, theta, buffers, mse, batches, dtype=dtype), x.double()
 
 
 def test_on_a_quadratic_it_is_the_curvature():
@@ -49,7 +49,7 @@ def test_on_a_quadratic_it_is_the_curvature():
 
 def test_unequal_batches_count_by_their_examples():
     objective, _ = linear_objective([0.3])
-    whole = StackObjective(
+    whole = PackedObjective(
         objective.stack,
         objective.theta.detach(),
         {},
@@ -66,7 +66,7 @@ def test_unequal_batches_count_by_their_examples():
 def test_it_sees_a_kink_where_the_hessian_is_zero():
     stack, theta, buffers = stack_models([Abs(1.1), Abs(3.0)], executor="loop", dtype=torch.float64)
     target = torch.full((4, 1), -2.0)
-    objective = StackObjective(stack, theta, buffers, lambda o, t: (o - t).mean(), [(target, target)])
+    objective = PackedObjective(stack, theta, buffers, lambda o, t: (o - t).mean(), [(target, target)])
     found = finite_steps(objective, {"u": torch.full((2, 1), 0.5)})["u"]
     # |1.6 - 1| - 2 |1.1 - 1| + |0.6 - 1| = 0.8; far from the kink nothing
     assert float(found.curvature[0]) == pytest.approx(0.8 / 0.25)
@@ -133,7 +133,7 @@ def test_the_noise_covers_the_rounding_of_a_fit_that_nearly_interpolates(residua
         draws = torch.randn(2, 3, dtype=torch.float64, generator=generator)
         model.weight.data = best + residual * draws
     stack, theta, buffers = stack_models(models, executor="vmap", dtype=torch.float64)
-    objective = StackObjective(stack, theta, buffers, mse, [(x, y)], dtype=torch.float64)
+    objective = PackedObjective(stack, theta, buffers, mse, [(x, y)], dtype=torch.float64)
     step = size * torch.randn(3, 6, dtype=torch.float64, generator=generator)
     found = finite_steps(objective, {"u": step})["u"]
     gram = torch.block_diag(*[x.T @ x / len(x)] * 2)
@@ -159,7 +159,7 @@ def test_the_noise_covers_the_rounding_of_a_saturated_softmax(margin):
     model = nn.Linear(1, 2, bias=False, dtype=torch.float64)
     model.weight.data = torch.tensor([[margin], [0.0]], dtype=torch.float64)
     stack, theta, buffers = stack_models([model], executor="vmap", dtype=torch.float64)
-    objective = StackObjective(stack, theta, buffers, cross_entropy, [(x, targets)], dtype=torch.float64)
+    objective = PackedObjective(stack, theta, buffers, cross_entropy, [(x, targets)], dtype=torch.float64)
     for size in (1e-1, 1e-3, 1e-5):
         step = size * torch.randn(1, 2, dtype=torch.float64, generator=generator)
         found = finite_steps(objective, {"u": step})["u"]

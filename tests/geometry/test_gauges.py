@@ -3,14 +3,15 @@
 import pytest
 import torch
 
-from lossray.curvature.operators import StackHessian
-from lossray.curvature.transforms import PackedScaled
 from lossray.geometry import gauges
 from lossray.geometry.gauges import Gauge
 from lossray.networks.losses import cross_entropy
 from lossray.networks.models import build_model, model_settings
 from lossray.networks.stack import build_stack
 from lossray.networks.symmetry import rescaling_symmetry
+from lossray.operators.objectives import PackedObjective
+from lossray.operators.packed import PackedHessian
+from lossray.operators.transforms import PackedScaled
 
 MODELS = {
     "mlp": ({"name": "mlp", "widths": [5, 4]}, (6,)),
@@ -39,7 +40,9 @@ class Case:
 
     def hessian_at(self, theta):
         batch = [(self.inputs, self.targets)]
-        return StackHessian(self.stack, theta, self.buffers, cross_entropy, batch, dtype=torch.float64)
+        return PackedHessian(
+            PackedObjective(self.stack, theta, self.buffers, cross_entropy, batch, dtype=torch.float64)
+        )
 
     def gauges(self):
         scale = 0.1 + self.gradient.abs()

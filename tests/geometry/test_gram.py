@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lossray.geometry.gram import WIDTH, Sketch, gram_shares
+from lossray.geometry.gram import WIDTH, GramSketch, gram_shares
 from lossray.geometry.quadratic_forms import form_of
 
 LARGE = 5 * WIDTH + 123
@@ -25,24 +25,24 @@ def windows(beta, dim, generator, n=3, steps=20):
 @pytest.mark.parametrize("dim", [1, 7, WIDTH])
 def test_inner_products_of_small_vectors_are_exact(dim):
     vectors = windows(0.5, dim, torch.Generator().manual_seed(dim), steps=3)
-    image = Sketch(dim)(vectors)
+    image = GramSketch(dim)(vectors)
     assert image.shape == vectors.shape
     assert torch.allclose(image @ image.mT, vectors @ vectors.mT, rtol=1e-12)
 
 
 def test_a_sketch_is_linear_and_always_the_same():
     vectors = windows(0.5, LARGE, torch.Generator().manual_seed(0), n=1, steps=2)
-    image = Sketch(LARGE)(vectors)
-    assert torch.equal(image, Sketch(LARGE)(vectors))
-    assert torch.equal(image[:, 1], Sketch(LARGE)(vectors[:, 1]))
-    total = Sketch(LARGE)(vectors.sum(dim=1))
+    image = GramSketch(LARGE)(vectors)
+    assert torch.equal(image, GramSketch(LARGE)(vectors))
+    assert torch.equal(image[:, 1], GramSketch(LARGE)(vectors[:, 1]))
+    total = GramSketch(LARGE)(vectors.sum(dim=1))
     assert torch.allclose(image.sum(dim=1), total, rtol=1e-9, atol=1e-9 * float(total.abs().max()))
 
 
 def test_inner_products_of_large_vectors_are_right_in_the_mean():
     generator = torch.Generator().manual_seed(1)
     u, v = torch.randn(2, 150, LARGE, dtype=torch.float64, generator=generator).unbind()
-    sketch = Sketch(LARGE)
+    sketch = GramSketch(LARGE)
     errors = ((sketch(u) * sketch(v)).sum(dim=1) - (u * v).sum(dim=1)) / (u.norm(dim=1) * v.norm(dim=1))
     deviation = math.sqrt(1 / WIDTH)  # of independent u and v; sqrt(2 / WIDTH) for u = v
     assert abs(float(errors.mean())) < 4 * deviation / 150**0.5
@@ -52,7 +52,7 @@ def test_inner_products_of_large_vectors_are_right_in_the_mean():
 @pytest.mark.parametrize("beta", [0.0, 0.9, 0.99, 1.0])
 def test_the_null_hardly_moves_by_the_sketch(beta):
     vectors = windows(beta, LARGE, torch.Generator().manual_seed(2))
-    exact, found = gram_shares(vectors), gram_shares(Sketch(LARGE)(vectors))
+    exact, found = gram_shares(vectors), gram_shares(GramSketch(LARGE)(vectors))
     moved = form_of(found).expected_log() - form_of(exact).expected_log()
     assert float(moved.abs().max()) < 0.01
 

@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from lossray.curvature.pairs import EigenPairs
 from lossray.geometry.overlaps import OverlapRow, overlap_rows, overlap_sizes
+from lossray.spectra.certified_pairs import PackedEigenPairs
 
 
-def _pairs(vectors: Tensor, *, residual: float = 0.0) -> EigenPairs:
+def _pairs(vectors: Tensor, *, residual: float = 0.0) -> PackedEigenPairs:
     """The rows [R, k, d] as eigenvectors of the values k, k - 1, ..., 1; nothing but 0 outside."""
     n, k, _ = vectors.shape
     ones = torch.ones(n, dtype=torch.float64)
-    return EigenPairs(
+    return PackedEigenPairs(
         values=torch.arange(k, 0, -1, dtype=torch.float64).repeat(n, 1),
         vectors=vectors.double().clone(),
         residuals=torch.full((n, k), residual, dtype=torch.float64),
@@ -160,7 +160,7 @@ def test_a_pair_that_is_missing_takes_the_larger_subspaces_along() -> None:
 def test_resolved_means_both() -> None:
     sharp, blurred = _pairs(_random(1, 3, 10, seed=13)), _pairs(_random(1, 3, 10, seed=14), residual=0.08)
 
-    def resolved(earlier: EigenPairs, later: EigenPairs) -> list[bool | None]:
+    def resolved(earlier: PackedEigenPairs, later: PackedEigenPairs) -> list[bool | None]:
         return [row.resolved for row in overlap_rows(earlier, later, n_outputs=2, top=3)]
 
     assert resolved(sharp, sharp) == [True, True, True]

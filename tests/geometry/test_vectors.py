@@ -7,9 +7,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from lossray.curvature.pairs import EigenPairs
 from lossray.errors import StoreError
 from lossray.geometry.vectors import FIELDS, FORMAT, dumps, loads
+from lossray.spectra.certified_pairs import PackedEigenPairs
 
 PLACE = "vectors/p/20.safetensors"
 NAMES = [
@@ -29,7 +29,7 @@ def pairs(seed=0, *, members=2, k=3, dim=7):
         found[1] = torch.nan
         return found
 
-    return EigenPairs(
+    return PackedEigenPairs(
         values=numbers(k),
         vectors=numbers(k, dim),
         residuals=numbers(k).abs(),

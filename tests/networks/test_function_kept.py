@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 import lossray
-from lossray.connectivity.alignment import aligned
+from lossray.connectivity.align import aligned
 from lossray.errors import ModelError
 from lossray.networks.as_found import copied
 from lossray.networks.layout import layout_of

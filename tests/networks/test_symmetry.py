@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from lossray.networks.layout import Layout, layout_of
 from lossray.networks.models import build_model, model_settings
 from lossray.networks.symmetry import RescalingSymmetry, rescaling_symmetry
-from lossray.training.optimizers import StackOptimizer, optimizer_settings
+from lossray.training.optimizers import PackedOptimizer, optimizer_settings
 
 
 class Residual(nn.Module):
@@ -175,7 +175,7 @@ def test_conservation_along_steps_of_sgd_with_coupled_decay(case):
     p = problem(CASES[case])
     lr, decay = 0.2, 0.05
     theta = p.theta[None].clone()
-    optimizer = StackOptimizer(
+    optimizer = PackedOptimizer(
         optimizer_settings({"name": "sgd", "lr": lr, "weight_decay": decay}), theta, p.layout
     )
     for _ in range(5):
@@ -193,7 +193,7 @@ def trained(p: Problem, table: dict[str, object], start: Tensor, factor: Tensor 
     """theta after a few full-batch steps of an optimizer that is fed ``factor`` times the gradient."""
     settings = optimizer_settings(table)
     theta = start[None].clone()
-    optimizer = StackOptimizer(settings, theta, p.layout)
+    optimizer = PackedOptimizer(settings, theta, p.layout)
     for _ in range(6):
         optimizer.step((factor * p.gradient(theta[0]))[None], settings.lr)
     return theta[0]
@@ -247,7 +247,7 @@ def test_adam_in_a_gauge_takes_the_same_raw_step(case):
     table = {"name": "adam", "lr": 0.01, "eps": 1e-300}
     for gauge, tolerance in ((p.powers_of_two(), 1e-12), (p.gauge(0.3), 1e-7)):
         theta, probe = p.theta.clone(), p.theta[None].clone()
-        optimizer = StackOptimizer(optimizer_settings(table), probe, p.layout)
+        optimizer = PackedOptimizer(optimizer_settings(table), probe, p.layout)
         for _ in range(6):
             probe.zero_()
             optimizer.step(p.gradient(theta)[None], 0.01)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import pytest
 
-from lossray.curvature.analysis import CurvatureSettings
+from lossray.operators.settings import CurvatureSettings
 from lossray.settings import ADDED, Settings
 from lossray.storage.tables import TABLES
 from lossray.study import (
@@ -25,7 +25,7 @@ from lossray.study import (
     versions_of,
 )
 from lossray.study.keys import CURVATURE_VERSION, KEY_VERSION
-from tasks.record import versions_in, versions_text
+from tasks.commit_record import versions_in, versions_text
 
 MODEL, LOSS, DATA, OTHER = "own_model:f", "own_loss:f", "own_data:f", "own_other:f"
 

@@ -24,7 +24,7 @@ from lossray.training.loop import (
     step_gradient,
     train,
 )
-from lossray.training.optimizers import OPTIMIZERS, StackOptimizer, learning_rate, optimizer_settings
+from lossray.training.optimizers import OPTIMIZERS, PackedOptimizer, learning_rate, optimizer_settings
 from lossray.training.steps import all_finite
 
 SEEDS = (3, 5, 8)
@@ -437,7 +437,7 @@ def test_step_gradient_and_virtual_update_recompute_the_step(optimizer: str) -> 
         theta = stack.layout.join(here.parameters)
         kept = {name: value.clone() for name, value in tensors(here).items()}
         losses, gradient = step_gradient(stack, theta, here.buffers, loss, DATA, training, SEEDS, here.step)
-        runner = StackOptimizer(settings, theta, stack.layout)
+        runner = PackedOptimizer(settings, theta, stack.layout)
         runner.load_state(here.optimizer)
         lr = learning_rate(settings, here.step, training.steps)
         update = runner.virtual_update(gradient, lr)

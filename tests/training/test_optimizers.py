@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lossray.networks.layout import Layout
 from lossray.training.optimizers import (
     OPTIMIZERS,
-    StackOptimizer,
+    PackedOptimizer,
     expand_grid,
     learning_rate,
     muon_names,
@@ -48,11 +48,11 @@ def stacked(seed: int = 0) -> Tensor:
     return torch.randn(MEMBERS, LAYOUT.dim, dtype=torch.float64, generator=generator)
 
 
-def make(name: str, theta: Tensor, **keys: object) -> StackOptimizer:
-    return StackOptimizer(optimizer_settings({"name": name, **keys}), theta, LAYOUT)
+def make(name: str, theta: Tensor, **keys: object) -> PackedOptimizer:
+    return PackedOptimizer(optimizer_settings({"name": name, **keys}), theta, LAYOUT)
 
 
-def take_steps(optimizer: StackOptimizer, steps: int, start: int = 0) -> None:
+def take_steps(optimizer: PackedOptimizer, steps: int, start: int = 0) -> None:
     for step in range(start, start + steps):
         optimizer.step(stacked(100 + step), 0.01 * (1 + step))
 
@@ -152,7 +152,7 @@ def test_muon_leaves_the_output_layer_to_adamw(roles: tuple[str, ...], hidden: t
     layout = Layout(names=names, shapes=(torch.Size([2, 2]),) * len(roles), roles=roles)
     assert muon_names(layout) == hidden
     theta = torch.zeros(2, layout.dim)
-    optimizer = StackOptimizer(optimizer_settings({"name": "muon"}), theta, layout)
+    optimizer = PackedOptimizer(optimizer_settings({"name": "muon"}), theta, layout)
     optimizer.step(torch.ones_like(theta), 0.1)
     assert bool((theta < 0).all())
 
@@ -383,7 +383,7 @@ def test_whole_numbers_are_numbers() -> None:
     settings = optimizer_settings({"name": "adam", "lr": 1, "weight_decay": 0, "betas": [0, 0.5]})
     assert settings.plain()["lr"] == 1.0
     theta = stacked()
-    StackOptimizer(settings, theta, LAYOUT).step(stacked(1), 1.0)
+    PackedOptimizer(settings, theta, LAYOUT).step(stacked(1), 1.0)
     assert bool(torch.isfinite(theta).all())
 
 

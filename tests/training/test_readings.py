@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lossray.networks.stack import stack_models
-from lossray.training.optimizers import OPTIMIZERS, StackOptimizer, optimizer_settings
+from lossray.training.optimizers import OPTIMIZERS, PackedOptimizer, optimizer_settings
 from lossray.training.readings import RecordedOptimizer, read_optimizer
 
 OURS = [name for name, entry in OPTIMIZERS.items() if entry.build]
@@ -117,7 +117,7 @@ def test_without_a_momentum_it_is_the_gradient_over_the_preconditioner(kind, sha
 def test_one_group_reads_as_a_stack_of_one_does(name, steps):
     model, settings = net(), optimizer_settings({"name": name, "lr": 0.01})
     stack, theta, _ = stack_models([copy.deepcopy(model)], executor="loop", dtype=torch.float64)
-    expected = StackOptimizer(settings, theta, stack.layout)
+    expected = PackedOptimizer(settings, theta, stack.layout)
     optimizer = OPTIMIZERS[name].build(list(model.parameters()), settings)
     for step in range(steps):
         expected.step(gradient(model, step)[None], 0.01)

@@ -8,7 +8,7 @@ import torch
 from lossray.networks.losses import get_loss
 from lossray.storage.checkpoints import dumps, loads
 from lossray.training.loop import TrainingSettings, train
-from lossray.training.optimizers import StackOptimizer, optimizer_settings
+from lossray.training.optimizers import PackedOptimizer, optimizer_settings
 from lossray.training.replay import replay
 from lossray.training.shadow import shadow_states
 from lossray.training.steps import TrainingTask, resumed, take_step
@@ -90,7 +90,7 @@ def test_a_replay_yields_the_steps_of_the_training(optimizer, executor):
         assert torch.equal(step.theta, run.stack.layout.join(before.parameters))
         assert torch.equal(step.update, after_it - step.theta)
         assert torch.equal(step.losses.double(), following.log["train_loss"][0])
-        own = StackOptimizer(run.optimizer, after_it, run.stack.layout)
+        own = PackedOptimizer(run.optimizer, after_it, run.stack.layout)
         own.load_state(following.optimizer)
         for found, expected in ((step.momentum, own.momentum()), (step.scale, own.scale())):
             assert (found is None) == (expected is None)

@@ -9,7 +9,7 @@ from lossray.errors import DataError
 from lossray.networks.nests import tensors_in
 from lossray.training.batches import next_minibatch
 from lossray.training.datasets import analysis_set, data_settings, load_dataset, on_device
-from lossray.training.plan import TrainingSettings
+from lossray.training.settings import TrainingSettings
 
 MODULE = """
 import numpy as np

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lossray.storage.checkpoints import dumps, loads
-from lossray.training.optimizers import OPTIMIZERS, StackOptimizer, optimizer_settings
+from lossray.training.optimizers import OPTIMIZERS, PackedOptimizer, optimizer_settings
 from lossray.training.shadow import Shadow, load_shadow_states, make_shadows, shadow_states
 from tests.training.test_loop import MLP, NOISY_MLP, SEEDS, assert_identical, make_stack, tensors
 from tests.training.test_replay import Run
@@ -32,7 +32,7 @@ def test_a_shadow_is_fed_the_gradients_of_the_run():
     checkpoints = run.train()
     steps = run.replay(checkpoints[0], 9)
     theta = steps[0].theta.clone()
-    alone = StackOptimizer(optimizer_settings({"name": "adam"}), theta, run.stack.layout)
+    alone = PackedOptimizer(optimizer_settings({"name": "adam"}), theta, run.stack.layout)
     for step in steps:
         theta.copy_(step.theta)
         alone.step(step.gradient, 1e-3)

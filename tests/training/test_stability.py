@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lossray.networks.layout import Layout
-from lossray.training.optimizers import OPTIMIZERS, StackOptimizer, optimizer_settings
+from lossray.training.optimizers import OPTIMIZERS, PackedOptimizer, optimizer_settings
 
 BETA = 0.9
 LAYOUT = Layout(("w",), (torch.Size([1]),), ("other",))
@@ -75,7 +75,7 @@ def growth(name, factor, steps=1000, **keys):
     settings = optimizer_settings({"name": name, "weight_decay": 0.0, **frozen, **keys})
     start = 1e-30
     theta = torch.full((1, 1), start, dtype=torch.float64)
-    optimizer = StackOptimizer(settings, theta, LAYOUT)
+    optimizer = PackedOptimizer(settings, theta, LAYOUT)
     optimizer.step(torch.zeros_like(theta), 1.0)
     late = {"step": torch.tensor(float(LATE)), "mu_product": torch.tensor(0.0)}
     state = optimizer.state()

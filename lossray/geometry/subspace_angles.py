@@ -1,0 +1,239 @@
+"""Angles of directions to the leading eigenspaces, beside those of random directions: the `angles` table."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from lossray.geometry.directions import unit_vectors
+from lossray.geometry.gauges import Gauge
+from lossray.geometry.nulls import LayerNull, null_p_values
+from lossray.names import unknown_name
+from lossray.networks.layout import Layout
+from lossray.settings import ADDED, Settings, each_once
+from lossray.spectra.certified_pairs import PackedEigenPairs
+from lossray.training.optimizers import OPTIMIZERS
+
+Direction = Literal[
+    "gradient", "minibatch_gradient", "update", "momentum", "preconditioned_gradient", "displacement"
+]
+GaugeName = Literal["raw", "balanced", "adaptive", "preconditioned"]
+
+RESOLVED = 0.1  # largest residual / gap, which bounds the sine of the eigenspace's own error
+
+
+class AnglesSettings(Settings):
+    """The [angles] section.
+
+    Attributes:
+        directions: vectors whose angles are measured.
+        gauges: metrics in which they are (SCIENCE 2.6).
+        shadow: optimizers fed the same gradients, whose updates become directions too.
+        window: steps replayed from each checkpoint for the alignment statistic; 0 for none.
+        subspaces: for which ones eigenpairs are computed in every gauge: "all", or "v1", the top eigenvector
+            alone, which takes a third of the products.
+    """
+
+    directions: Annotated[tuple[Direction, ...], Field(strict=False)] = (
+        "gradient",
+        "minibatch_gradient",
+        "update",
+        "momentum",
+        "displacement",
+    )
+    gauges: Annotated[tuple[GaugeName, ...], Field(strict=False, min_length=1)] = (
+        "raw",
+        "balanced",
+        "adaptive",
+        "preconditioned",
+    )
+    shadow: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    window: Annotated[int, Field(ge=0)] = 50
+    subspaces: Annotated[Literal["all", "v1"], ADDED] = "all"
+
+    @field_validator("directions", "gauges", "shadow")
+    @classmethod
+    def _distinct(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        return each_once(names)
+
+    @field_validator("shadow")
+    @classmethod
+    def _optimizers(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name not in OPTIMIZERS:
+                raise ValueError(unknown_name(name, OPTIMIZERS))
+        return names
+
+
+@dataclass(frozen=True)
+class AngleRow:
+    """One direction of one member against one eigenspace; NaN for a dead member or a zero direction."""
+
+    member: int
+    direction: str
+    gauge: str
+    subspace: str  # "v1", "top5", ..., "vmin"
+    cosine: float  # of the angle between the direction and the subspace, >= 0
+    angle_degrees: float  # 0 to 90
+    energy: float  # chi^2: the direction's share inside the subspace
+    null_ratio: float  # chi^2 d / k: 1 on average for random directions
+    null_p: float  # P(Beta(k/2, (d-k)/2) >= chi^2)
+    null_p_lower: float  # P(Beta(k/2, (d-k)/2) <= chi^2)
+    sign_flip_null: float  # mean energy over random signs of the direction's components
+    layer_null: float  # mean energy of random directions with its norm in every layer
+    k: int
+    dim: int  # coordinates that the gauge keeps
+    dropped: int  # the others
+    resolved: bool | None  # whether the subspace is known to RESOLVED; None for a dead member
+
+
+@dataclass(frozen=True)
+class Eigenspace:
+    """A subspace spanned by eigenvectors of R members."""
+
+    name: str
+    basis: Tensor  # [R, k, d] orthonormal rows
+    resolved: list[bool | None]  # [R]
+
+
+def subspaces(n_outputs: int, dim: int) -> dict[str, int]:
+    """Dimension k < d by name: the top eigenvector, the top 5, C - 1, C and 2 C for C outputs."""
+    wanted = sorted({5, n_outputs - 1, n_outputs, 2 * n_outputs})
+    sizes = {"v1": 1} | {f"top{k}": k for k in wanted if k > 1}
+    return {name: k for name, k in sizes.items() if k < dim}
+
+
+def eigenspaces(
+    pairs: PackedEigenPairs, smallest: PackedEigenPairs | None, *, n_outputs: int, kept: Tensor
+) -> list[Eigenspace]:
+    """The leading eigenspaces for which there are pairs enough, and that of the smallest eigenvalue.
+
+    Args:
+        pairs: at the large end.
+        smallest: at the other.
+        n_outputs: C.
+        kept: coordinates that count, [R, d] bool.
+    """
+    spaces = [
+        Eigenspace(name, pairs.vectors[:, :k], subspace_resolved(pairs, k, kept))
+        for name, k in subspaces(n_outputs, pairs.vectors.shape[2]).items()
+        if k <= len(pairs)
+    ]
+    if smallest is not None and smallest.vectors.shape[2] > 1:
+        spaces.append(Eigenspace("vmin", smallest.vectors[:, :1], _smallest_resolved(smallest, kept)))
+    return spaces
+
+
+def angle_rows(
+    directions: Mapping[str, Tensor],
+    pairs: PackedEigenPairs,
+    *,
+    n_outputs: int,
+    layout: Layout,
+    gauge: Gauge | None = None,
+    smallest: PackedEigenPairs | None = None,
+) -> list[AngleRow]:
+    """One row per direction, subspace and member.
+
+    Args:
+        directions: vectors [R, d] by name, in the gauge.
+        pairs: leading eigenpairs of the members, in the gauge.
+        n_outputs: classes or outputs C, which decides the subspaces.
+        layout: how d divides into parameters, for the layer-matched null.
+        gauge: whose coordinates these are; None for the parameters as they are.
+        smallest: the pair of the smallest eigenvalue, in the gauge.
+    """
+    n_members, dim = pairs.vectors.shape[0], pairs.vectors.shape[2]
+    kept = torch.ones(n_members, dim, dtype=torch.bool, device=pairs.vectors.device)
+    if gauge is not None:
+        kept = gauge.scale != 0
+    nulls = LayerNull(layout, kept)
+    rows = []
+    for space in eigenspaces(pairs, smallest, n_outputs=n_outputs, kept=kept):
+        for name, vectors in directions.items():
+            rows += _rows(name, vectors, space, nulls, gauge.name if gauge else "raw")
+    return rows
+
+
+def _rows(direction: str, vectors: Tensor, space: Eigenspace, nulls: LayerNull, gauge: str) -> list[AngleRow]:
+    """The rows of one direction and one eigenspace."""
+    k, dims = space.basis.shape[1], nulls.kept.sum(dim=1).cpu().numpy()
+    units, _ = unit_vectors(vectors)
+    chi2, rest = (share.cpu().numpy() for share in _split_energy(units, space.basis))
+    upper, lower = null_p_values(chi2, rest, k, dims)
+    weights = space.basis.square().sum(dim=1)
+    flips = (units.square() * weights).sum(dim=1).tolist()
+    layered = nulls.expected(units.square(), weights).tolist()
+    return [
+        AngleRow(
+            member=r,
+            direction=direction,
+            gauge=gauge,
+            subspace=space.name,
+            cosine=float(np.sqrt(chi2[r])),
+            angle_degrees=float(np.degrees(np.arctan2(np.sqrt(rest[r]), np.sqrt(chi2[r])))),
+            energy=float(chi2[r]),
+            null_ratio=float(chi2[r] * dims[r] / k),
+            null_p=float(upper[r]),
+            null_p_lower=float(lower[r]),
+            sign_flip_null=flips[r],
+            layer_null=layered[r],
+            k=k,
+            dim=int(dims[r]),
+            dropped=nulls.kept.shape[1] - int(dims[r]),
+            resolved=space.resolved[r],
+        )
+        for r in range(len(chi2))
+    ]
+
+
+def subspace_resolved(pairs: PackedEigenPairs, k: int, kept: Tensor | None = None) -> list[bool | None]:
+    """For each member: are the leading k pairs converged, confirmed, and far enough from the next value?
+
+    An eigenspace is off by an angle of sine <= residual / gap (Davis & Kahan); gaps inside it do not matter.
+    None for a dead member.
+
+    Args:
+        pairs: in the gauge.
+        k: dimension of the eigenspace.
+        kept: coordinates that the gauge keeps, [R, d] bool; None for all of them.
+    """
+    outside = pairs.values[:, k] if k < len(pairs) else pairs.complement
+    gap = pairs.values[:, k - 1] - outside
+    residual = torch.linalg.vector_norm(pairs.residuals[:, :k], dim=1)
+    known = pairs.converged[:, :k].all(dim=1) & pairs.confirmed & (gap > 0) & (residual <= RESOLVED * gap)
+    return _flags(pairs, known, k, kept)
+
+
+def _smallest_resolved(pairs: PackedEigenPairs, kept: Tensor) -> list[bool | None]:
+    """Likewise of the smallest eigenvalue's vector; no further search confirms that nothing lies below."""
+    gap = pairs.complement - pairs.values[:, 0]
+    known = pairs.converged[:, 0] & (gap > 0) & (pairs.residuals[:, 0] <= RESOLVED * gap)
+    return _flags(pairs, known, 1, kept)
+
+
+def _flags(pairs: PackedEigenPairs, known: Tensor, k: int, kept: Tensor | None) -> list[bool | None]:
+    """``known`` [R] for living members whose eigenspace lies in the coordinates that count.
+
+    S H S has an eigenvalue 0 for each dropped coordinate, whose vector says nothing about directions.
+    """
+    if kept is not None:
+        dropped = pairs.vectors[:, :k].square().sum(dim=1).masked_fill(kept, 0).sum(dim=1)
+        known = known & (dropped <= RESOLVED**2)
+    dead = torch.isnan(pairs.values[:, 0])
+    return [None if gone else flag for gone, flag in zip(dead.tolist(), known.tolist(), strict=True)]
+
+
+def _split_energy(units: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """Energies of unit vectors [R, d] inside and outside the rows of ``basis`` [R, k, d].
+
+    Each is accurate where it is small.
+    """
+    inside = torch.einsum("rkd,rd->rk", basis, units)
+    rest = units - torch.einsum("rkd,rk->rd", basis, inside)
+    chi2, outside = inside.square().sum(dim=1), rest.square().sum(dim=1)
+    return chi2 / (chi2 + outside), outside / (chi2 + outside)

@@ -1,0 +1,1 @@
+"""Symmetric operators in, certified eigenpairs, densities and traces out; knows no network, no study."""

@@ -1,0 +1,232 @@
+"""Everything about R operators from one Krylov pass: pairs at both ends, density, trace and what follows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lossray.spectra.certified_pairs import EigenPairs, PackedEigenPairs, certify
+from lossray.spectra.dense import dense_spectra
+from lossray.spectra.density import (
+    PackedDensity,
+    SpectralDensity,
+    bracketed_densities,
+    check_density,
+    exact_densities,
+    frobenius_estimate,
+    trace_estimate,
+)
+from lossray.spectra.eigensolver import (
+    basis_size,
+    check_solve,
+    is_small,
+    living_members,
+    most_matvecs,
+)
+from lossray.spectra.ends import Wanted
+from lossray.spectra.estimates import Estimate, PackedEstimate, unit_of
+from lossray.spectra.lanczos import KrylovPass, capacity
+from lossray.spectra.operator import CurvatureOperator
+from lossray.spectra.quadrature import Probing, Quadrature
+
+# Further probes for the trace, of one product each, where a density takes many. With few of them Student's t
+# intervals would miss the trace too often where the rest of the spectrum has a low rank.
+TRACES_PER_PROBE, FEWEST_TRACES = 4, 16
+RESOLVED_SHARE = 1e-2  # of |lambda|max: about what a quadrature of 64 nodes resolves (SCIENCE 5B)
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """One operator at one point; see `PackedAnalysis`."""
+
+    pairs: EigenPairs
+    smallest: EigenPairs
+    ipr: Tensor  # [top]
+    product_error: float
+    derivative_error: float
+    density: SpectralDensity
+    trace: Estimate
+    frobenius: Estimate
+    negative_mass: Estimate
+    participation: Estimate
+    effective_dimension: Estimate
+    regulariser: float
+    matvecs: int
+    loss: float
+    gradient: Tensor  # [d] float64
+    gradient_norm: float
+
+
+@dataclass(frozen=True)
+class PackedAnalysis:
+    """One operator at one point, for R members; NaN in the rows of dead members."""
+
+    pairs: PackedEigenPairs  # the largest, [R, top]
+    smallest: PackedEigenPairs  # the algebraically smallest, [R, 1]
+    ipr: Tensor  # [R, top] inverse participation ratios sum v_i^4 of the largest: 1/d spread, 1 localised
+    product_error: Tensor  # [R] |(H - H in float64) v|, v the top vector; NaN where float64 does not work
+    derivative_error: Tensor  # [R] of autograd against a finite difference, relative; NaN: cannot be told
+    density: PackedDensity
+    trace: PackedEstimate
+    frobenius: PackedEstimate  # Frobenius norm
+    negative_mass: PackedEstimate  # sum of |lambda| over negative eigenvalues, over the sum over all
+    participation: PackedEstimate  # (sum |lambda|)^2 / sum lambda^2
+    effective_dimension: PackedEstimate  # sum of lambda / (lambda + regulariser) over positive lambda
+    regulariser: Tensor  # [R] RESOLVED_SHARE of |lambda|max
+    matvecs: Tensor  # [R] int64, products with each member, all told
+    losses: Tensor  # [R] float64
+    gradient: Tensor  # [R, d] float64
+    gradient_norm: Tensor  # [R]
+    alive: Tensor  # [R] bool: members that were analysed
+
+    def member(self, r: int) -> "Analysis":
+        """The analysis of one member."""
+        return Analysis(
+            pairs=replace(self.pairs.member(r), derivative_error=float(self.derivative_error[r])),
+            smallest=replace(self.smallest.member(r), derivative_error=float(self.derivative_error[r])),
+            ipr=self.ipr[r],
+            product_error=float(self.product_error[r]),
+            derivative_error=float(self.derivative_error[r]),
+            density=self.density.member(r),
+            trace=self.trace.member(r),
+            frobenius=self.frobenius.member(r),
+            negative_mass=self.negative_mass.member(r),
+            participation=self.participation.member(r),
+            effective_dimension=self.effective_dimension.member(r),
+            regulariser=float(self.regulariser[r]),
+            matvecs=int(self.matvecs[r]),
+            loss=float(self.losses[r]),
+            gradient=self.gradient[r],
+            gradient_norm=float(self.gradient_norm[r]),
+        )
+
+
+def packed_analysis(
+    operator: CurvatureOperator,
+    *,
+    top: int,
+    tolerance: float,
+    probes: int,
+    steps: int,
+    seeds: Sequence[int],
+    alive: Tensor | None = None,
+    block: int = 1,
+) -> PackedAnalysis:
+    """Everything about R operators from one Krylov pass.
+
+    The first round finds the pairs at both ends. The second starts from ``probes`` random vectors outside
+    them: it confirms the pairs, and its quadrature gives density, trace and the other sums. It goes on until
+    the confirmation is done and its polynomials resolve what the pairs leave of the spectrum as finely as
+    ``steps`` Lanczos steps resolve the whole, in a basis of ``2 * steps`` vectors at most.
+
+    Args:
+        operator: R operators of size d.
+        top: eigenpairs at the large end, at most d.
+        tolerance: largest residual of a converged pair, as a share of |lambda|max.
+        probes: random vectors of the density.
+        steps: Lanczos steps that resolve the whole spectrum.
+        seeds: one per member; its result depends on its own seed.
+        alive: [R] bool; dead members are skipped, as are those whose loss or gradient is not finite.
+        block: vectors of a block in the first round; more than one pays on a GPU.
+
+    Raises:
+        StudyError: an impossible argument.
+        ResourceError: the basis would not fit the memory.
+    """
+    n_members, dim = operator.shape
+    check_solve(n_members, seeds=seeds, tolerance=tolerance, block=block, max_matvecs=None)
+    check_density(probes, steps)
+    finite = torch.isfinite(operator.losses) & torch.isfinite(operator.gradient).all(dim=1)
+    analysed = finite if alive is None else finite & alive.to(finite.device)
+    wanted = (Wanted("largest", min(top, dim)), Wanted("smallest", 1, confirm=False))
+    least, largest_block = basis_size(wanted, block=max(block, probes)), max(block, probes)
+    living = living_members(n_members, analysed)
+    if is_small(operator, wanted, least + largest_block):
+        spectra = dense_spectra(operator, living)
+        blocks = [spectra.blocks(end) for end in wanted]
+        density = exact_densities(spectra)
+        quadratures = None
+    else:
+        solver = KrylovPass(
+            operator,
+            wanted,
+            seeds=seeds,
+            tolerance=tolerance,
+            alive=living,
+            basis=min(max(least, 2 * steps), dim - capacity(wanted) - largest_block),
+            block=block,
+            max_matvecs=most_matvecs(wanted),
+            probing=Probing(probes, steps, traces=max(FEWEST_TRACES, TRACES_PER_PROBE * probes)),
+        )
+        members = solver.run()
+        blocks = [solver.blocks(end) for end in wanted]
+        quadratures = [member.quadrature for member in members]
+        density = bracketed_densities(quadratures, dim, operator.device)
+    largest = certify(operator, blocks[0], wanted[0], tolerance=tolerance)
+    own = [replace(block, matvecs=0) for block in blocks[1]]  # the pass is counted once
+    smallest = certify(operator, own, wanted[1], tolerance=tolerance)
+    return _summary(operator, largest, smallest, density, quadratures, analysed)
+
+
+def _summary(
+    operator: CurvatureOperator,
+    largest: PackedEigenPairs,
+    smallest: PackedEigenPairs,
+    density: PackedDensity,
+    quadratures: Sequence[Quadrature | None] | None,
+    analysed: Tensor,
+) -> PackedAnalysis:
+    """The results, with what follows from the density."""
+    unit = unit_of(largest.scale)
+    relative = density.relative(unit)  # in which no square overflows or vanishes
+    if quadratures is None:
+        trace = relative.estimate(lambda nodes: nodes).times(unit)
+        frobenius = relative.estimate(torch.square, of=lambda means: means[..., 0].sqrt()).times(unit)
+    else:
+        trace = trace_estimate(quadratures, unit)
+        frobenius = frobenius_estimate(quadratures, density.dim, unit)
+    gradient = operator.gradient.masked_fill(~analysed[:, None], float("nan"))
+    leading = largest.vectors[:, 0]
+    return PackedAnalysis(
+        pairs=largest,
+        smallest=smallest,
+        ipr=largest.vectors.pow(4).sum(dim=2),
+        product_error=operator.product_error(leading.nan_to_num(nan=0.0)).masked_fill(
+            leading.isnan().any(dim=1), float("nan")
+        ),
+        derivative_error=operator.derivative_error.masked_fill(~analysed, float("nan")),
+        density=density,
+        trace=trace,
+        frobenius=frobenius,
+        negative_mass=relative.estimate(
+            lambda nodes: (-nodes).clamp(min=0),
+            torch.abs,
+            of=lambda means: _ratio(means[..., 0], means[..., 1]),
+            slopes=(1, 1),
+        ),
+        participation=relative.estimate(
+            torch.abs,
+            torch.square,
+            of=lambda means: _ratio(means[..., 0].square(), means[..., 1]),
+            slopes=(1, 2),
+        ),
+        effective_dimension=relative.estimate(_effective, slopes=(1 / RESOLVED_SHARE,)),
+        regulariser=RESOLVED_SHARE * largest.scale,
+        matvecs=largest.matvecs + smallest.matvecs,
+        losses=operator.losses.masked_fill(~analysed, float("nan")),
+        gradient=gradient,
+        gradient_norm=torch.linalg.vector_norm(gradient, dim=1),
+        alive=analysed,
+    )
+
+
+def _ratio(part: Tensor, whole: Tensor) -> Tensor:
+    """Part of the whole; 0 of nothing: the operator is 0."""
+    return part / whole.masked_fill(whole == 0, 1)
+
+
+def _effective(nodes: Tensor) -> Tensor:
+    """Lambda / (lambda + regulariser) of the positive nodes, in units of |lambda|max; 0 for the others."""
+    positive = nodes.clamp(min=0)
+    return positive / (positive + RESOLVED_SHARE)

@@ -1,0 +1,212 @@
+"""Eigenpairs with their certificates: a Rayleigh-Ritz step on orthonormal blocks, with fresh products."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lossray.spectra.ends import RelativeTo, Wanted, allowed_residuals
+from lossray.spectra.operator import PackedOperator
+
+PRODUCTS_AT_ONCE = 16  # in one call of the operator
+SMALLEST_LENGTH, LARGEST_LENGTH = 1e-140, 1e140  # whose squares are sound in float64
+
+
+@dataclass(frozen=True)
+class EigenPairs:
+    """The k outermost eigenpairs of one operator; see `PackedEigenPairs`."""
+
+    values: Tensor  # [k] float64, outermost first
+    vectors: Tensor  # [d, k] float64, orthonormal columns
+    residuals: Tensor  # [k] |H v - value v|
+    converged: Tensor  # [k] bool
+    confirmed: bool
+    gaps: Tensor  # [k]
+    complement: float
+    scale: float
+    matvecs: int
+    orthogonality_loss: float
+    derivative_error: float = math.nan  # of the operator; NaN where it is not known
+
+    def __len__(self) -> int:
+        """Number of pairs k."""
+        return len(self.values)
+
+    @property
+    def relative_errors(self) -> Tensor:
+        """[k] residual / |value|: an eigenvalue lies within this share of each value; from 1 on, anywhere."""
+        return torch.where(self.residuals == 0, 0, self.residuals / self.values.abs())
+
+
+@dataclass(frozen=True)
+class PackedEigenPairs:
+    """The k outermost eigenpairs of R members at one end; NaN for a dead member or a missing pair.
+
+    SCIENCE 2.15: an eigenvalue lies within its residual of each value; that no larger one was missed is what
+    ``confirmed`` makes likely, not certain.
+    """
+
+    values: Tensor  # [R, k] float64, outermost first
+    vectors: Tensor  # [R, k, d] float64, orthonormal rows; the largest component of each is positive
+    residuals: Tensor  # [R, k] |H v - value v| of the returned vector, from fresh products
+    converged: Tensor  # [R, k] bool: residual <= tolerance * scale, or * |value| where that was asked for
+    confirmed: Tensor  # [R] bool: a search of the complement found nothing beyond the k-th value
+    gaps: Tensor  # [R, k] distance to the nearest other Ritz value, `complement` included; inf if none
+    complement: (
+        Tensor  # [R] leading Ritz value outside the pairs; -inf (smallest: inf): nothing; NaN: unknown
+    )
+    scale: Tensor  # [R] |lambda|max as seen by the solve
+    matvecs: Tensor  # [R] int64, products with each member
+    orthogonality_loss: Tensor  # [R] max |V V' - I| over the bases of the solve and the returned vectors
+
+    def __len__(self) -> int:
+        """Number of pairs k of each member."""
+        return self.values.shape[1]
+
+    def member(self, r: int) -> EigenPairs:
+        """The pairs of one member."""
+        return EigenPairs(
+            values=self.values[r],
+            vectors=self.vectors[r].T,
+            residuals=self.residuals[r],
+            converged=self.converged[r],
+            confirmed=bool(self.confirmed[r]),
+            gaps=self.gaps[r],
+            complement=float(self.complement[r]),
+            scale=float(self.scale[r]),
+            matvecs=int(self.matvecs[r]),
+            orthogonality_loss=float(self.orthogonality_loss[r]),
+        )
+
+
+@dataclass(frozen=True)
+class Block:
+    """What a solver hands over for one member: approximate eigenvectors and what it knows about the rest."""
+
+    vectors: Tensor  # [n, d] float64, orthonormal rows; n = 0 where nothing was found
+    complement: float  # leading Ritz value outside the block: see `PackedEigenPairs`
+    scale: float  # estimate of |lambda|max
+    confirmed: bool
+    matvecs: int
+    orthogonality_loss: float
+
+
+def certify(
+    operator: PackedOperator,
+    blocks: Sequence[Block],
+    wanted: Wanted,
+    *,
+    tolerance: float,
+    relative_to: RelativeTo = "largest",
+) -> PackedEigenPairs:
+    """The outermost eigenpairs in each member's block, with true residuals.
+
+    Args:
+        operator: R operators; gets one product for each vector of the longest block.
+        blocks: one per member.
+        wanted: end and number of pairs to return; missing ones are NaN.
+        tolerance: largest residual of a converged pair, as a share of the scale.
+        relative_to: "each" makes it a share of the pair's own |value|.
+    """
+    images = _images(operator, [block.vectors for block in blocks])
+    members = []
+    for block, image in zip(blocks, images, strict=True):
+        allowed = partial(allowed_residuals, scale=block.scale, tolerance=tolerance, relative_to=relative_to)
+        members.append(_solve(block, image, wanted, allowed))
+    return PackedEigenPairs(*(torch.stack(tensors) for tensors in zip(*members, strict=True)))
+
+
+def orthogonality_loss(vectors: Tensor) -> float:
+    """Largest entry of |V V' - I| for the rows V [n, d]; 0 for n = 0."""
+    if len(vectors) == 0:
+        return 0.0
+    gram = vectors @ vectors.T
+    return float((gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().max())
+
+
+def row_norms(rows: Tensor) -> Tensor:
+    """Lengths [n] of the rows [n, d], also where their squares would overflow or vanish."""
+    lengths: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    if bool(((lengths > SMALLEST_LENGTH) & (lengths < LARGEST_LENGTH)).all()):
+        return lengths
+    largest = rows.abs().amax(dim=1, keepdim=True)
+    unit = torch.where((largest > 0) & torch.isfinite(largest), largest, 1)
+    scaled: Tensor = torch.linalg.vector_norm(rows / unit, dim=1) * unit[:, 0]
+    return scaled
+
+
+def _images(operator: PackedOperator, blocks: Sequence[Tensor]) -> list[Tensor]:
+    """H x for every row x of every member's block; all members share each call of the operator."""
+    n_members, dim = operator.shape
+    longest = max(len(block) for block in blocks)
+    rows = torch.zeros(n_members, longest, dim, dtype=torch.float64, device=operator.device)
+    for row, block in zip(rows, blocks, strict=True):
+        row[: len(block)] = block
+    parts = [operator.apply(part) for part in rows.split(PRODUCTS_AT_ONCE, dim=1) if part.shape[1]]
+    products = torch.cat(parts, dim=1) if parts else rows
+    return [own[: len(block)] for own, block in zip(products, blocks, strict=True)]
+
+
+def _solve(
+    block: Block, image: Tensor, wanted: Wanted, allowed: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, ...]:
+    """One member's tensors in the order of `PackedEigenPairs`."""
+    n, k = len(image), wanted.k
+    usable = n > 0 and bool(torch.isfinite(image).all())  # eigh raises on NaN
+    m = n if usable else 0
+    basis, image = block.vectors[:m], image[:m]
+    small = image @ basis.T
+    values, rotation = torch.linalg.eigh((small + small.T) / 2)
+    order = wanted.keys(values).argsort(descending=True, stable=True)
+    values, rotation = values[order], rotation[:, order].T
+    vectors = rotation @ basis
+    residuals = row_norms(rotation @ image - values[:, None] * vectors)[:k]
+    complement = block.complement
+    if m > k and not wanted.keys(values[k]) <= wanted.keys(values.new_tensor(complement)):
+        complement = float("nan") if math.isnan(complement) else float(values[k])
+    loss = max(block.orthogonality_loss, orthogonality_loss(vectors))
+
+    def padded(tensor: Tensor) -> Tensor:
+        rows = tensor.new_full((k, *tensor.shape[1:]), float("nan"))
+        rows[: min(k, m)] = tensor[:k]
+        return rows
+
+    def scalar(value: float) -> Tensor:
+        return image.new_tensor(value if usable else float("nan"))
+
+    return (
+        padded(values),
+        padded(_signed(vectors)),
+        padded(residuals),
+        padded(residuals) <= allowed(padded(values)),  # NaN compares as False
+        torch.tensor(block.confirmed and usable, device=image.device),
+        padded(_gaps(values[:k], complement, wanted)),
+        scalar(complement),
+        scalar(block.scale),
+        torch.tensor(block.matvecs + n, device=image.device),
+        scalar(loss),
+    )
+
+
+def _gaps(values: Tensor, complement: float, wanted: Wanted) -> Tensor:
+    """Distance of each value to the nearest of the others and of what lies outside (left out where NaN).
+
+    By magnitude the nearest value outside may lie on either side of zero: its distance is taken from below.
+    """
+    distances = (values[:, None] - values).abs()
+    distances.fill_diagonal_(float("inf"))
+    outside = (wanted.keys(values) - wanted.keys(values.new_tensor(complement))).abs()
+    outside = outside.nan_to_num(nan=float("inf"), posinf=float("inf"))
+    return torch.cat([distances, outside[:, None]], dim=1).amin(1)
+
+
+def _signed(vectors: Tensor) -> Tensor:
+    """The rows with their largest component positive (the first of those that tie to rounding)."""
+    if len(vectors) == 0:
+        return vectors
+    sizes = vectors.abs()
+    leading = (sizes >= sizes.amax(1, keepdim=True) * (1 - 1e-6)).to(torch.int8).argmax(1, keepdim=True)
+    return vectors * torch.sign(vectors.gather(1, leading))
