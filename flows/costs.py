@@ -39,7 +39,7 @@ OVERHEAD = 2.2
 TABLE_BYTES = 100_000  # of a pack's checkpoint in parts/ and tables/: a few hundred rows in small files
 SURFACE_POINT_BYTES = 50  # likewise, of a point of a slice
 FORWARD = 1 / 6  # of the time of a product
-DENSE_SECONDS = 1.0  # all eigenvalues of one matrix of order 3,000 (SCIENCE 5B); grows with its cube
+DENSE_SECONDS = 1.0  # all eigenvalues of one matrix of order 3,000; grows with its cube
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How singular the Hessian of a pack is at one checkpoint: the `degeneracy` table (SCIENCE 5B)."""
+"""How singular the Hessian of a pack is at one checkpoint: the `degeneracy` table (theory 5B)."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -169,7 +169,7 @@ def _polished_rows(
 
 
 def _with_symmetry(point: PackPoint, member: LivingRun) -> LivingRun:
-    """At a critical point K theta of every unit is null for certain too (SCIENCE 2.1)."""
+    """At a critical point K theta of every unit is null for certain too (theory 2.1)."""
     symmetry = _symmetry(point)
     if symmetry is None:
         return member

@@ -24,7 +24,7 @@ LOSSRAY = Path(sys.executable).with_name("lossray")
 HOOKS = Path(__file__).parent / "gates"
 PATIENCE = 240.0  # seconds after which an event that a test waits for counts as missing
 
-# Set before any Ray starts: RAY.md tells what the default does to later clusters of the same user.
+# Set before any Ray starts: otherwise ray.init() writes a token that later clusters of the user ask for.
 os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
 os.environ.pop("RAY_ADDRESS", None)
 

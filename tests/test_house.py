@@ -1,4 +1,4 @@
-"""The rules of the house (DESIGN): an import goes down to a lower floor, or sideways inside its own room."""
+"""The rules of the house, docs/architecture.md: an import goes down a floor, or sideways inside its room."""
 
 import ast
 import subprocess

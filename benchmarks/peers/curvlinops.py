@@ -1,7 +1,7 @@
 """curvlinops 3: its operator with SciPy's ``eigsh`` (ARPACK), its XTrace and its quadrature.
 
 The largest eigenvalue is handed on to the quadrature, which otherwise computes it again; the smallest it
-computes itself. Its Hessian is wrong for LayerNorm (forward over reverse: SCIENCE 2.14), so on the vit the
+computes itself. Its Hessian is wrong for LayerNorm (forward over reverse: theory 2.14), so on the vit the
 errors are not its solvers'.
 """
 

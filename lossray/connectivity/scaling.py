@@ -1,4 +1,4 @@
-"""The ReLU gauge of one model that is closest to another: factors alpha of the hidden units (SCIENCE 2.1).
+"""The ReLU gauge of one model that is closest to another: factors alpha of the hidden units (theory 2.1).
 
 |D theta - target|^2 depends on the weights through sums over the pairs (j, k) of units that they join: with
 w = sum theta^2 and v = sum theta target it is sum_jk w (alpha_j / alpha_k)^2 - 2 v alpha_j / alpha_k + const.

@@ -1,4 +1,4 @@
-"""The controls: what else the budget of a rescaled ensemble would buy (SCIENCE 5C)."""
+"""The controls: what else the budget of a rescaled ensemble would buy (theory 5C)."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -37,7 +37,7 @@ def snapshot(bench: Bench, options: Options) -> EnsembleMembers:
 
 
 def lr_equivalent(bench: Bench, options: Options) -> EnsembleMembers:
-    """C1 with learning rates parameter by parameter in place of rescaling (SCIENCE 2.5)."""
+    """C1 with learning rates parameter by parameter in place of rescaling (theory 2.5)."""
     gauges = gauges_of(bench, options)
 
     def step(point: PackedWeights, k: int) -> PackedWeights:

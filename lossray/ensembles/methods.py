@@ -1,4 +1,4 @@
-"""The ensemble methods by name: the variants of the paper's claim C, and the controls (SCIENCE 5C).
+"""The ensemble methods by name: the variants of the paper's claim C, and the controls (theory 5C).
 
 Each is a function of a bench, which holds the base runs and the budget. Its ensembles have one member for
 each cycle that the budget holds, and the base, where it does not say otherwise. A new method is one function

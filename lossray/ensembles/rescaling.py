@@ -1,7 +1,7 @@
 """Rescalings theta -> D theta of the base runs, and the learning rates that equal them.
 
 Gradient descent at D theta is gradient descent at theta with learning rates eta D^-2; of methods whose step
-does not depend on the scale of the gradient, such as Adam, eta D^-1 (SCIENCE 2.5).
+does not depend on the scale of the gradient, such as Adam, eta D^-1 (theory 2.5).
 """
 
 from dataclasses import dataclass, replace
@@ -25,7 +25,7 @@ from lossray.training.evaluation import CHUNK, keeps_function, output_change
 from lossray.training.optimizers import OPTIMIZERS, OptimizerSettings
 from lossray.training.steps import LearningRates
 
-# Lr times the largest eigenvalue stays below it (SCIENCE 5C). Plain descent is stable up to 2; where an
+# Lr times the largest eigenvalue stays below it (theory 5C). Plain descent is stable up to 2; where an
 # optimizer is stable up to less (Nesterov: 1.36), the limit is as large a share of that.
 STABLE = 1.5
 WORSE = 1.1  # or below what it is at theta itself, times this

@@ -1,4 +1,4 @@
-"""The variants of the paper's ensemble, C0 to C5 (SCIENCE 5C)."""
+"""The variants of the paper's ensemble, C0 to C5 (theory 5C)."""
 
 from dataclasses import replace
 from itertools import pairwise

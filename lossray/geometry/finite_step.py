@@ -1,4 +1,4 @@
-"""Curvature at the size of a real step, which sees what the Hessian of a ReLU network misses (SCIENCE 4)."""
+"""Curvature at the size of a real step, which sees what the Hessian of a ReLU network misses (theory 4)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Gauges: coordinates in which angles are taken (SCIENCE 0.2, 2.1, 2.6).
+"""Gauges: coordinates in which angles are taken (theory 0.2, 2.1, 2.6).
 
 With H~ = S H S a gradient becomes S g and a displacement S^-1 d, so that <g, d> and d'Hd are the same in
 every gauge. Treating both alike would turn angles around.

@@ -1,4 +1,4 @@
-"""What angles are held against: directions that know nothing of the surface (SCIENCE 2.11, 5A)."""
+"""What angles are held against: directions that know nothing of the surface (theory 2.11, 5A)."""
 
 from collections.abc import Iterable
 
@@ -18,7 +18,7 @@ IntArray = NDArray[np.int64]
 
 
 def null_p_values(chi2: Array, rest: Array, k: int, dim: int | IntArray) -> tuple[Array, Array]:
-    """P(B >= chi^2) and P(B <= chi^2), B ~ Beta(k/2, (d-k)/2): the null of random directions (SCIENCE 2.11).
+    """P(B >= chi^2) and P(B <= chi^2), B ~ Beta(k/2, (d-k)/2): the null of random directions (theory 2.11).
 
     Args:
         chi2: energies inside the subspace, [n].

@@ -1,7 +1,7 @@
 """Where a run went: principal axes of its checkpoints, beside a random walk's; distances between runs.
 
 The first axes of any random walk in high dimension explain most of its variance (Antognini & Sohl-Dickstein,
-arXiv 1806.08805; SCIENCE 2.12): a picture of a trajectory in their plane is evidence only against that.
+arXiv 1806.08805; theory 2.12): a picture of a trajectory in their plane is evidence only against that.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Sharpness as training meets it: over its minibatches, and along its next step (SCIENCE 3, 4)."""
+"""Sharpness as training meets it: over its minibatches, and along its next step (theory 3, 4)."""
 
 from collections.abc import Iterable
 

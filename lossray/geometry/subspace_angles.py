@@ -31,7 +31,7 @@ class AnglesSettings(Settings):
 
     Attributes:
         directions: vectors whose angles are measured.
-        gauges: metrics in which they are (SCIENCE 2.6).
+        gauges: metrics in which they are (theory 2.6).
         shadow: optimizers fed the same gradients, whose updates become directions too.
         window: steps replayed from each checkpoint for the alignment statistic; 0 for none.
         subspaces: for which ones eigenpairs are computed in every gauge: "all", or "v1", the top eigenvector

@@ -1,7 +1,7 @@
 """The eigenpairs of a pack at one step as bytes: the content of OUT/vectors/<pack>/<step>.safetensors.
 
 Tensor keys are "<operator>/<block>/<end>/<field>", for example "hessian/all/largest/values"; the fields are
-those of `PackedEigenPairs`. The Hessian in another gauge (SCIENCE 2.6) is an operator of its own, such as
+those of `PackedEigenPairs`. The Hessian in another gauge (theory 2.6) is an operator of its own, such as
 "hessian@adaptive". The vectors are rounded to float32, all else is kept as computed.
 """
 

@@ -1,7 +1,7 @@
 """How far the steps of a window lie in an eigenspace held fixed at its start: rows of the `alignment` table.
 
 S = ln[sum |V'u|^2 / sum |u|^2] over the window. One snapshot of the energy scatters over orders of magnitude
-from seed to seed; S does not, and claim A is judged on it (SCIENCE 5A, "The statistic").
+from seed to seed; S does not, and claim A is judged on it (theory 5A, "The statistic").
 """
 
 from collections.abc import Mapping, Sequence

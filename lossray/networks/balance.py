@@ -14,7 +14,7 @@ from lossray.networks.symmetry import rescaling_symmetry
 def balance(model: nn.Module, data: Any = None) -> nn.Module:
     """A copy of a ReLU network in the balanced gauge: the weights of least norm that give the same function.
 
-    There the incoming and the outgoing weights of every hidden unit have the same norm (SCIENCE 2.6). Units
+    There the incoming and the outgoing weights of every hidden unit have the same norm (theory 2.6). Units
     without incoming or without outgoing weights stay as they are.
 
     Args:

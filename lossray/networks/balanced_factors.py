@@ -1,4 +1,4 @@
-"""The gauge of least norm: damped Newton steps on a sum of exponentials (SCIENCE 2.6)."""
+"""The gauge of least norm: damped Newton steps on a sum of exponentials (theory 2.6)."""
 
 import math
 

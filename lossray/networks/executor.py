@@ -25,8 +25,8 @@ def choose_executor(
 ) -> str:
     """The executor of a setting: "vmap" where it works, agrees with "loop" and pays, otherwise "loop".
 
-    Large convolutions on a CPU run at 0.7-0.8 of a loop under vmap (DESIGN), so they loop; small ones, whose
-    time goes into overheads, run at 1.1-1.8 of it. Every other model is tried: loss, gradient and a
+    Large convolutions on a CPU run at 0.7-0.8 of a loop under vmap, so they loop; small ones, whose time goes
+    into overheads, run at 1.1-1.8 of it. Every other model is tried: loss, gradient and a
     Hessian-vector product of two members in float64, in train and in eval mode, and the outputs without
     gradients, for which a layer may have a path of its own. The trial runs on the CPU, where it costs
     milliseconds; ``device`` is where the study will run.

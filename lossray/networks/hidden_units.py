@@ -1,4 +1,4 @@
-"""Which hidden channels of a model can be rescaled, and which weights go into and out of each (SCIENCE 5C).
+"""Which hidden channels of a model can be rescaled, and which weights go into and out of each (theory 5C).
 
 A walk through the graph follows the channels of every linear, convolution and norm layer up to the layers
 that use them. Channels that are added share one group. A group is *fixed*, and so no hidden unit, where its

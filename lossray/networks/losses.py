@@ -42,7 +42,7 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def mse(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Half the squared error summed over outputs, mean over examples (SCIENCE 2.8).
+    """Half the squared error summed over outputs, mean over examples (theory 2.8).
 
     `torch.nn.MSELoss` is `mse_mean`.
 

@@ -37,7 +37,7 @@ class MlpSettings(BuiltinSettings):
 
 
 def build_linear(settings: LinearSettings, input_shape: tuple[int, ...], n_outputs: int) -> nn.Module:
-    """The deep linear network of SCIENCE 2.8 (no biases by default); flattens its input."""
+    """The deep linear network of theory 2.8 (no biases by default); flattens its input."""
     widths = (math.prod(input_shape), *settings.widths, n_outputs)
     layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
     for i, (fan_in, fan_out) in enumerate(pairwise(widths[:-1]), start=1):

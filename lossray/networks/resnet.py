@@ -39,7 +39,7 @@ class ResidualBlock(nn.Module):
     """Two 3 x 3 convolutions and a shortcut: identity where the shape stays, a projection where it changes.
 
     The projection (a strided 1 x 1 convolution and its norm) is option B of the paper. Option A, subsampling
-    and zero channels, has no parameters but ties the rescaling symmetries of the stages (SCIENCE 5C).
+    and zero channels, has no parameters but ties the rescaling symmetries of the stages (theory 5C).
     """
 
     def __init__(self, fan_in: int, channels: int, *, stride: int, settings: ResnetSettings) -> None:

@@ -1,4 +1,4 @@
-"""The rescaling symmetry of ReLU networks, unit by unit, in the coordinates of theta (SCIENCE 2.1).
+"""The rescaling symmetry of ReLU networks, unit by unit, in the coordinates of theta (theory 2.1).
 
 Multiplying a hidden unit's incoming weights and bias by alpha > 0 and dividing its outgoing weights by alpha
 leaves the function as it is.
@@ -67,12 +67,12 @@ class RescalingSymmetry:
         return self._sums(self.outgoing, values)
 
     def imbalance(self, theta: Tensor) -> Tensor:
-        """|incoming|^2 - |outgoing|^2 of each unit, [..., units] float64 (SCIENCE 2.4)."""
+        """|incoming|^2 - |outgoing|^2 of each unit, [..., units] float64 (theory 2.4)."""
         squares = theta.double().square()
         return self.incoming_sums(squares) - self.outgoing_sums(squares)
 
     def balance_factors(self, theta: Tensor) -> Tensor:
-        """Factors [R, units] float64 to the gauge of least norm, where |incoming| = |outgoing| (SCIENCE 2.6).
+        """Factors [R, units] float64 to the gauge of least norm, where |incoming| = |outgoing| (theory 2.6).
 
         A unit without incoming or without outgoing weights keeps its gauge: factor 1. NaN for a dead member.
         """

@@ -1,7 +1,7 @@
 """How many eigenvalues are zero: counts below thresholds, a noise floor, and a rank where a gap supports one.
 
-SCIENCE 5B. All eigenvalues of a matrix that is formed in float64 where it is small enough; otherwise the
-counts of a stochastic quadrature, which resolves nothing far below the largest eigenvalue.
+All eigenvalues of a matrix that is formed in float64 where it is small enough; otherwise the counts of a
+stochastic quadrature, which resolves nothing far below the largest eigenvalue (theory 5B).
 """
 
 import math

@@ -1,7 +1,7 @@
 """From a checkpoint on to a critical point, where one can be reached: some null directions exist only there.
 
 At a critical point the rescaling symmetry and units with equal activation patterns add null directions that
-nothing forces elsewhere (SCIENCE 2.3, 5B vi). Under cross entropy on separable data there is none to reach.
+nothing forces elsewhere (theory 2.3, 5B). Under cross entropy on separable data there is none to reach.
 """
 
 import math

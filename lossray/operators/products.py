@@ -1,8 +1,8 @@
 """Curvature products of one batch, twice differentiated backwards (Pearlmutter 1994; Schraudolph 2002).
 
 The gradient is that of the *sum* over members, whose Hessian is block-diagonal: row r of a product belongs to
-member r alone. vmap(grad) and torch.func.hessian are never used: they are wrong for LayerNorm (SCIENCE 2.14).
-The kinks of ReLU count as flat (SCIENCE 4).
+member r alone. vmap(grad) and torch.func.hessian are never used: they are wrong for LayerNorm (theory 2.14).
+The kinks of ReLU count as flat (theory 4).
 """
 
 from collections.abc import Callable

@@ -33,7 +33,7 @@ from lossray.spectra.quadrature import Probing, Quadrature
 # Further probes for the trace, of one product each, where a density takes many. With few of them Student's t
 # intervals would miss the trace too often where the rest of the spectrum has a low rank.
 TRACES_PER_PROBE, FEWEST_TRACES = 4, 16
-RESOLVED_SHARE = 1e-2  # of |lambda|max: about what a quadrature of 64 nodes resolves (SCIENCE 5B)
+RESOLVED_SHARE = 1e-2  # of |lambda|max: about what a quadrature of 64 nodes resolves (theory 4)
 
 
 @dataclass(frozen=True)

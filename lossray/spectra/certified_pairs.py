@@ -45,7 +45,7 @@ class EigenPairs:
 class PackedEigenPairs:
     """The k outermost eigenpairs of R members at one end; NaN for a dead member or a missing pair.
 
-    SCIENCE 2.15: an eigenvalue lies within its residual of each value; that no larger one was missed is what
+    Theory 2.15: an eigenvalue lies within its residual of each value; that no larger one was missed is what
     ``confirmed`` makes likely, not certain.
     """
 

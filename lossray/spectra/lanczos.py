@@ -10,7 +10,7 @@ miss the others with every residual small. Hence converged pairs are *locked*, a
 orthogonal to them runs until the complement's leading pair has itself converged. What it finds above the
 current k-th value is locked too and another block runs; the solve is *confirmed* when it finds nothing.
 
-What is proved (SCIENCE 2.15): some eigenvalue lies within its residual of every value, and the block of k
+What is proved (theory 2.15): some eigenvalue lies within its residual of every value, and the block of k
 pairs accounts for k eigenvalues with their multiplicity. That nothing larger was missed is very likely, not
 proved: a confirmation can overlook an eigenvalue that exceeds the k-th by less than tolerance * |lambda|max,
 and, with a probability that falls exponentially with its steps, a larger one.

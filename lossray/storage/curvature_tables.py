@@ -156,7 +156,7 @@ SHARPNESS = TableSchema(
         number(
             "threshold",
             "1",
-            "lr times sharpness above which the optimizer is unstable on a quadratic (SCIENCE 2.10): to be "
+            "lr times sharpness above which the optimizer is unstable on a quadratic (theory 2.10): to be "
             "compared with preconditioned_lr (the same as lambda_max_lr for sgd and momentum)",
         ),
     ),
@@ -205,7 +205,7 @@ DEGENERACY = TableSchema(
         Column("dim", INTEGER, "1", "order of the operator"),
         number("lambda_max", CURVATURE, "|lambda|max"),
         number("gradient_norm", GRADIENT, "|g| at the point: 0 at a critical point"),
-        number("symmetry_residual", GRADIENT, "largest |H K theta| over the hidden units (SCIENCE 2.1)"),
+        number("symmetry_residual", GRADIENT, "largest |H K theta| over the hidden units (theory 2.1)"),
         Column("n_examples", INTEGER, "examples", "size of the analysis set"),
         Column("dtype", TEXT, "", "number format of the products"),
     ),

@@ -1,6 +1,6 @@
 """Shadow optimizers: what other optimizers would do, fed the gradients of a run since its first step.
 
-They tell the optimizer's own step from the places that it visits (SCIENCE 5A, the 2 x 2 attribution).
+They tell the optimizer's own step from the places that it visits (theory 5A, the 2 x 2 attribution).
 """
 
 from collections.abc import Mapping, Sequence

@@ -39,7 +39,7 @@ class DataSettings(Settings):
     split: Annotated[tuple[float, float, float], BeforeValidator(as_tuple)] = (0.7, 0.15, 0.15)
     split_seed: int = 0
     # "feature" by default: inputs of unit variance keep the scale of single pixels or columns out of the
-    # Hessian's spectrum, and it is what the measurements in SCIENCE.md, section 6, were made with.
+    # Hessian's spectrum, and it is what the measurements of theory 6 were made with.
     standardise: Literal["none", "feature", "global"] = "feature"
 
     @field_validator("split")

@@ -4,7 +4,7 @@ A new optimizer is one settings class and one entry of OPTIMIZERS. Defaults othe
 torch.optim, except that weight decay is 0 for all but adamw.
 
 `scale` is the diagonal P with which an update reads -lr P^-1 m, where P is held fixed and m is the (bias
-corrected) momentum, or the gradient where there is none (SCIENCE 2.10). Each formula follows the source of
+corrected) momentum, or the gradient where there is none (theory 2.10). Each formula follows the source of
 torch.optim; which of them are bias corrected, and where eps stands, differs between optimizers.
 """
 
@@ -194,7 +194,7 @@ def _radam_scale(state: State, settings: RAdamSettings) -> Tensor:
     return scale
 
 
-# ---- stability thresholds, each the root at -1 of the characteristic polynomial (SCIENCE 2.10)
+# ---- stability thresholds, each the root at -1 of the characteristic polynomial (theory 2.10)
 
 
 def _of_descent(settings: OptimizerSettings, step: int) -> float:
@@ -249,7 +249,7 @@ class OptimizerEntry:
             definition; None where the step is not of that form.
         momentum: the state entry that holds its momentum, or None.
         threshold: largest lr times an eigenvalue of P^-1/2 H P^-1/2 at which it is stable on a quadratic, P
-            held fixed, bias corrections over and no decay (SCIENCE 2.10), by its settings and the steps
+            held fixed, bias corrections over and no decay (theory 2.10), by its settings and the steps
             taken, which count for nadam only; None where there is no P.
     """
 

@@ -13,7 +13,7 @@ from benchmarks.sides import Part, Report
 
 
 def softmax_regression(*, dense: bool) -> Problem:
-    """At theta = 0 the Hessian is (I - 11'/C) / C kron X'X / N (SCIENCE 2.9)."""
+    """At theta = 0 the Hessian is (I - 11'/C) / C kron X'X / N (theory 2.9)."""
     inputs = torch.randn(50, 30, generator=torch.Generator().manual_seed(1))
     model = nn.Linear(30, 3, bias=False)
     nn.init.zeros_(model.weight)

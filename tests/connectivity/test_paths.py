@@ -1,4 +1,4 @@
-"""Paths: exact ends, closed forms, derivatives, lengths, and SCIENCE 2.7 on line and orbit."""
+"""Paths: exact ends, closed forms, derivatives, lengths, and theory 2.7 on line and orbit."""
 
 import math
 
@@ -144,7 +144,7 @@ def flat(model: nn.Module) -> Tensor:
 
 
 def test_the_line_to_a_rescaled_copy_scales_the_function_by_a_closed_form():
-    """SCIENCE 2.7: f_t - b2 = c(t) (f_0 - b2), c(t) = 1 + t (1 - t) (alpha + 1 / alpha - 2)."""
+    """Theory 2.7: f_t - b2 = c(t) (f_0 - b2), c(t) = 1 + t (1 - t) (alpha + 1 / alpha - 2)."""
     model, alpha = relu_net(6), 3.75
     inputs = torch.randn(9, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     path = straight(flat(model), flat(lossray.rescale(model, {"0": alpha})))

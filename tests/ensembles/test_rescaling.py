@@ -1,4 +1,4 @@
-"""Training in another gauge is training with other learning rates (SCIENCE 2.5); how gauges are drawn."""
+"""Training in another gauge is training with other learning rates (theory 2.5); how gauges are drawn."""
 
 from dataclasses import replace
 
@@ -181,7 +181,7 @@ def test_adaptive_methods_pay_for_no_estimate(make_problem, bench_of):
 
 
 def test_nesterov_has_a_limit_of_its_own(make_problem, bench_of):
-    """It is stable up to 3.8 / 2.8 = 1.36 only (SCIENCE 2.10)."""
+    """It is stable up to 3.8 / 2.8 = 1.36 only (theory 2.10)."""
     for optimizer, limit in (("sgd", 1.5), ("momentum", 1.5), ("nesterov", 0.75 * 3.8 / 2.8)):
         problem = make_problem(optimizer={"name": optimizer, "lr": 0.01})
         gauges = Gauges(bench_of(problem), sigma=0.5, powers_of_two=False)

@@ -87,6 +87,6 @@ def test_an_interrupted_study_keeps_what_is_done_and_resumes(
 
 
 def test_nothing_is_ever_cancelled():
-    """A cancel that races with completion aborts the driver's process (RAY.md 0.2)."""
+    """A cancel that races with completion aborts the driver's process."""
     sources = [path for package in ("flows", "tasks", "lossray") for path in (ROOT / package).rglob("*.py")]
     assert [str(path) for path in sources if re.search(r"\bray\.cancel\(", path.read_text())] == []

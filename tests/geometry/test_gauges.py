@@ -73,7 +73,7 @@ def test_slope_and_curvature_along_a_displacement_are_the_same_in_every_gauge(na
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_adaptive_gauge_is_the_same_after_any_rescaling(name):
-    """SCIENCE 2.6: spectrum of |theta| H |theta|, |theta| g and displacements are exactly invariant."""
+    """Theory 2.6: spectrum of |theta| H |theta|, |theta| g and displacements are exactly invariant."""
     case = Case(name)
     other = case.rescaled * case.theta
     before, after = gauges.adaptive(case.theta), gauges.adaptive(other)

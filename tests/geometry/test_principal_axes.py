@@ -145,14 +145,14 @@ def test_a_member_that_never_lived_has_no_numbers() -> None:
 
 
 def test_a_random_walk_with_uniform_checkpoints() -> None:
-    """SCIENCE 2.12: component k explains 6 / (pi k)^2, in the limit of many checkpoints."""
+    """Theory 2.12: component k explains 6 / (pi k)^2, in the limit of many checkpoints."""
     shares = random_walk_shares(range(0, 4000, 10))
     np.testing.assert_allclose(shares, [0.608, 0.152, 0.068], atol=5e-4)
     np.testing.assert_allclose(shares, 6 / (np.pi * np.arange(1, 4)) ** 2, rtol=1e-4)
 
 
 def test_a_random_walk_with_twelve_log_spaced_checkpoints() -> None:
-    """SCIENCE 2.12; the default checkpoints hold step 0 as well."""
+    """Theory 2.12; the default checkpoints hold step 0 as well."""
     spaced = np.geomspace(1, 1000, 12).round().astype(int).tolist()
     np.testing.assert_allclose(random_walk_shares(spaced), [0.685, 0.163, 0.074], atol=5e-4)
     steps = checkpoint_steps(TrainingSettings())

@@ -99,7 +99,7 @@ def test_null_probabilities_in_closed_form() -> None:
 
 @pytest.mark.parametrize(("dim", "k"), [(50, 1), (50, 5), (2000, 3)])
 def test_random_directions_follow_the_null(dim: int, k: int) -> None:
-    """null_p is uniform, and the mean energy k / d (SCIENCE 2.11)."""
+    """null_p is uniform, and the mean energy k / d (theory 2.11)."""
     draws = 2000
     generator = torch.Generator().manual_seed(dim + k)
     vectors = torch.randn(draws, dim, dtype=torch.float64, generator=generator)

@@ -182,7 +182,7 @@ class TestLinear:
         torch.testing.assert_close(model(x), x @ product.T)
 
     def test_hessian_rank(self):
-        """SCIENCE 2.8: rank H = 2qM - Lq^2 + q(r + k) at generic parameters, q = min(r, k, widths)."""
+        """Theory 2.8: rank H = 2qM - Lq^2 + q(r + k) at generic parameters, q = min(r, k, widths)."""
         widths, d_in, k, examples = [3, 2], 4, 3, 20
         model = build({"name": "linear", "widths": widths}, (d_in,), k).double()
         x, y = inputs(examples, d_in, dtype=torch.float64), inputs(examples, k, seed=1, dtype=torch.float64)

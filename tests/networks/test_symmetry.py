@@ -1,4 +1,4 @@
-"""The exact identities of the rescaling symmetry (SCIENCE 2.1, 2.4 to 2.7, 2.13), in float64."""
+"""The exact identities of the rescaling symmetry (theory 2.1, 2.4 to 2.7, 2.13), in float64."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -76,7 +76,7 @@ class Problem:
         return torch.autograd.grad(self.loss(leaf), leaf)[0]
 
     def hessian(self, theta: Tensor) -> Tensor:
-        """By double backward: SCIENCE 2.14."""
+        """By double backward: theory 2.14."""
         return torch.autograd.functional.hessian(self.loss, theta)
 
     def gauge(self, sigma: float = 0.7) -> Tensor:

@@ -24,7 +24,7 @@ from lossray.nullity.counts import (
 from lossray.operators.objectives import PackedObjective
 from lossray.operators.packed import PackedGaussNewton
 
-# ---- the rank of deep linear networks (Singh et al., arXiv 2106.16225; SCIENCE 2.8)
+# ---- the rank of deep linear networks (Singh et al., arXiv 2106.16225; theory 2.8)
 
 
 def linear_network(d, widths, k, n, loss, r=None, *, fitted=False, seed=0):
@@ -84,7 +84,7 @@ def test_without_a_residual_the_outer_rank_is_left(d, widths, k, n, r):
 
 
 def test_softmax_regression_at_zero_has_a_known_spectrum():
-    """SCIENCE 2.9: eig(X'X/N) / C, each C - 1 times, and d zeros."""
+    """Theory 2.9: eig(X'X/N) / C, each C - 1 times, and d zeros."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(50, 6, dtype=torch.float64, generator=generator)
     y = torch.randint(0, 4, (50,), generator=generator)

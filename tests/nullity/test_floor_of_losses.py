@@ -51,7 +51,7 @@ def test_the_floor_of_a_linear_network_looks_at_the_loss(loss, k, draw):
     found = lossray.degeneracy(lossray.Hessian(model, loss, (x, y)))
     assert floor.complete
     assert (found.nullity, found.excess) == (floor.dimension, 0)
-    if k:  # SCIENCE 2.8 with the outputs that the loss uses
+    if k:  # theory 2.8 with the outputs that the loss uses
         q = min(k, 5)
         assert found.rank == 2 * q * 12 - 3 * q * q + q * (6 + k)
     elif loss is F.l1_loss:  # no curvature in the outputs: the part of the residual is left

@@ -44,7 +44,7 @@ def test_the_scale_of_the_loss_decides_nothing():
 
 
 def test_near_a_teacher_the_symmetry_adds_null_directions_at_the_critical_point():
-    """SCIENCE 2.1: H K_j theta = -K_j g, so that K_j theta is null there, one for each relu unit."""
+    """Theory 2.1: H K_j theta = -K_j g, so that K_j theta is null there, one for each relu unit."""
     table = {"name": "mlp", "widths": [3]}
     own, (x, _) = objective(table, mse, n=60)
     teacher = own.theta.detach().double()

@@ -1,4 +1,4 @@
-"""The structural floor is the measured nullity, at initialisation and in training (SCIENCE 2.3)."""
+"""The structural floor is the measured nullity, at initialisation and in training (theory 2.3)."""
 
 import pytest
 import torch
@@ -180,7 +180,7 @@ def test_combinations_that_turn_with_the_weights_are_counted(name):
 
 
 def test_always_active_units_mix_as_in_a_linear_network():
-    """SCIENCE 2.8 on 17 inputs (a one for the bias): (m - q)(r + k - 2 q) with m = 2, q = k = 1, r = 17."""
+    """Theory 2.8 on 17 inputs (a one for the bias): (m - q)(r + k - 2 q) with m = 2, q = k = 1, r = 17."""
     floor = structural_floor(MIXING["always-on"](), (SMALL, BINARY), cross_entropy)
     assert floor.by_cause["softmax shift"] == 2 + 1
     assert floor.by_cause["mixing"] >= (2 - 1) * (17 + 1 - 2)
@@ -195,7 +195,7 @@ def test_few_examples_leave_directions_that_none_of_them_sees():
 
 
 def test_at_a_critical_point_there_is_more_than_the_floor():
-    """Without a residual H is the outer part: K theta of every unit is null too (SCIENCE 2.1)."""
+    """Without a residual H is the outer part: K theta of every unit is null too (theory 2.1)."""
     model = model_of({"name": "mlp", "widths": [4]}, SMALL)
     targets = model(SMALL).detach()
     found = lossray.degeneracy(lossray.Hessian(model, mse, (SMALL, targets)))

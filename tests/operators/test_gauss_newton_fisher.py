@@ -118,7 +118,7 @@ def test_losses_and_gradients_are_those_of_the_hessian(kind: type, loss: str) ->
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
 @pytest.mark.parametrize("classes", [2, 3, 7])
 def test_of_a_linear_model_gauss_newton_is_the_hessian(classes: int, loss: str) -> None:
-    """Whatever the number of outputs: a mean over examples has no factor C (PEERS B15)."""
+    """Whatever the number of outputs: a mean over examples has no factor C."""
     generator = torch.Generator().manual_seed(2)
     batch = (
         torch.randn(9, 4, dtype=torch.float64, generator=generator),

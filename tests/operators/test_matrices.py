@@ -102,7 +102,7 @@ def test_products_are_those_of_plain_double_backward(name: str, loss: Any) -> No
 @pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), nn.MSELoss()], ids=["ce", "mse"])
 @pytest.mark.parametrize("name", ["mlp", "cnn", "resnet-none", "resnet-batch"])
 def test_agree_with_curvlinops(name: str, loss: nn.Module) -> None:
-    """Where curvlinops is right: neither LayerNorm nor batch norm in train mode (SCIENCE 2.14)."""
+    """Where curvlinops is right: neither LayerNorm nor batch norm in train mode (theory 2.14)."""
     peers = [curvlinops.HessianLinearOperator, curvlinops.GGNLinearOperator, curvlinops.EFLinearOperator]
     model, batches = _model(name).eval(), _data(5, 2)
     if isinstance(loss, nn.MSELoss):
@@ -235,7 +235,7 @@ def test_batch_norm_in_train_mode_uses_the_statistics_of_the_batch() -> None:
 
 
 def test_softmax_regression_at_zero() -> None:
-    """SCIENCE 2.9: eig(X'X/N)/C, each C - 1 times, and d zeros; Gauss-Newton is the same matrix."""
+    """Theory 2.9: eig(X'X/N)/C, each C - 1 times, and d zeros; Gauss-Newton is the same matrix."""
     features, classes = 5, 4
     ((inputs, targets),) = _data(30, shape=(features,), classes=classes)
     model = nn.Linear(features, classes, bias=False).double()
@@ -249,7 +249,7 @@ def test_softmax_regression_at_zero() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_softmax_shift_is_null_for_all_three(kind: Any) -> None:
-    """SCIENCE 2.2: equal shifts of all output biases."""
+    """Theory 2.2: equal shifts of all output biases."""
     matrix = kind(_model("mlp"), cross_entropy, _data(9))
     shift = torch.zeros(matrix.shape[0], dtype=torch.float64)
     shift[-3:] = 1
@@ -285,7 +285,7 @@ def test_the_product_is_the_derivative_of_gradients() -> None:
 
 
 def test_losses_of_any_reduction() -> None:
-    """A mean over examples is what counts; a sum over one batch is what it says (PEERS B15)."""
+    """A mean over examples is what counts; a sum over one batch is what it says."""
     model = _model("mlp")
     ((inputs, targets),) = _data(6)
     onehot = nn.functional.one_hot(targets, 3).double()

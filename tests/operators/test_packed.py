@@ -184,7 +184,7 @@ def _softmax_regression(n_features: int, n_classes: int) -> tuple[PackedHessian,
 
 
 def test_softmax_regression_spectrum() -> None:
-    """SCIENCE 2.9: eigenvalues of X'X/N over C, each C - 1 times, and d zeros."""
+    """Theory 2.9: eigenvalues of X'X/N over C, each C - 1 times, and d zeros."""
     n_features, n_classes = 6, 4
     operator, inputs = _softmax_regression(n_features, n_classes)
     covariance = torch.linalg.eigvalsh(inputs.T @ inputs / len(inputs))
@@ -197,7 +197,7 @@ def test_softmax_regression_spectrum() -> None:
 
 
 def test_softmax_shift_is_null() -> None:
-    """SCIENCE 2.2: equal shifts of all output biases, or of all output weights of one hidden unit."""
+    """Theory 2.2: equal shifts of all output biases, or of all output weights of one hidden unit."""
     case = _case("mlp-relu")
     stack = case[0]
     operator = _operator(case)
@@ -222,7 +222,7 @@ def test_softmax_shift_is_null() -> None:
     [("mse", (6,), 5), ("mse", (3,), 3), ("mse", (4, 3), 5), ("cross_entropy", (3,), 5)],
 )
 def test_linear_network_rank(loss: str, widths: tuple[int, ...], rank_inputs: int) -> None:
-    """SCIENCE 2.8: rank = 2 q M - L q^2 + q (r + k), k outputs (k - 1 for cross entropy)."""
+    """Theory 2.8: rank = 2 q M - L q^2 + q (r + k), k outputs (k - 1 for cross entropy)."""
     n_inputs, n_outputs = 5, 4
     generator = _generator(11)
     inputs = torch.randn(30, rank_inputs, dtype=torch.float64, generator=generator)

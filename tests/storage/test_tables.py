@@ -6,7 +6,7 @@ import pytest
 from lossray.errors import StoreError
 from lossray.storage.tables import TABLES, arrow_schema, schema_of, tables_markdown
 
-# The columns that DESIGN promises to users.
+# The columns that users rely on: others may be added, none of these goes.
 PROMISED = {
     "runs": "run_id pack_id model activation norm optimizer lr seed n_params status reason steps_done "
     "train_loss test_loss test_accuracy wall_seconds device dtype executor",

@@ -1,4 +1,4 @@
-"""Reading study files: DESIGN.md's example, overrides, grids, what is said to be missing, checks on data."""
+"""Reading study files: a long example, overrides, grids, what is said to be missing, checks on data."""
 
 import sys
 import tomllib
@@ -12,8 +12,8 @@ from lossray.study.overrides import parse_override
 from lossray.study.toml import toml_text
 from lossray.training.datasets import Dataset, Split
 
-# The example of DESIGN.md, "The study file", word for word.
-DESIGN_EXAMPLE = """
+# A study file with the sections that most studies have, their keys spelled out.
+EXAMPLE = """
 name = "adaptive-vs-sgd"
 seeds = 10                                 # 0..9, or a list
 
@@ -91,9 +91,9 @@ def dataset(n=20, *, targets=None):
     return Dataset(train, train, train, n_outputs=3, fingerprint="f", input_shape=(1, 8, 8))
 
 
-def test_design_example_says_what_it_says(tmp_path):
+def test_the_example_says_what_it_says(tmp_path):
     path = tmp_path / "example.toml"
-    path.write_text(DESIGN_EXAMPLE)
+    path.write_text(EXAMPLE)
     loaded = load_study(path)
     study = loaded.study
     assert study.seeds == tuple(range(10))
@@ -105,12 +105,12 @@ def test_design_example_says_what_it_says(tmp_path):
     assert study.angles.window == 50
     assert study.claims.margin_energy == 0.01
     assert study.resources.train.cpus == 1
-    assert loaded.text == DESIGN_EXAMPLE
+    assert loaded.text == EXAMPLE
     assert loaded.folder == tmp_path.resolve()
 
 
-def test_absent_sections_have_the_defaults_of_the_design_example(small, tmp_path):
-    (tmp_path / "example.toml").write_text(DESIGN_EXAMPLE)
+def test_absent_sections_have_the_defaults_of_the_example(small, tmp_path):
+    (tmp_path / "example.toml").write_text(EXAMPLE)
     example, short = load_study(tmp_path / "example.toml").study, load_study(small).study
     for section in ("data", "training", "curvature", "angles", "claims", "resources"):
         assert getattr(short, section) == getattr(example, section)
@@ -118,7 +118,7 @@ def test_absent_sections_have_the_defaults_of_the_design_example(small, tmp_path
 
 def test_plain_settings_read_back_as_the_same_study(tmp_path):
     (tmp_path / "example.toml").write_text(
-        DESIGN_EXAMPLE
+        EXAMPLE
         + '[degeneracy]\ndense_up_to = 9\n[connectivity]\nkinds = "line"\n[ensembles]\nbudgets = [1, 2.5]\n'
     )
     study = load_study(tmp_path / "example.toml").study

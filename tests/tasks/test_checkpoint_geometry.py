@@ -46,7 +46,7 @@ def point_of(plan, step):
 
 
 def scales(plan, step):
-    """S [R, d] of every gauge, as SCIENCE 2.6 defines it."""
+    """S [R, d] of every gauge, as theory 2.6 defines it."""
     stack, theta, optimizer = point_of(plan, step)
     symmetry = rescaling_symmetry(stack.template, stack.layout)
     return {

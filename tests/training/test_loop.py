@@ -1,4 +1,4 @@
-"""The training loop: packs against solo runs, divergence, exact resume, conservation (SCIENCE 2.4)."""
+"""The training loop: packs against solo runs, divergence, exact resume, conservation (theory 2.4)."""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -360,7 +360,7 @@ def test_parameters_that_overflow_freeze_the_last_finite_ones() -> None:
 
 
 def test_conservation_law_along_sgd() -> None:
-    """SCIENCE 2.4, from the steps as recorded: C_j = |w_j|^2 + b_j^2 - |u_j|^2 of every hidden unit."""
+    """Theory 2.4, from the steps as recorded: C_j = |w_j|^2 + b_j^2 - |u_j|^2 of every hidden unit."""
     lr, decay, steps = 0.2, 0.05, 12
     table = {"name": "mlp", "widths": [7], "activation": "relu"}
     training = TrainingSettings(steps=steps, batch_size=8, dtype="float64")

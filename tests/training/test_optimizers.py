@@ -192,7 +192,7 @@ WARM = 7  # steps, past radam's warm-up
 # nesterov and nadam mix momentum and gradient; adadelta divides by its accumulated steps as they were before.
 @pytest.mark.parametrize("name", sorted({*IDENTITY, *WITH_SCALE} - {"nesterov", "nadam", "adadelta"}))
 def test_update_is_the_preconditioned_momentum(name: str) -> None:
-    """theta(t+1) - theta(t) = -lr P^-1 m, with P and m read after the step (SCIENCE 2.10)."""
+    """theta(t+1) - theta(t) = -lr P^-1 m, with P and m read after the step (theory 2.10)."""
     keys = {"betas": [0.8, 0.9]} if "betas" in OPTIMIZERS[name].settings.model_fields else {}
     theta = stacked()
     optimizer = make(name, theta, **keys, **({"weight_decay": 0.0} if name == "adamw" else {}))

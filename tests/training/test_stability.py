@@ -1,4 +1,4 @@
-"""Stability thresholds on a quadratic (SCIENCE 2.10): by companion matrix, and by running the optimizers."""
+"""Stability thresholds on a quadratic (theory 2.10): by companion matrix, and by running the optimizers."""
 
 import numpy as np
 import pytest
