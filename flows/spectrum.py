@@ -11,7 +11,6 @@ from pydantic import ValidationError
 from torch import nn
 
 from flows.spectrum_store import Origin, open_store, publish
-from flows.spectrum_text import describe
 from lossray.errors import DataError, ModelError, StudyError
 from lossray.names import unknown_name
 from lossray.networks.functional import call_model
@@ -27,6 +26,7 @@ from lossray.plugins import add_user_folders, failure, is_spec
 from lossray.seeds import stream
 from lossray.source_hash import source_hash
 from lossray.spectra.analysis import Analysis, packed_analysis
+from lossray.spectra.summary import spectrum_text
 from lossray.study.problems import problems_in
 from lossray.training.datasets import (
     Dataset,
@@ -104,7 +104,7 @@ def spectrum(request: SpectrumRequest, out: str | None = None) -> str:
         steps=STEPS,
         seeds=[0],
     )
-    text = describe(request.operator, analysis.member(0), heading(request, point, analysis.member(0)))
+    text = spectrum_text(request.operator, analysis.member(0), heading(request, point, analysis.member(0)))
     if store is None:
         return text
     functions = {name: source_hash(name) for name in (request.model, request.loss) if is_spec(name)}

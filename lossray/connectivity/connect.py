@@ -37,9 +37,9 @@ SAME_LOSS = 1e-4  # relative difference of one model's loss in two ways
 NEEDED = "both must be of one architecture"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Connection:
-    """A path between two models.
+    """A path between two models; it prints as one line.
 
     Attributes:
         path: of R = 1 member; coordinates in the order of the trainable ``model.parameters()``.
@@ -51,6 +51,10 @@ class Connection:
     _buffers: tuple[Members, Members] = field(repr=False)  # of the ends, [1, *shape]
     _examples: IndexedExamples = field(repr=False)
     _loss: Loss = field(repr=False)  # of outputs and the numbers of examples
+
+    def __repr__(self) -> str:
+        dim = self.path.points.shape[-1]
+        return f"a {self.path.kind} between two models of {dim:,} parameters: .at(t), .evaluate(), .barrier"
 
     def at(self, t: float) -> nn.Module:
         """The model at t, in eval mode: a new one each time.

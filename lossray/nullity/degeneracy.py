@@ -1,6 +1,8 @@
 """Is one model's curvature singular? `lossray.degeneracy`."""
 
+import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,23 +14,96 @@ from lossray.operators.modules import ModuleObjective
 from lossray.operators.packed import PackedHessian
 from lossray.operators.transforms import PointOperator
 from lossray.spectra.operator import SingleOperator
+from lossray.spectra.summary import Summarised
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
-@dataclass(frozen=True)
-class Degeneracy:
-    """The eigenvalues of one operator that are zero, and those that architecture and data force to be."""
+@dataclass(frozen=True, repr=False)
+class Degeneracy(Summarised):
+    """The zero eigenvalues of one operator, and those that are forced to be zero; it prints as a few lines.
 
-    eigenvalues: Tensor  # [d] float64, ascending
-    noise_floor: float  # an eigenvalue of this size or less cannot be told from zero
-    nullity: int  # how many there are
-    rank: int | None  # the others; None where no gap supports it, and for products in float32
-    gap: float  # smallest |eigenvalue| above the noise floor over the largest below; inf where these are 0
-    structural_nullity: int | None  # a lower bound where `excess` is None; None where nothing is known
-    excess: int | None  # nullity beyond it; None without a rank, and where more might be forced
-    structural_note: str | None  # why there is no structural nullity
-    counts: dict[float, int]  # threshold -> eigenvalues with |lambda| <= threshold, descending
+    Attributes:
+        eigenvalues: [d] float64, ascending.
+        noise_floor: an eigenvalue of this size or less cannot be told from zero.
+        nullity: how many there are.
+        rank: the others; None where no gap supports it, and for products in float32.
+        gap: smallest |eigenvalue| above the noise floor over the largest below; inf where these are 0.
+        structural_nullity: a lower bound where ``excess`` is None; None where nothing is known.
+        excess: nullity beyond it; None without a rank, and where more might be forced.
+        structural_note: why there is no structural nullity.
+        counts: threshold -> eigenvalues with |lambda| <= threshold; descending, the noise floor last.
+        dim: d.
+        method: "dense".
+    """
+
+    eigenvalues: Tensor
+    noise_floor: float
+    nullity: int
+    rank: int | None
+    gap: float
+    structural_nullity: int | None
+    excess: int | None
+    structural_note: str | None
+    counts: dict[float, int]
     dim: int
-    method: str  # "dense"
+    method: str
+
+    @property
+    def lambda_max(self) -> float:
+        """|lambda|max."""
+        return float(self.eigenvalues.abs().max())
+
+    def summary(self) -> str:
+        """Nullity and rank, what of it is forced, and the thresholds at which the count changes."""
+        rank = "no gap supports a rank" if self.rank is None else f"rank {self.rank:,}"
+        lines = [
+            f"nullity {self.nullity:,} of {self.dim:,} at the noise floor {self.noise_floor:.2g}, with a "
+            f"gap of {self.gap:.2g} above it; {rank}",
+            f"forced by architecture, data and loss: {self._forced()}",
+            "eigenvalues up to a share of |lambda|max:",
+        ]
+        before = self.dim
+        for threshold, count in self.counts.items():
+            if count < before:
+                lines.append(f"{threshold / (self.lambda_max or 1):12.2g} {count:8,}")
+            before = count
+        return "\n".join(lines)
+
+    def to_frame(self) -> "pd.DataFrame":
+        """One row per threshold, with columns of the table `degeneracy`.
+
+        Excess, gap and rank are those at the noise floor, the last row, and missing in the others.
+        """
+        import pandas as pd
+
+        tested, above = list(self.counts.items()), [None] * (len(self.counts) - 1)
+        return pd.DataFrame(
+            {
+                "method": self.method,
+                "tau": [threshold / (self.lambda_max or 1) for threshold, _ in tested],
+                "threshold": [threshold for threshold, _ in tested],
+                "at_noise_floor": [False for _ in above] + [True],
+                "nullity": [count for _, count in tested],
+                "structural_nullity": self.structural_nullity,
+                "structural_note": self.structural_note,
+                "excess": [*above, self.excess],
+                "gap": [*above, self.gap if math.isfinite(self.gap) else None],
+                "noise_floor": self.noise_floor,
+                "rank": [*above, self.rank],
+                "rank_at_least": [self.dim - count for _, count in tested],
+                "dim": self.dim,
+                "lambda_max": self.lambda_max,
+            }
+        )
+
+    def _forced(self) -> str:
+        if self.structural_nullity is None:
+            return f"not known ({self.structural_note})"
+        if self.excess is None:
+            return f"{self.structural_nullity:,} or more"
+        return f"{self.structural_nullity:,}, so that {self.excess:,} are in excess"
 
 
 def degeneracy(operator: SingleOperator, floor: StructuralFloor | int | None = None) -> Degeneracy:

@@ -18,7 +18,7 @@ own outputs, whose Hessian is the same there.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -51,15 +51,19 @@ from lossray.nullity.unit_conditions import (
 from lossray.operators.finite import require_finite_inputs
 from lossray.operators.user_data import described, example_batch, read_data
 from lossray.plugins import failure
+from lossray.spectra.summary import Summarised
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SAME_OUTPUTS = 1e-9  # relative difference of a model's outputs and those of its last layer
 TESTED_EXAMPLES = 32
 AT_ONCE = 4096  # examples in a forward pass
 
 
-@dataclass(frozen=True)
-class StructuralFloor:
-    """How many null directions are forced.
+@dataclass(frozen=True, repr=False)
+class StructuralFloor(Summarised):
+    """How many null directions are forced; it prints as a few lines.
 
     Attributes:
         dimension: their number, a lower bound for the nullity of every point with this activation pattern.
@@ -72,6 +76,18 @@ class StructuralFloor:
     dimension: int
     by_cause: Mapping[str, int]
     complete: bool
+
+    def summary(self) -> str:
+        """Their number, by cause."""
+        what = "there are no others" if self.complete else "there may be others"
+        lines = [f"{self.dimension:,} null directions are forced; at a generic point {what}"]
+        return "\n".join([*lines, *(f"{count:8,} {cause}" for cause, count in self.by_cause.items())])
+
+    def to_frame(self) -> "pd.DataFrame":
+        """One row per cause: cause and dimension."""
+        import pandas as pd
+
+        return pd.DataFrame({"cause": list(self.by_cause), "dimension": list(self.by_cause.values())})
 
     def excess(self, nullity: float) -> float | None:
         """What a nullity has beyond the floor; None where more might be forced, or less than it was found."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -29,6 +30,10 @@ from lossray.spectra.estimates import Estimate, PackedEstimate, unit_of
 from lossray.spectra.lanczos import KrylovPass, capacity
 from lossray.spectra.operator import CurvatureOperator
 from lossray.spectra.quadrature import Probing, Quadrature
+from lossray.spectra.summary import Summarised, analysis_summary
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # Further probes for the trace, of one product each, where a density takes many. With few of them Student's t
 # intervals would miss the trace too often where the rest of the spectrum has a low rank.
@@ -36,13 +41,32 @@ TRACES_PER_PROBE, FEWEST_TRACES = 4, 16
 RESOLVED_SHARE = 1e-2  # of |lambda|max: about what a quadrature of 64 nodes resolves (theory 4)
 
 
-@dataclass(frozen=True)
-class Analysis:
-    """One operator at one point; see `PackedAnalysis`."""
+@dataclass(frozen=True, repr=False)
+class Analysis(Summarised):
+    """One operator at one point; it prints as a dozen lines.
+
+    Attributes:
+        pairs: the largest, ``top`` of them.
+        smallest: the algebraically smallest.
+        ipr: [top] inverse participation ratios sum v_i^4 of the largest: 1/d spread, 1 localised.
+        product_error: |(H - H in float64) v|, v the top vector; NaN where float64 does not work.
+        derivative_error: of autograd against a finite difference, relative; NaN where it cannot be told.
+        density: the distribution of all eigenvalues.
+        trace: the sum of the eigenvalues.
+        frobenius: the Frobenius norm.
+        negative_mass: sum of |lambda| over negative eigenvalues, over the sum over all.
+        participation: (sum |lambda|)^2 / sum lambda^2.
+        effective_dimension: sum of lambda / (lambda + regulariser) over positive lambda.
+        regulariser: a hundredth of |lambda|max.
+        matvecs: products, all told.
+        loss: the mean loss.
+        gradient: [d] float64.
+        gradient_norm: its length.
+    """
 
     pairs: EigenPairs
     smallest: EigenPairs
-    ipr: Tensor  # [top]
+    ipr: Tensor
     product_error: float
     derivative_error: float
     density: SpectralDensity
@@ -54,8 +78,45 @@ class Analysis:
     regulariser: float
     matvecs: int
     loss: float
-    gradient: Tensor  # [d] float64
+    gradient: Tensor
     gradient_norm: float
+
+    def summary(self) -> str:
+        """The outermost eigenvalues, and the sums over all of them."""
+        return analysis_summary(self)
+
+    def to_frame(self) -> "pd.DataFrame":
+        """One row with columns of the table `curvature`.
+
+        ``.pairs``, ``.smallest`` and ``.density`` have tables of their own.
+        """
+        import pandas as pd
+
+        estimates = {
+            "frobenius_norm": self.frobenius,
+            "negative_mass": self.negative_mass,
+            "participation": self.participation,
+            "effective_dimension": self.effective_dimension,
+        }
+        row: dict[str, float] = {
+            "lambda_max": float(self.pairs.values[0]),
+            "lambda_min": float(self.smallest.values[0]),
+            "confirmed": self.pairs.confirmed,
+            "trace": self.trace.value,
+            "trace_stderr": self.trace.stderr,
+        }
+        for name, estimate in estimates.items():
+            row |= {name: estimate.value, f"{name}_stderr": estimate.stderr, f"{name}_bound": estimate.bound}
+        row |= {
+            "effective_dimension_regulariser": self.regulariser,
+            "matvecs": self.matvecs,
+            "orthogonality_loss": self.pairs.orthogonality_loss,
+            "derivative_error": self.derivative_error,
+            "dim": len(self.gradient),
+            "loss": self.loss,
+            "gradient_norm": self.gradient_norm,
+        }
+        return pd.DataFrame([row])
 
 
 @dataclass(frozen=True)
@@ -83,8 +144,10 @@ class PackedAnalysis:
     def member(self, r: int) -> "Analysis":
         """The analysis of one member."""
         return Analysis(
-            pairs=replace(self.pairs.member(r), derivative_error=float(self.derivative_error[r])),
-            smallest=replace(self.smallest.member(r), derivative_error=float(self.derivative_error[r])),
+            pairs=replace(self.pairs.member(r, "largest"), derivative_error=float(self.derivative_error[r])),
+            smallest=replace(
+                self.smallest.member(r, "smallest"), derivative_error=float(self.derivative_error[r])
+            ),
             ipr=self.ipr[r],
             product_error=float(self.product_error[r]),
             derivative_error=float(self.derivative_error[r]),

@@ -4,32 +4,54 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lossray.spectra.ends import RelativeTo, Wanted, allowed_residuals
 from lossray.spectra.operator import PackedOperator
+from lossray.spectra.summary import Summarised, pairs_summary
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PRODUCTS_AT_ONCE = 16  # in one call of the operator
 SMALLEST_LENGTH, LARGEST_LENGTH = 1e-140, 1e140  # whose squares are sound in float64
 
 
-@dataclass(frozen=True)
-class EigenPairs:
-    """The k outermost eigenpairs of one operator; see `PackedEigenPairs`."""
+@dataclass(frozen=True, repr=False)
+class EigenPairs(Summarised):
+    """The k outermost eigenpairs of one operator; it prints as a few lines.
 
-    values: Tensor  # [k] float64, outermost first
-    vectors: Tensor  # [d, k] float64, orthonormal columns
-    residuals: Tensor  # [k] |H v - value v|
-    converged: Tensor  # [k] bool
+    Attributes:
+        values: [k] float64, outermost first.
+        vectors: [d, k] float64, orthonormal columns; the largest component of each is positive.
+        residuals: [k] |H v - value v| of the returned vector, from a fresh product: an eigenvalue lies within
+            it of each value.
+        converged: [k] bool, whether the residual met the tolerance.
+        confirmed: whether a search of the complement found nothing beyond the last value.
+        gaps: [k] distance to the nearest other Ritz value, inf if there is none.
+        complement: leading Ritz value outside the pairs; NaN where it is not known.
+        scale: |lambda|max as seen by the solve.
+        matvecs: products with the operator.
+        orthogonality_loss: largest |V'V - I| over the bases of the solve.
+        derivative_error: of the operator; NaN where it is not known.
+        ends: [k] "largest", "smallest" or "magnitude"; empty where it is not known.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    residuals: Tensor
+    converged: Tensor
     confirmed: bool
-    gaps: Tensor  # [k]
+    gaps: Tensor
     complement: float
     scale: float
     matvecs: int
     orthogonality_loss: float
-    derivative_error: float = math.nan  # of the operator; NaN where it is not known
+    derivative_error: float = math.nan
+    ends: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         """Number of pairs k."""
@@ -39,6 +61,27 @@ class EigenPairs:
     def relative_errors(self) -> Tensor:
         """[k] residual / |value|: an eigenvalue lies within this share of each value; from 1 on, anywhere."""
         return torch.where(self.residuals == 0, 0, self.residuals / self.values.abs())
+
+    def summary(self) -> str:
+        """Values, residuals and gaps of the outermost pairs, and whether more may have been missed."""
+        return pairs_summary(self)
+
+    def to_frame(self) -> "pd.DataFrame":
+        """One row per pair, with columns of the table `eigenvalues`; `end` is None where it is not known."""
+        import pandas as pd
+
+        ends = self.ends or (None,) * len(self)
+        return pd.DataFrame(
+            {
+                "end": ends,
+                "index": [ends[:i].count(end) for i, end in enumerate(ends)],
+                "eigenvalue": self.values.tolist(),
+                "residual": self.residuals.tolist(),
+                "converged": self.converged.tolist(),
+                "gap": self.gaps.masked_fill(self.gaps.isinf(), math.nan).tolist(),
+                "ipr": self.vectors.pow(4).sum(dim=0).tolist(),
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -66,8 +109,8 @@ class PackedEigenPairs:
         """Number of pairs k of each member."""
         return self.values.shape[1]
 
-    def member(self, r: int) -> EigenPairs:
-        """The pairs of one member."""
+    def member(self, r: int, end: str | None = None) -> EigenPairs:
+        """The pairs of one member, from this end of its spectrum."""
         return EigenPairs(
             values=self.values[r],
             vectors=self.vectors[r].T,
@@ -79,6 +122,7 @@ class PackedEigenPairs:
             scale=float(self.scale[r]),
             matvecs=int(self.matvecs[r]),
             orthogonality_loss=float(self.orthogonality_loss[r]),
+            ends=() if end is None else (end,) * len(self),
         )
 
 

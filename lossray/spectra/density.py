@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,18 +27,46 @@ from lossray.spectra.estimates import PackedEstimate, jackknife
 from lossray.spectra.lanczos import KrylovPass
 from lossray.spectra.operator import PackedOperator
 from lossray.spectra.quadrature import Probing, Quadrature
+from lossray.spectra.summary import Summarised, density_summary
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Array = NDArray[np.float64]
 _Rule = tuple[Quadrature, Array, Array]  # of whose products, nodes [m], weights [probes, m]
 
 
-@dataclass(frozen=True)
-class SpectralDensity:
-    """The eigenvalue distribution of one operator: each row of nodes and weights is a probe's estimate."""
+@dataclass(frozen=True, repr=False)
+class SpectralDensity(Summarised):
+    """The eigenvalue distribution of one operator; it prints as a histogram.
 
-    nodes: Tensor  # [probes, n] float64
-    weights: Tensor  # [probes, n], each row sums to 1; 0 for padding
-    exact: bool  # whether the nodes are all eigenvalues
+    Attributes:
+        nodes: [probes, n] float64; each row of nodes and weights is a probe's estimate.
+        weights: [probes, n], each row sums to 1; 0 for padding.
+        exact: whether the nodes are all eigenvalues.
+        dim: number of eigenvalues d.
+    """
+
+    nodes: Tensor
+    weights: Tensor
+    exact: bool
+    dim: int
+
+    def summary(self) -> str:
+        """A histogram of the eigenvalues."""
+        return density_summary(self)
+
+    def to_frame(self) -> "pd.DataFrame":
+        """One row per node of each probe in ascending order, with columns of the table `density`."""
+        import pandas as pd
+
+        order = self.nodes.argsort(dim=1, stable=True)
+        nodes, weights = self.nodes.gather(1, order), self.weights.gather(1, order)
+        used = weights > 0  # padding has no weight
+        places = used.cumsum(dim=1) - 1
+        probes = torch.arange(len(nodes), device=nodes.device)[:, None].expand_as(nodes)
+        columns = {"probe": probes, "index": places, "node": nodes, "weight": weights}
+        return pd.DataFrame({name: column[used].tolist() for name, column in columns.items()})
 
     def on_grid(self, points: Tensor, width: float) -> Tensor:
         """The density at ``points`` [p]: a mixture of normal distributions of standard deviation ``width``.
@@ -112,7 +141,7 @@ class PackedDensity:
 
     def member(self, r: int) -> SpectralDensity:
         """The density of one member."""
-        return SpectralDensity(self.nodes[r], self.weights[r], self.exact)
+        return SpectralDensity(self.nodes[r], self.weights[r], self.exact, self.dim)
 
 
 def packed_density(

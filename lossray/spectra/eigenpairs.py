@@ -45,10 +45,10 @@ def eigenpairs(
         StudyError: an impossible argument.
         ResourceError: the basis would not fit the memory.
     """
-    packed = packed_of(operator)
+    packed, wanted = packed_of(operator), wanted_pairs(end, k)
     ends = packed_eigenpairs(
         packed,
-        wanted_pairs(end, k),
+        wanted,
         seeds=[seed],
         tolerance=tol,
         block=block,
@@ -57,7 +57,10 @@ def eigenpairs(
         relative_to=checked_relative_to(relative_to),
     )
     error = float(packed.derivative_error[0])
-    parts = [replace(pairs.member(0), derivative_error=error) for pairs in ends]
+    parts = [
+        replace(pairs.member(0, side.end), derivative_error=error)
+        for pairs, side in zip(ends, wanted, strict=True)
+    ]
     return parts[0] if len(parts) == 1 else _joined(*parts)
 
 
@@ -88,4 +91,5 @@ def _joined(largest: EigenPairs, smallest: EigenPairs) -> EigenPairs:
         matvecs=largest.matvecs + len(smallest),
         orthogonality_loss=max(largest.orthogonality_loss, smallest.orthogonality_loss),
         derivative_error=largest.derivative_error,
+        ends=(*largest.ends, *smallest.ends),
     )

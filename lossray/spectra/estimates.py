@@ -2,10 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from scipy.special import stdtrit
 from torch import Tensor
+
+from lossray.spectra.summary import Summarised, estimate_summary
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -34,14 +40,31 @@ class PackedEstimate:
         return PackedEstimate(unit * self.value, unit * self.stderr, self.dof, unit * self.bound)
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """An estimate of one operator; see `PackedEstimate`."""
+@dataclass(frozen=True, repr=False)
+class Estimate(Summarised):
+    """An estimate of one operator; it prints as one line.
+
+    Attributes:
+        value: the estimate.
+        stderr: standard error of the sampling; 0 where the value is exact, NaN where one probe cannot tell.
+        dof: degrees of freedom of the standard error; 0 where it is exact or unknown.
+        bound: of the error that more probes would not remove.
+    """
 
     value: float
     stderr: float
     dof: int
     bound: float = 0.0
+
+    def summary(self) -> str:
+        """The value with its standard error and interval."""
+        return estimate_summary(self)
+
+    def to_frame(self) -> "pd.DataFrame":
+        """One row: value, stderr, dof and bound."""
+        import pandas as pd
+
+        return pd.DataFrame([vars(self)])
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """Student's t interval of the sampling, wider by ``bound`` on both sides."""

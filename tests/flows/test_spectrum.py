@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 import lossray
 from flows.cli import app
 from flows.spectrum import SpectrumRequest, spectrum
-from flows.spectrum_text import BINS, histogram
 from lossray.errors import DataError, ModelError, StoreError, StudyError
 from lossray.spectra.density import SpectralDensity
+from lossray.spectra.summary import BINS, histogram
 
 OWN = """
 import torch
@@ -216,16 +216,16 @@ def test_the_command_takes_the_options(weights):
 def test_a_histogram_counts_every_eigenvalue_once():
     nodes = torch.tensor([[0.0, 1.0, 2.0], [0.0, 2.0, 9.0]], dtype=torch.float64)
     weights = torch.tensor([[0.5, 0.25, 0.25], [0.5, 0.5, 0.0]], dtype=torch.float64)
-    density = SpectralDensity(nodes, weights, False)
-    lines = histogram(density, 100)
+    density = SpectralDensity(nodes, weights, False, dim=100)
+    lines = histogram(density)
     assert len(lines) == BINS
     counts = [float(line.split()[3]) for line in lines]
     assert counts == [50.0, *[0.0] * 7, 12.5, *[0.0] * 6, 37.5]
     bars = [line.count("#") for line in lines]
     assert max(bars) == bars[0]
     assert [bar > 0 for bar in bars] == [count > 0 for count in counts]
-    point = SpectralDensity(torch.zeros(1, 2), torch.full((1, 2), 0.5), True)
-    assert histogram(point, 7) == ["          0  all 7"]
+    point = SpectralDensity(torch.zeros(1, 2), torch.full((1, 2), 0.5), True, dim=7)
+    assert histogram(point) == ["          0  all 7"]
 
 
 def test_a_loss_that_is_no_mean_is_refused(weights, tmp_path):

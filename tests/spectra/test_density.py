@@ -101,7 +101,7 @@ def test_a_curve_integrates_to_one_and_keeps_the_mean() -> None:
 
 def test_a_curve_is_a_mixture_of_normal_distributions() -> None:
     density = SpectralDensity(
-        torch.tensor([[1.0, 3.0]]).double(), torch.tensor([[0.25, 0.75]]).double(), False
+        torch.tensor([[1.0, 3.0]]).double(), torch.tensor([[0.25, 0.75]]).double(), False, dim=4
     )
     found = density.on_grid(torch.tensor([3.0]), 2.0)
     expected = (0.25 * math.exp(-0.5) + 0.75) / (2 * math.sqrt(2 * math.pi))
