@@ -28,6 +28,22 @@ def run(
 
     Raises:
         LossrayError: bad input; nothing was written.
+
+    Example:
+        The same command again finds all done, or what it lacks; with more seeds it adds these.
+
+        >>> import flows, lossray, pathlib
+        >>> _ = pathlib.Path("tiny.toml").write_text('''
+        ...     name = "tiny"
+        ...     data = {source = "gaussians", n = 40}
+        ...     models = [{name = "linear"}]
+        ...     optimizers = [{name = "sgd", lr = [0.1, 1.0]}]
+        ...     training = {steps = 1, checkpoints = {steps = [0]}}
+        ... ''')
+        >>> flows.run("tiny.toml", "out/tiny", overrides=["seeds=1"], in_process=True)  # without Ray
+        0
+        >>> lossray.open_study("out/tiny").table("runs")[["optimizer", "lr", "status"]].values.tolist()
+        [['sgd', 0.1, 'finished'], ['sgd', 1.0, 'finished']]
     """
     from flows.study import run_study  # keeps torch and ray out of `import flows`
 

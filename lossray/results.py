@@ -180,6 +180,26 @@ def open_study(out: str | Path) -> StudyResults:
 
     Raises:
         StoreError: there is no store.
+
+    Example:
+        What a table says can be seen again in the model that it speaks of.
+
+        >>> import flows, lossray, pathlib, torch
+        >>> _ = pathlib.Path("small.toml").write_text('''
+        ...     name = "small"
+        ...     data = {source = "gaussians", n = 40}
+        ...     models = [{name = "linear"}]
+        ...     optimizers = [{name = "sgd", lr = 0.1}]
+        ...     training = {steps = 2, checkpoints = {steps = [0, 2]}}
+        ... ''')
+        >>> _ = flows.run("small.toml", "out/small", overrides=["seeds=1"], in_process=True)
+        >>> study = lossray.open_study("out/small")
+        >>> row = study.table("checkpoints").iloc[-1]
+        >>> inputs, targets = study.data("train")
+        >>> outputs = study.model(row["run_id"], row["step"])(inputs)
+        >>> loss = torch.nn.functional.cross_entropy(outputs, targets).item()
+        >>> bool(abs(loss - row["train_loss"]) < 1e-5)
+        True
     """
     store = Store(str(out))
     try:

@@ -82,6 +82,18 @@ def align(
             changes by more than rounding, or no inputs are known on which to see that.
         DataError: no data for the activations, or data without inputs.
         StudyError: an unknown kind or matching.
+
+    Example:
+        Two networks that differ in the order and the scale of their hidden units are one function.
+
+        >>> import copy, lossray, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU(), torch.nn.Linear(2, 1))
+        >>> other = copy.deepcopy(lossray.rescale(model, {"0": [2.0, 0.5]}))
+        >>> for name, axis in (("0.weight", 0), ("0.bias", 0), ("2.weight", 1)):
+        ...     other.get_parameter(name).data = other.get_parameter(name).data.flip(axis)
+        >>> same = lossray.align(other, to=model)
+        >>> all(torch.allclose(a, b, atol=1e-5) for a, b in zip(same.parameters(), model.parameters()))
+        True
     """
     return aligned(model, to, data, kind=kind, matching=matching).model
 

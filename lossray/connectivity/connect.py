@@ -181,6 +181,21 @@ def connect(
             a training that diverges.
         DataError: data that cannot be used.
         StudyError: an impossible argument.
+
+    Example:
+        Two minima of the loss (b max(0, a) - 1)^2 are (2, 1/2) and (1/2, 2). The line between them climbs to
+        (25 / 16 - 1)^2. The path along which the unit is rescaled stays at zero; training comes close to it.
+
+        >>> import lossray, torch
+        >>> from torch.nn.functional import mse_loss
+        >>> a, b = (torch.nn.Linear(1, 1, bias=False) for _ in "ab")
+        >>> _ = torch.nn.init.ones_(a.weight), torch.nn.init.ones_(b.weight)
+        >>> model, data = torch.nn.Sequential(a, torch.nn.ReLU(), b), (torch.ones(1, 1), torch.ones(1, 1))
+        >>> ends = lossray.rescale(model, {"0": 2.0}), lossray.rescale(model, {"0": 0.5})
+        >>> [round(lossray.connect(*ends, mse_loss, data, kind).barrier, 4) for kind in ("line", "geometric")]
+        [0.3164, 0.0]
+        >>> lossray.connect(*ends, mse_loss, data, "bezier", steps=300, lr=0.03).barrier < 0.01
+        True
     """
     if kind not in KINDS:
         raise StudyError(f"connect, kind: {unknown_name(str(kind), KINDS)}")

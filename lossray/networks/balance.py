@@ -25,6 +25,16 @@ def balance(model: nn.Module, data: Any = None) -> nn.Module:
         ModelError: the architecture has no rescaling symmetry, the weights are not finite, or the function
             changes by more than rounding.
         DataError: data without inputs.
+
+    Example:
+        However its unit is scaled, f(x) = 4 max(0, x) has one form in which both weights have the same size.
+
+        >>> import lossray, torch
+        >>> a, b = (torch.nn.Linear(1, 1, bias=False) for _ in "ab")
+        >>> _ = torch.nn.init.constant_(a.weight, 8.0), torch.nn.init.constant_(b.weight, 0.5)
+        >>> balanced = lossray.balance(torch.nn.Sequential(a, torch.nn.ReLU(), b))
+        >>> [round(parameter.item(), 4) for parameter in balanced.parameters()]
+        [2.0, 2.0]
     """
     layout = layout_of(model)
     theta = torch.cat([tensor.reshape(-1).double() for tensor in tensors_of(model)[0].values()])

@@ -35,6 +35,21 @@ def rescale(model: nn.Module, factors: Mapping[str, Factors], data: Any = None) 
         ModelError: the architecture has no such symmetry, a name or a factor that cannot be used, or the
             function changes by more than rounding.
         DataError: data without inputs.
+
+    Example:
+        The function stays, the sharpness more than doubles: at a minimum of f(x) = b max(0, a x) the largest
+        eigenvalue is 2 (a^2 + b^2).
+
+        >>> import lossray, torch
+        >>> a, b = (torch.nn.Linear(1, 1, bias=False) for _ in "ab")
+        >>> _ = torch.nn.init.ones_(a.weight), torch.nn.init.ones_(b.weight)
+        >>> model, data = torch.nn.Sequential(a, torch.nn.ReLU(), b), (torch.ones(1, 1), torch.ones(1, 1))
+        >>> other = lossray.rescale(model, {"0": 2.0})
+        >>> [parameter.item() for parameter in other.parameters()]
+        [2.0, 0.5]
+        >>> H, K = (lossray.Hessian(own, torch.nn.functional.mse_loss, data) for own in (model, other))
+        >>> [round(lossray.eigenpairs(own, k=1).values.item(), 4) for own in (H, K)]
+        [4.0, 8.5]
     """
     symmetry = rescaling_symmetry(model, layout_of(model), data)
     if not isinstance(factors, Mapping):

@@ -119,6 +119,19 @@ def degeneracy(operator: SingleOperator, floor: StructuralFloor | int | None = N
         StudyError: no operator of lossray's, or a floor that cannot be.
         ResourceError: the matrix does not fit the memory.
         ModelError: the products are not finite.
+
+    Example:
+        f(x) = b max(0, a x) is the same function where a is doubled and b is halved. At a minimum of the loss
+        that makes an eigenvalue zero. Away from it nothing is zero: it is in excess of what is forced.
+
+        >>> import lossray, torch
+        >>> a, b = (torch.nn.Linear(1, 1, bias=False) for _ in "ab")
+        >>> _ = torch.nn.init.ones_(a.weight), torch.nn.init.ones_(b.weight)
+        >>> model, data = torch.nn.Sequential(a, torch.nn.ReLU(), b), (torch.ones(1, 1), torch.ones(1, 1))
+        >>> H = lossray.Hessian(model, torch.nn.functional.mse_loss, data, dtype=torch.float64)
+        >>> zeros = lossray.degeneracy(H)
+        >>> zeros.rank, zeros.nullity, zeros.structural_nullity, zeros.excess
+        (1, 1, 0, 1)
     """
     packed: PointOperator | None = getattr(operator, "packed", None)
     if packed is None:

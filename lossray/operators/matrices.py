@@ -180,6 +180,15 @@ class Hessian(ModelMatrix):
             examples, batch norm in train mode over several batches), or that raised.
         DataError: data that cannot be read, or only once, or that change from one reading to the next.
         ResourceError: not even the graph of one batch fits the memory.
+
+    Example:
+        >>> import lossray, torch
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> inputs, targets = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1)
+        >>> H = lossray.Hessian(model, torch.nn.functional.mse_loss, (inputs, targets))
+        >>> H @ torch.eye(2)  # of linear regression on N examples: (2 / N) X'X
+        tensor([[1., 0.],
+                [0., 4.]])
     """
 
     make_packed = PackedHessian
@@ -190,6 +199,22 @@ class GaussNewton(ModelMatrix):
 
     Equal to the Hessian where the outputs are linear in the parameters; positive semi-definite where the loss
     is convex in the outputs. The model returns one tensor. Arguments and errors as for `Hessian`.
+
+    Example:
+        The Hessian has in addition the curvature of the outputs, weighed by the residuals. That of
+        f(x) = b a x makes it indefinite here.
+
+        >>> import lossray, torch
+        >>> from torch.nn.functional import mse_loss
+        >>> model = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False))
+        >>> _ = [torch.nn.init.ones_(parameter) for parameter in model.parameters()]
+        >>> data = (torch.tensor([[1.0]]), torch.tensor([[4.0]]))  # one example, with f(x) - y = -3
+        >>> lossray.GaussNewton(model, mse_loss, data) @ torch.eye(2)  # eigenvalues 4 and 0
+        tensor([[2., 2.],
+                [2., 2.]])
+        >>> lossray.Hessian(model, mse_loss, data) @ torch.eye(2)  # eigenvalues 6 and -2
+        tensor([[ 2., -4.],
+                [-4.,  2.]])
     """
 
     make_packed = PackedGaussNewton
@@ -200,6 +225,17 @@ class EmpiricalFisher(ModelMatrix):
 
     That loss is ``loss(outputs[n:n+1], targets[n:n+1])``. Arguments and errors as for `Hessian`; batch norm
     in train mode is refused.
+
+    Example:
+        It measures how the examples' gradients scatter, not how the loss bends: here these are 4 and 2.
+
+        >>> import lossray, torch
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> _ = torch.nn.init.zeros_(model.weight)
+        >>> data = (torch.tensor([[1.0], [1.0]]), torch.tensor([[1.0], [-1.0]]))  # with gradients -2 and 2
+        >>> F = lossray.EmpiricalFisher(model, torch.nn.functional.mse_loss, data)
+        >>> F @ torch.ones(1), F.gradient.abs().item()
+        (tensor([4.]), 0.0)
     """
 
     make_packed = PackedFisher
@@ -214,6 +250,17 @@ class Scaled(CurvatureMatrix):
 
     Raises:
         ValueError: another shape, or values that are not finite.
+
+    Example:
+        Zeros and ones pick coordinates; other numbers measure the weights in other units.
+
+        >>> import lossray, torch
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> data = (torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1))
+        >>> H = lossray.Hessian(model, torch.nn.functional.mse_loss, data)  # diag(1, 4)
+        >>> lossray.Scaled(H, torch.tensor([3.0, 0.0])) @ torch.eye(2)
+        tensor([[9., 0.],
+                [0., 0.]])
     """
 
     def __init__(self, matrix: CurvatureMatrix, scale: Tensor | NDArray[Any]) -> None:
@@ -229,6 +276,17 @@ class Preconditioned(CurvatureMatrix):
 
     Raises:
         ValueError: another shape, or values that are not finite and above zero.
+
+    Example:
+        A preconditioner that equals the curvature makes the surface round.
+
+        >>> import lossray, torch
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> data = (torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1))
+        >>> H = lossray.Hessian(model, torch.nn.functional.mse_loss, data)  # diag(1, 4)
+        >>> lossray.Preconditioned(H, torch.tensor([1.0, 4.0])) @ torch.eye(2)
+        tensor([[1., 0.],
+                [0., 1.]])
     """
 
     def __init__(self, matrix: CurvatureMatrix, scale: Tensor | NDArray[Any]) -> None:
@@ -244,6 +302,17 @@ class Restricted(CurvatureMatrix):
 
     Raises:
         ModelError: a name or glob that no parameter matches.
+
+    Example:
+        >>> import lossray, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+        >>> data = (torch.ones(5, 3), torch.zeros(5, 2))
+        >>> H = lossray.Hessian(model, torch.nn.functional.mse_loss, data)
+        >>> H.shape, lossray.Restricted(H, ["2.*"]).shape
+        ((26, 26), (10, 10))
+        >>> lossray.Restricted(H, ["2.bias"]) @ torch.eye(2)  # the mean is over examples and outputs
+        tensor([[1., 0.],
+                [0., 1.]])
     """
 
     def __init__(self, matrix: CurvatureMatrix, names: Iterable[str]) -> None:

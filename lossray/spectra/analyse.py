@@ -29,6 +29,19 @@ def analyse(
     Raises:
         StudyError: an impossible argument.
         ResourceError: the basis would not fit the memory.
+
+    Example:
+        A saddle: of f(x) = b a x, whose loss (b a - 4)^2 has the Hessian [[2, -4], [-4, 2]] at a = b = 1.
+
+        >>> import lossray, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False))
+        >>> _ = [torch.nn.init.ones_(parameter) for parameter in model.parameters()]
+        >>> data = (torch.tensor([[1.0]]), torch.tensor([[4.0]]))
+        >>> report = lossray.analyse(lossray.Hessian(model, torch.nn.functional.mse_loss, data), top=1)
+        >>> round(report.pairs.values.item(), 4), round(report.smallest.values.item(), 4)
+        (6.0, -2.0)
+        >>> round(report.trace.value, 4), round(report.negative_mass.value, 4)  # 6 - 2, and 2 / (6 + 2)
+        (4.0, 0.25)
     """
     return packed_analysis(
         packed_of(operator), top=top, tolerance=tol, probes=probes, steps=steps, seeds=[seed], block=block

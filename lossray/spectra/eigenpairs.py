@@ -44,6 +44,20 @@ def eigenpairs(
     Raises:
         StudyError: an impossible argument.
         ResourceError: the basis would not fit the memory.
+
+    Example:
+        A saddle: of f(x) = b a x, whose loss (b a - 4)^2 has the Hessian [[2, -4], [-4, 2]] at a = b = 1.
+
+        >>> import lossray, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False))
+        >>> _ = [torch.nn.init.ones_(parameter) for parameter in model.parameters()]
+        >>> data = (torch.tensor([[1.0]]), torch.tensor([[4.0]]))
+        >>> H = lossray.Hessian(model, torch.nn.functional.mse_loss, data)
+        >>> pairs = lossray.eigenpairs(H, k=1, end="both")
+        >>> [round(value, 4) for value in pairs.values.tolist()]
+        [6.0, -2.0]
+        >>> bool((pairs.residuals < 1e-4).all())  # an eigenvalue lies as near as that to each value
+        True
     """
     packed, wanted = packed_of(operator), wanted_pairs(end, k)
     ends = packed_eigenpairs(

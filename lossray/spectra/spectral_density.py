@@ -20,5 +20,14 @@ def spectral_density(
     Raises:
         StudyError: an impossible argument.
         ResourceError: the bases would not fit the memory.
+
+    Example:
+        >>> import lossray, torch
+        >>> model = torch.nn.Linear(100, 1, bias=False)
+        >>> inputs = 10 * torch.cat([torch.eye(30), torch.zeros(70, 30)]).T  # 70 of 100 weights do nothing
+        >>> H = lossray.Hessian(model, torch.nn.functional.mse_loss, (inputs, torch.zeros(30, 1)))
+        >>> density = lossray.spectral_density(H)  # d = 100 is less than probes * steps
+        >>> density.exact, round(density.weights[density.nodes.abs() < 1e-3].sum().item(), 4)
+        (True, 0.7)
     """
     return packed_density(packed_of(operator), probes=probes, steps=steps, seeds=[seed]).member(0)

@@ -34,6 +34,16 @@ def trace(operator: SingleOperator, *, matvecs: int = 60, seed: int = 0) -> Esti
     Raises:
         StudyError: too few products.
         ResourceError: the basis would not fit the memory.
+
+    Example:
+        >>> import lossray, torch
+        >>> model = torch.nn.Linear(200, 1, bias=False)
+        >>> inputs = torch.arange(1.0, 201.0).sqrt().diag()
+        >>> H = lossray.Hessian(model, torch.nn.functional.mse_loss, (inputs, torch.zeros(200, 1)))
+        >>> estimate = lossray.trace(H, matvecs=40)  # of diag(1, 2, ..., 200) / 100, which is 201
+        >>> low, high = estimate.interval(0.999)
+        >>> low < 201 < high, H.matvecs
+        (True, 40)
     """
     return packed_trace(packed_of(operator), matvecs=matvecs, seeds=[seed]).member(0)
 

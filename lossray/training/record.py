@@ -66,6 +66,19 @@ def record(
         ModelError: the model has no trainable parameter, or is not the one that the optimizer steps.
         StoreError: nothing can be written there; the store belongs to a study that trains, or has the run
             with other parameters, another optimizer, or other weights at this step.
+
+    Example:
+        >>> import lossray, torch
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> for step in range(3):
+        ...     lossray.record("out/own", model, optimizer, step)
+        ...     optimizer.zero_grad()
+        ...     model(torch.ones(8, 2)).square().mean().backward()
+        ...     optimizer.step()
+        >>> import pathlib
+        >>> sorted(path.name for path in pathlib.Path("out/own/checkpoints/run").iterdir())
+        ['0.safetensors', '1.safetensors', '2.safetensors']
     """
     step, run = _checked_step(step), _checked_name(run)
     model = _unwrapped(model)
