@@ -180,7 +180,7 @@ def _forced(packed: PointOperator) -> tuple[StructuralFloor | None, Tensor | Non
         return None, None, "known for the Hessian of a model's loss alone"
     source = objective.source
     if source is None:
-        return None, None, "not known with a closure or in train mode"
+        return None, None, "not known with a closure, with outputs= or in train mode"
     model, loss, data = source
     try:
         floor = structural_floor(model, data, loss, dense_up_to=packed.shape[1])

@@ -13,6 +13,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
 
 from lossray.networks.losses import Loss
+from lossray.operators.model_outputs import Outputs
 from lossray.operators.modules import Closure, ModuleObjective
 from lossray.operators.packed import (
     ObjectiveOperator,
@@ -150,8 +151,11 @@ class ModelMatrix(CurvatureMatrix):
         train: bool = False,
         dtype: torch.dtype | None = None,
         mode: str = "auto",
+        outputs: Outputs | None = None,
     ) -> None:
-        objective = ModuleObjective(model, loss, data, closure=closure, train=train, dtype=dtype)
+        objective = ModuleObjective(
+            model, loss, data, closure=closure, train=train, dtype=dtype, outputs=outputs
+        )
         super().__init__(type(self).make_packed(objective, mode=mode))
 
 
@@ -174,6 +178,8 @@ class Hessian(ModelMatrix):
         train: evaluate in train mode. Batch norm then takes one batch only.
         dtype: of the products, float32 or float64; by default that of the parameters.
         mode: "auto", "retained", "linearized" or "recompute".
+        outputs: what the loss gets of what the model returns: an attribute or key such as "logits", the place
+            in a tuple, or a function. None: all of it.
 
     Raises:
         ModelError: a model or loss without a Hessian (random, not differentiable twice, no mean over
@@ -198,7 +204,8 @@ class GaussNewton(ModelMatrix):
     """The generalised Gauss-Newton matrix J' (d2 loss / d outputs2) J (Schraudolph 2002).
 
     Equal to the Hessian where the outputs are linear in the parameters; positive semi-definite where the loss
-    is convex in the outputs. The model returns one tensor. Arguments and errors as for `Hessian`.
+    is convex in the outputs. These are one tensor: of a model that returns more, ``outputs="logits"`` (an
+    attribute or key, the place in a tuple, or a function) says which. Arguments and errors as for `Hessian`.
 
     Example:
         The Hessian has in addition the curvature of the outputs, weighed by the residuals. That of
@@ -223,8 +230,8 @@ class GaussNewton(ModelMatrix):
 class EmpiricalFisher(ModelMatrix):
     """The mean of g_n g_n' over the examples n, with g_n the gradient of example n's own loss.
 
-    That loss is ``loss(outputs[n:n+1], targets[n:n+1])``. Arguments and errors as for `Hessian`; batch norm
-    in train mode is refused.
+    That loss is ``loss(outputs[n:n+1], targets[n:n+1])``, with outputs as for `GaussNewton`. Arguments and
+    errors as for `Hessian`; batch norm in train mode is refused.
 
     Example:
         It measures how the examples' gradients scatter, not how the loss bends: here these are 4 and 2.

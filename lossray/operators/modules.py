@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from lossray.errors import DataError, LossrayError, ModelError
 from lossray.networks.ambient import seeded
-from lossray.networks.functional import call_model, call_with
+from lossray.networks.functional import call_with
 from lossray.networks.holding import gradient_in_place, holding
 from lossray.networks.layout import layout_of, require_module, uncompiled
 from lossray.networks.losses import (
@@ -30,6 +30,7 @@ from lossray.networks.losses import (
 from lossray.networks.weight_norm import twice_differentiable
 from lossray.operators.example_mean import require_example_mean
 from lossray.operators.finite import require_finite_inputs, require_finite_loss
+from lossray.operators.model_outputs import Outputs, calling, remedy
 from lossray.operators.objectives import Batch, converted, example_losses
 from lossray.operators.user_data import described, example_batch, read_data
 from lossray.plugins import failure
@@ -54,6 +55,7 @@ class ModuleObjective:
         closure: ``closure(model, batch) -> (mean loss, weight)``, in place of a loss.
         train: evaluate in train mode rather than in eval mode.
         dtype: of the products, float32 or float64; by default that of the parameters.
+        outputs: which part of what the model returns the loss gets; None: all of it. See `calling`.
 
     Raises:
         ModelError: no trainable parameter, a random model, batch norm over several batches, a loss that is no
@@ -70,8 +72,9 @@ class ModuleObjective:
         closure: Closure | None = None,
         train: bool = False,
         dtype: torch.dtype | None = None,
+        outputs: Outputs | None = None,
     ) -> None:
-        _check_arguments(model, loss, data, closure)
+        _check_arguments(model, loss, data, closure, outputs)
         model = uncompiled(model)  # a compiled graph can be differentiated once only
         self.layout = layout_of(model)
         self._parameters = _trainable(model, self.layout.names)
@@ -86,7 +89,8 @@ class ModuleObjective:
         self.dead = torch.zeros(1, dtype=torch.bool, device=self.device)
         self.may_diverge = False
         self._model = model
-        self._called = _Called(model, closure or call_model)
+        self._selected = outputs is not None
+        self._called = _Called(model, closure or calling(outputs))
         self._derivatives = twice_differentiable(model)
         self._state = {
             **{n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad},
@@ -101,8 +105,11 @@ class ModuleObjective:
 
     @property
     def source(self) -> tuple[nn.Module, Loss, Iterable[Any]] | None:
-        """Model and data as given, and the loss for any dtype; None with a closure, or in train mode."""
-        if self._loss is None or self.train:
+        """Model and data as given, and the loss for any dtype.
+
+        None with a closure, in train mode, or where the loss gets a part of what the model returns.
+        """
+        if self._loss is None or self.train or self._selected:
             return None
         return self._model, self._loss, self._data
 
@@ -147,7 +154,7 @@ class ModuleObjective:
         if not isinstance(outputs, Tensor) or outputs.ndim == 0 or len(outputs) != n:
             raise ModelError(
                 f"{self.names['model']} returns {described(outputs)} where Gauss-Newton and Fisher "
-                f"need one tensor [{n}, ...]; wrap the model so that it returns its predictions alone"
+                f"need one tensor [{n}, ...]; {remedy(outputs, n)}"
             )
         return outputs[None]
 
@@ -195,7 +202,7 @@ class ModuleObjective:
             raise ModelError(
                 f"loss {self.names['loss']!r} raised {failure(error)}; it was given {described(outputs)} and "
                 f"targets {described(batch.targets)}{_dtypes(outputs, batch.targets)}"
-                f"{_hint(outputs, batch.targets)}"
+                f"{_hint(outputs, batch)}"
             ) from error
         if not isinstance(value, Tensor) or value.ndim != 0:
             raise ModelError(
@@ -419,9 +426,11 @@ def _given(inputs: Any) -> str:
     return f"{described(inputs)}{_dtypes(inputs)}"
 
 
-def _hint(outputs: Any, targets: Any) -> str:
-    """What helps where classes meet one output."""
-    classes = isinstance(targets, Tensor) and not targets.is_floating_point()
+def _hint(outputs: Any, batch: Batch) -> str:
+    """What helps where classes meet one output, or a loss something else than a tensor."""
+    if not isinstance(outputs, Tensor):
+        return f"; {remedy(outputs, batch.size)}"
+    classes = isinstance(batch.targets, Tensor) and not batch.targets.is_floating_point()
     return f"; {one_logit(outputs)}" if classes and is_one_logit(outputs) else ""
 
 
@@ -431,8 +440,10 @@ def _dtypes(*values: Any) -> str:
     return f" of {', '.join(found)}" if found else ""
 
 
-def _check_arguments(model: Any, loss: Any, data: Any, closure: Any) -> None:
+def _check_arguments(model: Any, loss: Any, data: Any, closure: Any, outputs: Any) -> None:
     require_module(model)
+    if closure is not None and outputs is not None:
+        raise ModelError("found both closure and outputs; a closure takes its outputs from the model itself")
     if (loss is None) == (closure is None):
         found = "neither" if loss is None else "both"
         raise ModelError(
