@@ -5,7 +5,7 @@ OUT ?= out/quick
 INSTALLED := .venv/.installed
 PEERS := .venv/.peers
 # Rooms whose numbers hang on how a processor computes, and the instructions that every x86-64 processor has.
-NUMERICAL := $(addprefix tests/,spectra operators nullity geometry networks training storage study connectivity ensembles findings)
+NUMERICAL := $(addprefix tests/,spectra operators nullity geometry networks training storage study connectivity ensembles measures findings)
 OLDEST := ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41
 
 .PHONY: demo test test-numbers test-flows test-slow test-long test-oldest check docs benchmarks clean

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from flows.plan import PackPlan, Plan
+from lossray.connectivity.settings import RESCALED
 from lossray.ensembles.methods import METHODS
 from lossray.geometry.planes import LINES
+from lossray.measures.pack_point import loss_of, stack_of
 from lossray.networks.parameter_layers import layers
 from lossray.nullity.polish import MOST_STEPS
 from lossray.operators.objectives import PackedObjective
@@ -19,14 +21,11 @@ from lossray.operators.packed import PackedHessian
 from lossray.operators.settings import CurvatureSettings
 from lossray.spectra.analysis import TRACES_PER_PROBE
 from lossray.study import Pack, Study, surface_members
+from lossray.study.demands import asks_for_angles, gauge_pairs, operators_asked, pairs_needed
 from lossray.training.datasets import Dataset, analysis_set
 from lossray.training.loop import train
 from lossray.training.optimizers import OPTIMIZERS
-from tasks.build_ensembles import EnsembleJob
-from tasks.checkpoint_geometry import asks_for_angles, gauge_pairs, pairs_needed
-from tasks.checkpoint_spectra import operators_asked
-from tasks.context import loss_of, stack_of
-from tasks.path_ends import RESCALED, ConnectivityJob
+from tasks.jobs import ConnectivityJob, EnsembleJob
 
 TIMED_STEPS = (0, 1, 2, 3, 8, 13)  # checkpoints of the timed training; the first step warms up
 LONG_SEGMENT = 5  # steps between the last of them
@@ -232,7 +231,7 @@ def _time_product(pack: Pack, plan: Plan, dataset: Dataset) -> float:
     examples = analysis_set(dataset, settings.examples)
     batch = (examples.inputs, examples.targets)
     hessian = PackedHessian(
-        PackedObjective(stack, theta, buffers, loss_of(plan.context), [batch], dtype=dtype),
+        PackedObjective(stack, theta, buffers, loss_of(plan.context.study), [batch], dtype=dtype),
         mode=pack.product_mode,
     )
     hessian.apply(theta)

@@ -32,16 +32,26 @@ from flows.interrupt import Interrupt
 from flows.ledger import Ledger
 from flows.plan import AnalysisJob, PackPlan, Plan, described
 from flows.session import Capacity, worker_options
-from tasks.analyse_checkpoint import CurvatureJob, curvature, warm_up
-from tasks.build_ensembles import EnsembleJob, ensemble
-from tasks.commit_record import Attempt
-from tasks.compare_checkpoints import PairJob, pair
+from tasks.analyse_checkpoint import curvature, warm_up
+from tasks.build_ensembles import ensemble
+from tasks.compare_checkpoints import pair
 from tasks.connect_runs import connectivity
-from tasks.evaluate_surfaces import SurfaceJob, surfaces
-from tasks.follow_runs import SeparationsJob, TrajectoryJob, separations, trajectory
-from tasks.measure_degeneracy import DegeneracyJob, degeneracy
-from tasks.path_ends import ConnectivityJob
-from tasks.train_pack import Published, TrainingActor, TrainingJob
+from tasks.evaluate_surfaces import surfaces
+from tasks.follow_runs import separations, trajectory
+from tasks.jobs import (
+    Attempt,
+    ConnectivityJob,
+    CurvatureJob,
+    DegeneracyJob,
+    EnsembleJob,
+    PairJob,
+    SeparationsJob,
+    SurfaceJob,
+    TrainingJob,
+    TrajectoryJob,
+)
+from tasks.measure_degeneracy import degeneracy
+from tasks.train_pack import Published, TrainingActor
 
 ATTEMPTS = 4  # tries at a task whose worker or node died
 QUEUED = 1  # analysis tasks submitted beyond those that can run, so that no worker waits for the driver

@@ -5,6 +5,7 @@ from functools import partial
 import torch
 
 from lossray.errors import LossrayError, ModelError
+from lossray.measures.checkpoint_spectra import operators_of
 from lossray.networks.executor import choose_executor
 from lossray.networks.losses import get_loss
 from lossray.networks.models import build_model
@@ -17,7 +18,6 @@ from lossray.plugins import failure
 from lossray.study import Setting, Study
 from lossray.study.packs import AUTO_SIZE
 from lossray.training.datasets import Dataset, analysis_set
-from tasks.checkpoint_spectra import operators_of
 
 TRIAL_EXAMPLES = 4
 

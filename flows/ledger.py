@@ -5,11 +5,10 @@ from collections.abc import Callable, Collection, Iterator
 from flows.followers import Event, Follower, Waiting
 from flows.plan import AnalysisJob, PackPlan, Plan, described
 from flows.progress import Counts, Progress
+from lossray.measures.run_rows import failed_run_rows
 from lossray.storage.store import Store
-from tasks.analyse_checkpoint import CurvatureJob
-from tasks.commit_record import Attempt, failure
-from tasks.compare_checkpoints import PairJob
-from tasks.train_pack import failed_run_rows
+from tasks.commit_record import failure
+from tasks.jobs import Attempt, CurvatureJob, PairJob
 
 
 class Ledger:

@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Literal
 
 from flows.followers import Event, Follower
-from lossray.connectivity.settings import AlignmentKind
+from lossray.connectivity.settings import RESCALED, AlignmentKind
 from lossray.ensembles.methods import METHODS
 from lossray.settings import content_hash
 from lossray.study import (
@@ -26,18 +26,21 @@ from lossray.study import (
     training_key,
     trajectory_key,
 )
+from lossray.study.demands import needs_course, needs_eigenvectors, pairs_of
 from lossray.training.settings import checkpoint_steps
-from tasks.analyse_checkpoint import CurvatureJob
-from tasks.build_ensembles import EnsembleJob
-from tasks.commit_record import Attempt
-from tasks.compare_checkpoints import PairJob
-from tasks.connect_runs import pairs_of
-from tasks.context import Context
-from tasks.evaluate_surfaces import SurfaceJob, needs_course, needs_eigenvectors
-from tasks.follow_runs import SeparationsJob, TrajectoryJob
-from tasks.measure_degeneracy import DegeneracyJob
-from tasks.path_ends import RESCALED, ConnectivityJob
-from tasks.train_pack import TrainingJob
+from tasks.jobs import (
+    Attempt,
+    ConnectivityJob,
+    Context,
+    CurvatureJob,
+    DegeneracyJob,
+    EnsembleJob,
+    PairJob,
+    SeparationsJob,
+    SurfaceJob,
+    TrainingJob,
+    TrajectoryJob,
+)
 
 FurtherJob = DegeneracyJob | TrajectoryJob | SeparationsJob | SurfaceJob | ConnectivityJob | EnsembleJob
 AnalysisJob = CurvatureJob | PairJob | FurtherJob

@@ -41,7 +41,7 @@ from lossray.study import (
 )
 from lossray.study.manifest import Manifest, check_extension, edited_packs, extended, new_manifest
 from lossray.training.datasets import Dataset, load_dataset
-from tasks.context import Context
+from tasks.jobs import Context
 
 Rule = Callable[[Setting], tuple[str, ProductMode]]  # executor and product mode
 

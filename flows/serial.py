@@ -9,15 +9,24 @@ import torch
 from flows.interrupt import Interrupt
 from flows.ledger import Ledger
 from flows.plan import AnalysisJob, PackPlan, Plan
-from tasks.analyse_checkpoint import CurvatureJob, analyse_checkpoint
-from tasks.build_ensembles import EnsembleJob, build_ensembles
-from tasks.commit_record import Attempt
-from tasks.compare_checkpoints import PairJob, compare_checkpoints
+from tasks.analyse_checkpoint import analyse_checkpoint
+from tasks.build_ensembles import build_ensembles
+from tasks.compare_checkpoints import compare_checkpoints
 from tasks.connect_runs import connect_runs
-from tasks.evaluate_surfaces import SurfaceJob, evaluate_surfaces
-from tasks.follow_runs import SeparationsJob, TrajectoryJob, compare_runs, follow_trajectory
-from tasks.measure_degeneracy import DegeneracyJob, measure_degeneracy
-from tasks.path_ends import ConnectivityJob
+from tasks.evaluate_surfaces import evaluate_surfaces
+from tasks.follow_runs import compare_runs, follow_trajectory
+from tasks.jobs import (
+    Attempt,
+    ConnectivityJob,
+    CurvatureJob,
+    DegeneracyJob,
+    EnsembleJob,
+    PairJob,
+    SeparationsJob,
+    SurfaceJob,
+    TrajectoryJob,
+)
+from tasks.measure_degeneracy import measure_degeneracy
 from tasks.train_pack import train_pack
 
 

@@ -35,7 +35,8 @@ from lossray.training.datasets import (
     data_settings,
     load_whole,
 )
-from tasks.commit_record import Attempt, Stopwatch
+from tasks.commit_record import Stopwatch
+from tasks.jobs import Attempt
 
 OPERATORS: dict[str, Callable[[ModuleObjective], PointOperator]] = {
     "hessian": PackedHessian,

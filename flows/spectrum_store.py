@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import nn
 
 from lossray.errors import StoreError
+from lossray.measures.checkpoint_spectra import curvature_rows, density_rows, eigenvalue_rows
 from lossray.operators.transforms import PointOperator
 from lossray.settings import content_hash
 from lossray.spectra.analysis import PackedAnalysis
@@ -15,7 +16,6 @@ from lossray.storage.publish import publish_tables
 from lossray.storage.store import Store
 from lossray.study import versions_of
 from lossray.training.datasets import Dataset, analysis_fingerprint, analysis_set
-from tasks.checkpoint_spectra import curvature_rows, density_rows, eigenvalue_rows
 from tasks.commit_record import Stopwatch
 
 

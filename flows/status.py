@@ -9,7 +9,7 @@ from lossray.errors import StoreError
 from lossray.results import StudyResults, open_study
 from lossray.storage.lease import is_free, read_holder
 from lossray.storage.store import Store
-from tasks.context import Context
+from tasks.jobs import Context
 
 CELL_WIDTH = 32  # characters of a cell that `lossray tables` shows
 SILENCE_SECONDS = 60.0  # heartbeat age after which a driver on another machine counts as gone

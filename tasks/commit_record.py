@@ -13,14 +13,7 @@ import torch
 
 from lossray.packages import running
 from lossray.study import versions_of
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One try at a task, from its submission on."""
-
-    number: int = 1
-    submitted: float = field(default_factory=time.time)  # seconds since the epoch, on the driver's clock
+from tasks.jobs import Attempt
 
 
 @dataclass

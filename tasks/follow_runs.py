@@ -1,63 +1,19 @@
-"""Where the runs of a pack went: the tables `trajectory` and `separations`."""
-
-import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import ClassVar
+"""Follow the runs of a pack: the tables `trajectory` and `separations`."""
 
 import ray
 import torch
-from torch import Tensor
 
-from lossray.geometry.principal_axes import AXES, TrajectoryPoint, gram_of, separation, trajectory_points
-from lossray.storage.checkpoints import Checkpoint, read_checkpoint
+from lossray.measures.cells import Row
+from lossray.measures.course import course_of, runs_at, separation_rows, trajectory_rows
+from lossray.storage.checkpoints import read_checkpoint
 from lossray.storage.store import Store
-from lossray.study import Pack
-from tasks.checkpoint_spectra import Row, finite
-from tasks.commit_record import Attempt, Stopwatch
-from tasks.context import Context, device_name, local_device, prepare_worker
-
-
-@dataclass(frozen=True)
-class TrajectoryJob:
-    """Find the principal axes of the runs of a pack."""
-
-    context: Context
-    pack: Pack
-    steps: tuple[int, ...]  # of all its checkpoints
-    key: str
-    attempt: Attempt
-    kind: ClassVar[str] = "trajectory"
-
-    @property
-    def step(self) -> int:
-        """Of the last checkpoint."""
-        return self.steps[-1]
-
-
-@dataclass(frozen=True)
-class SeparationsJob:
-    """Compare the runs of a pack with each other, and with those of earlier packs of their setting.
-
-    So a pack that is added to a store adds rows and changes none.
-    """
-
-    context: Context
-    pack: Pack
-    earlier: tuple[Pack, ...]
-    steps: tuple[int, ...]  # of all checkpoints
-    key: str
-    attempt: Attempt
-    kind: ClassVar[str] = "separations"
-
-    @property
-    def step(self) -> int:
-        """Of the last checkpoint."""
-        return self.steps[-1]
+from tasks.commit_record import Stopwatch
+from tasks.jobs import SeparationsJob, TrajectoryJob
+from tasks.worker import device_name, local_device, prepare_worker
 
 
 def follow_trajectory(job: TrajectoryJob, device: torch.device | None = None) -> None:
-    """Find the axes, publish the rows, and commit.
+    """Find the principal axes, publish the rows, and commit.
 
     Args:
         job: which pack.
@@ -65,10 +21,8 @@ def follow_trajectory(job: TrajectoryJob, device: torch.device | None = None) ->
     """
     device = device or local_device()
     store, watch = Store(job.context.out), Stopwatch(job.attempt, device_name(device))
-    points, alive = read_course(store, job.pack, job.steps, device)
-    found = trajectory_points(job.steps, gram_of(points), alive)
-    dim = points[0].shape[1]
-    store.publish("trajectory", job.key, [_trajectory_row(job, one, dim) for one in found])
+    course = course_of(read_checkpoint(store, job.pack.pack_id, step, device) for step in job.steps)
+    store.publish("trajectory", job.key, trajectory_rows(job.pack, course))
     store.commit(watch.record(job.key, job.kind, pack_id=job.pack.pack_id, step=job.step))
 
 
@@ -82,13 +36,14 @@ def compare_runs(job: SeparationsJob, device: torch.device | None = None) -> Non
     device = device or local_device()
     store, watch = Store(job.context.out), Stopwatch(job.attempt, device_name(device))
     packs = (*job.earlier, job.pack)
-    first = _runs_at(store, packs, job.steps[0], device)
+
+    def runs(step: int) -> dict[str, torch.Tensor]:
+        return runs_at([(pack, read_checkpoint(store, pack.pack_id, step, device)) for pack in packs])
+
+    first = runs(job.steps[0])
     rows: list[Row] = []
     for step in job.steps:
-        runs = _runs_at(store, packs, step, device)
-        for run_a, run_b in itertools.combinations(runs, 2):
-            if run_b in job.pack.run_ids:
-                rows.append(_separation_row(run_a, run_b, step, runs, first))
+        rows += separation_rows(job.pack, step, runs(step), first)
     store.publish("separations", job.key, rows)
     store.commit(watch.record(job.key, job.kind, pack_id=job.pack.pack_id, step=job.step))
 
@@ -103,46 +58,3 @@ def trajectory(job: TrajectoryJob, cpus: float) -> None:
 def separations(job: SeparationsJob, cpus: float) -> None:
     """`compare_runs` as a Ray task; what it finds is in the store."""
     compare_runs(job, prepare_worker(cpus))
-
-
-def read_course(
-    store: Store, pack: Pack, steps: Sequence[int], device: torch.device
-) -> tuple[list[Tensor], Tensor]:
-    """The parameters of a pack at every step, [R, d] each as stored, and who was alive then, [R, T] bool."""
-    points, alive = [], []
-    for step in steps:  # of a checkpoint only the parameters are kept
-        checkpoint = read_checkpoint(store, pack.pack_id, step, device)
-        points.append(_theta(checkpoint))
-        alive.append(checkpoint.alive)
-    return points, torch.stack(alive, dim=1)
-
-
-def _theta(checkpoint: Checkpoint) -> Tensor:
-    """Parameters [R, d]."""
-    return torch.cat([tensor.flatten(1) for tensor in checkpoint.parameters.values()], dim=1)
-
-
-def _runs_at(store: Store, packs: Sequence[Pack], step: int, device: torch.device) -> dict[str, Tensor]:
-    """Parameters [d] of every run of the packs at a step, in the packs' order; NaN once it has diverged."""
-    runs: dict[str, Tensor] = {}
-    for pack in packs:
-        (theta,), alive = read_course(store, pack, [step], device)
-        runs |= zip(pack.run_ids, theta.masked_fill(~alive, float("nan")), strict=True)
-    return runs
-
-
-def _separation_row(
-    run_a: str, run_b: str, step: int, runs: Mapping[str, Tensor], first: Mapping[str, Tensor]
-) -> Row:
-    found = separation(runs[run_a], runs[run_b], first[run_a], first[run_b])
-    numbers = {name: finite(value) for name, value in asdict(found).items()}
-    return {"run_a": run_a, "run_b": run_b, "step": step, "dim": len(runs[run_a]), **numbers}
-
-
-def _trajectory_row(job: TrajectoryJob, point: TrajectoryPoint, dim: int) -> Row:
-    row: Row = {"run_id": job.pack.run_ids[point.member], "step": point.step, "dim": dim}
-    for a in range(AXES):
-        row[f"pc{a + 1}"] = finite(point.coordinates[a])
-        row[f"explained{a + 1}"] = finite(point.explained[a])
-        row[f"random_walk{a + 1}"] = finite(point.random_walk[a])
-    return row

@@ -4,7 +4,7 @@ import ray
 
 from lossray.storage.publish import publish_tables
 from lossray.storage.store import Store
-from tasks.context import prepare_worker
+from tasks.worker import prepare_worker
 
 
 @ray.remote(num_cpus=1, max_retries=3)

@@ -8,6 +8,7 @@ from lossray.settings import Settings, each_once
 
 Kind = Literal["line", "polychain", "bezier"]
 AlignmentKind = Literal["none", "permutation", "scale", "both"]
+RESCALED: Literal["rescaled"] = "rescaled"  # in place of an alignment: a run with a rescaled copy of itself
 
 
 def _listed(value: Any) -> Any:

@@ -9,8 +9,7 @@ from flows.freeze import decide, study_device
 from flows.plan import _pair_keys, make_plan
 from lossray.study import pair_key, partition, study_from_table, study_inputs
 from lossray.training.datasets import load_dataset
-from tasks.commit_record import Attempt
-from tasks.context import Context
+from tasks.jobs import Attempt, Context
 
 TABLE = {
     "name": "small",

@@ -9,7 +9,7 @@ from flows.driver import Driver
 from flows.session import capacity
 from lossray.errors import StudyError
 from lossray.study import Resources
-from tasks.context import prepare_worker
+from tasks.worker import prepare_worker
 
 pytestmark = pytest.mark.ray
 

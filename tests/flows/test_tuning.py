@@ -18,11 +18,12 @@ from flows.tuning import round_of
 from lossray.errors import StudyError
 from lossray.findings.learning_rates import edges
 from lossray.findings.matching import described_runs
+from lossray.measures.run_rows import failed_run_rows
 from lossray.storage.store import Store
 from lossray.study import StudyInputs, partition, setting_of, settings_of, study_from_table
 from lossray.training.optimizers import optimizer_settings
-from tasks.context import Context
-from tasks.train_pack import failed_run_rows, train_pack
+from tasks.jobs import Context
+from tasks.train_pack import train_pack
 
 # Twelve steps of SGD from 1e-3 learn too little, at 1e3 they diverge or jump far away: the best is between.
 QUICK = {

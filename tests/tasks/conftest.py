@@ -11,7 +11,7 @@ from lossray.storage.store import Store
 from lossray.study import partition, study_from_table, study_inputs
 from lossray.study.manifest import new_manifest
 from lossray.training.datasets import load_dataset
-from tasks.context import Context
+from tasks.jobs import Context
 
 TABLE = {
     "name": "small",

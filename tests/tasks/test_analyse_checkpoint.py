@@ -14,7 +14,7 @@ from lossray.storage import checkpoints
 from lossray.storage.publish import assemble
 from lossray.storage.store import Store
 from tasks.analyse_checkpoint import analyse_checkpoint
-from tasks.commit_record import Attempt
+from tasks.jobs import Attempt
 from tasks.train_pack import train_pack
 
 MODELS = {

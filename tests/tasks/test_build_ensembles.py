@@ -8,12 +8,13 @@ import torch
 from scipy.special import log_softmax, logsumexp
 
 from lossray.ensembles.methods import METHODS
+from lossray.measures.pack_ensembles import TABLES
 from lossray.storage import checkpoints
 from lossray.storage.publish import assemble
 from lossray.storage.store import Store
 from lossray.training.datasets import load_dataset
-from tasks.build_ensembles import TABLES, EnsembleJob, build_ensembles
-from tasks.commit_record import Attempt
+from tasks.build_ensembles import build_ensembles
+from tasks.jobs import Attempt, EnsembleJob
 from tasks.train_pack import train_pack
 
 RELU = [{"name": "mlp", "widths": [4, 3]}]

@@ -4,7 +4,8 @@ import time
 
 from lossray.storage.rows import to_arrow
 from lossray.storage.store import Store
-from tasks.commit_record import Attempt, Stopwatch, failure
+from tasks.commit_record import Stopwatch, failure
+from tasks.jobs import Attempt
 
 
 def test_a_record_is_a_row_of_the_tasks_table_with_times_that_add_up():

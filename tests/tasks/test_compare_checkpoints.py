@@ -14,8 +14,8 @@ from lossray.storage import checkpoints
 from lossray.storage.publish import assemble
 from lossray.storage.store import Store
 from tasks.analyse_checkpoint import analyse_checkpoint
-from tasks.commit_record import Attempt
 from tasks.compare_checkpoints import compare_checkpoints
+from tasks.jobs import Attempt
 from tasks.train_pack import train_pack
 
 DOUBLE = {
@@ -175,7 +175,7 @@ def test_without_stored_vectors_there_is_the_displacement_and_nothing_else(plann
 def test_without_the_displacement_there_are_overlaps_and_no_hessian_is_formed(planned, monkeypatch):
     plan = planned(angles={"directions": ["update"]})
     prepare(plan)
-    monkeypatch.setattr("tasks.compare_checkpoints.hessian_at", None)
+    monkeypatch.setattr("lossray.measures.neighbours.hessian_at", None)
     compare(plan)
     assert displaced(plan, "directions") == displaced(plan, "angles") == []
     assert len(frame(plan, "overlaps")) > 0

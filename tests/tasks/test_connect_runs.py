@@ -9,14 +9,14 @@ import torch
 
 import lossray
 from lossray.connectivity.settings import ConnectivitySettings
+from lossray.measures.path_ends import ends_of, possible
 from lossray.results import StudyResults
 from lossray.storage import checkpoints
 from lossray.storage.publish import assemble
 from lossray.storage.store import Store
-from tasks.commit_record import Attempt
-from tasks.connect_runs import connect_runs, pairs_of
-from tasks.context import dataset_of, stack_of
-from tasks.path_ends import ConnectivityJob, Site, ends_of, possible
+from lossray.study.demands import pairs_of
+from tasks.connect_runs import connect_runs, path_site
+from tasks.jobs import Attempt, ConnectivityJob
 from tasks.train_pack import train_pack
 
 RELU = [{"name": "mlp", "widths": [4, 3]}]
@@ -165,10 +165,8 @@ def replaced(plan, member, name, change):
     store.write_bytes(path, checkpoints.dumps(checkpoint))
 
 
-def site_of(plan, job):
-    dataset = dataset_of(job.context, torch.float32)
-    stack, _, _ = stack_of(job.pack, dataset, dtype=torch.float32, device=torch.device("cpu"))
-    return Site(job, plan.study.connectivity, stack, dataset)
+def site_of(job):
+    return path_site(job, torch.device("cpu"))
 
 
 USERS = """
@@ -209,7 +207,7 @@ def test_runs_whose_frozen_parameters_differ_are_not_joined(planned, users, alik
 def test_both_takes_what_the_architecture_has(planned, users):
     section = {"kinds": ["line"], "align": ["permutation", "scale", "both"], "points": 3, "rescaled": False}
     plan = trained(planned, seeds=[3, 8], models=[{"name": "joined_models:grouped"}], connectivity=section)
-    found = {name: possible(site_of(plan, job)) for name, job in jobs(plan).items()}
+    found = {name: possible(site_of(job)) for name, job in jobs(plan).items()}
     assert found == {"permutation": False, "scale": True, "both": True}
     for job in jobs(plan).values():
         connect_runs(job)
@@ -226,7 +224,7 @@ def test_a_weight_that_underflows_in_the_rescaled_copy_keeps_its_sign(planned):
 
     replaced(plan, 1, "hidden1.weight", shrink)
     job = jobs(plan)["rescaled"]
-    ends = ends_of(site_of(plan, job))
+    ends = ends_of(site_of(job))
     assert torch.equal(ends.a.sign(), ends.b.sign())
     assert (ends.function_change < 1e-12).all()
     connect_runs(job)

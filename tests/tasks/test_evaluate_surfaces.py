@@ -14,9 +14,9 @@ from lossray.storage import checkpoints
 from lossray.storage.publish import assemble
 from lossray.storage.store import Store
 from tasks.analyse_checkpoint import analyse_checkpoint
-from tasks.commit_record import Attempt
-from tasks.evaluate_surfaces import SurfaceJob, evaluate_surfaces
-from tasks.follow_runs import TrajectoryJob, follow_trajectory
+from tasks.evaluate_surfaces import evaluate_surfaces
+from tasks.follow_runs import follow_trajectory
+from tasks.jobs import Attempt, SurfaceJob, TrajectoryJob
 from tasks.train_pack import train_pack
 
 KINDS = ("v1", "eigenvectors", "pca", "random")

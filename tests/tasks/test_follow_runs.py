@@ -11,8 +11,8 @@ from lossray.geometry.principal_axes import random_walk_shares
 from lossray.storage import checkpoints
 from lossray.storage.publish import assemble
 from lossray.storage.store import Store
-from tasks.commit_record import Attempt
-from tasks.follow_runs import SeparationsJob, TrajectoryJob, compare_runs, follow_trajectory
+from tasks.follow_runs import compare_runs, follow_trajectory
+from tasks.jobs import Attempt, SeparationsJob, TrajectoryJob
 from tasks.train_pack import train_pack
 
 SECTION = {"trajectory": {}, "seeds": [3, 8, 9]}

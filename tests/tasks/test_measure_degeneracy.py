@@ -7,8 +7,8 @@ import pytest
 
 import lossray
 from lossray.networks.losses import get_loss
-from tasks.commit_record import Attempt
-from tasks.measure_degeneracy import DegeneracyJob, measure_degeneracy
+from tasks.jobs import Attempt, DegeneracyJob
+from tasks.measure_degeneracy import measure_degeneracy
 from tests.tasks.test_analyse_checkpoint import bury, dense, frame, rows_of, run_ids, train
 
 RELU = [{"name": "mlp", "widths": [5, 4]}]
@@ -118,7 +118,7 @@ def test_members_are_taken_as_the_memory_allows(planned, monkeypatch):
     plan = degenerate(planned)
     measure(plan, 12)
     whole = frame(plan, "degeneracy")
-    monkeypatch.setattr("tasks.measure_degeneracy.fitting", lambda size, device: 1)
+    monkeypatch.setattr("lossray.measures.checkpoint_degeneracy.fitting", lambda size, device: 1)
     other = degenerate(lambda **changes: planned("other", **changes))
     measure(other, 12)
     one_by_one = frame(other, "degeneracy")

@@ -4,17 +4,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from lossray.errors import DataError
+from lossray.measures.run_rows import failed_run_rows
 from lossray.storage import checkpoints
 from lossray.storage.publish import assemble
 from lossray.storage.store import Store
 from lossray.storage.tables import TABLES
 from lossray.study import settings_of
-from tasks.commit_record import Attempt
-from tasks.context import dataset_of
-from tasks.train_pack import Published, failed_run_rows, train_pack
+from tasks.jobs import Attempt
+from tasks.planned_data import dataset_of
+from tasks.train_pack import Published, train_pack
 
 NOISY_MODEL = {"name": "mlp", "widths": [4], "norm": "batch", "dropout": 0.3}
 STEPS = (0, 5, 12)
@@ -277,6 +277,6 @@ def test_data_that_changed_since_the_plan_are_refused(planned):
 
 def test_a_worker_reads_its_data_once(planned, monkeypatch):
     plan = planned(data={"seed": 5})
-    first = dataset_of(plan.context, torch.float32)
-    monkeypatch.setattr("tasks.context.load_dataset", None)
-    assert dataset_of(plan.context, torch.float32) is first
+    first = dataset_of(plan.context)
+    monkeypatch.setattr("tasks.planned_data.load_dataset", None)
+    assert dataset_of(plan.context) is first

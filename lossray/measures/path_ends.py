@@ -3,66 +3,65 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lossray.connectivity.jumps import jumps
 from lossray.connectivity.packed_align import packed_align
-from lossray.connectivity.settings import AlignmentKind, ConnectivitySettings
+from lossray.connectivity.settings import RESCALED, AlignmentKind, ConnectivitySettings
 from lossray.errors import ModelError
+from lossray.measures.pack_point import loss_of
 from lossray.networks.batch_norm import statistics_of
 from lossray.networks.nests import is_tensor, mapped
 from lossray.networks.permutations import permutation_symmetry
 from lossray.networks.random_gauges import random_factors
-from lossray.networks.stack import Stack
+from lossray.networks.stack import Loss, Stack
 from lossray.networks.symmetry import rescaling_symmetry
 from lossray.seeds import stream
-from lossray.storage.checkpoints import read_checkpoint
-from lossray.storage.store import Store
-from lossray.study import Pack
+from lossray.storage.checkpoints import Checkpoint
+from lossray.study import Pack, Study
 from lossray.training.datasets import Dataset
 from lossray.training.evaluation import evaluate_split, keeps_function, output_change
-from tasks.commit_record import Attempt
-from tasks.context import Context, loss_of
-
-# In place of an alignment: of a run with a rescaled copy of itself.
-RESCALED: Literal["rescaled"] = "rescaled"
 
 
 @dataclass(frozen=True)
-class ConnectivityJob:
-    """Join runs of a pack, each to an earlier one or to a rescaled copy of itself."""
+class PathSite:
+    """The runs of a pack that are joined, each to an earlier one or to a rescaled copy of itself.
 
-    context: Context
+    Attributes:
+        study: the settings.
+        pack: the runs.
+        pairs: runs by id; the second is of this pack.
+        aligned: what is done to the second of each pair first.
+        stack: the models of the pack as one.
+        dataset: the study's data, on the device.
+        last: the last checkpoints of the pack, and of those of its setting that come before, on the device.
+    """
+
+    study: Study
     pack: Pack
-    earlier: tuple[Pack, ...]  # packs of the same setting that come before
-    pairs: tuple[tuple[str, str], ...]  # runs; the second is of this pack
-    aligned: AlignmentKind | Literal["rescaled"]  # what is done to the second of each pair first
-    step: int  # of the last checkpoint
-    key: str
-    attempt: Attempt
-    kind: ClassVar[str] = "connectivity"
-
-
-@dataclass(frozen=True)
-class Site:
-    """What a job works with."""
-
-    job: ConnectivityJob
-    settings: ConnectivitySettings
+    pairs: tuple[tuple[str, str], ...]
+    aligned: AlignmentKind | Literal["rescaled"]
     stack: Stack
-    dataset: Dataset  # on the device
+    dataset: Dataset
+    last: Mapping[str, tuple[Pack, Checkpoint]]
 
     @property
-    def store(self) -> Store:
-        """Where the checkpoints are."""
-        return Store(self.job.context.out)
+    def settings(self) -> ConnectivitySettings:
+        """Those of [connectivity]."""
+        assert self.study.connectivity is not None
+        return self.study.connectivity
+
+    @property
+    def loss(self) -> Loss:
+        """The study's."""
+        return loss_of(self.study)
 
     def seed(self, run_id: str) -> int:
-        """The seed of a run of the job's pack."""
-        return self.job.pack.seeds[self.job.pack.run_ids.index(run_id)]
+        """The seed of a run of the pack."""
+        return self.pack.seeds[self.pack.run_ids.index(run_id)]
 
 
 Tensors = tuple[Tensor, dict[str, Tensor], Tensor]  # of a run: parameters [d], buffers, alive
@@ -81,9 +80,9 @@ class PathEnds:
     function_change: Tensor  # [P] float64, by the alignment of b
 
 
-def possible(site: Site) -> bool:
+def possible(site: PathSite) -> bool:
     """Whether the architecture has the symmetry that the alignment or the rescaling needs."""
-    aligned, template = site.job.aligned, site.stack.template
+    aligned, template = site.aligned, site.stack.template
     if not is_tensor(site.dataset.train.inputs):  # whose symmetries are not known
         return aligned == "none"
     data = (site.dataset.train.inputs, None)
@@ -104,7 +103,7 @@ def _exists(symmetry: Callable[[], object]) -> bool:
     return True
 
 
-def joinable(site: Site) -> Site:
+def joinable(site: PathSite) -> PathSite:
     """The site with those pairs alone that a path can join, which moves trainable parameters.
 
     Frozen ones must agree, and other buffers than batch norm's as far as the loss depends on them.
@@ -118,15 +117,15 @@ def joinable(site: Site) -> Site:
     same = [
         all(torch.equal(ends.buffers_a[name][p], ends.buffers_b[name][p]) for name in frozen)
         and not bool(jump[p] & ends.alive[p])
-        for p in range(len(site.job.pairs))
+        for p in range(len(site.pairs))
     ]
-    pairs = tuple(pair for pair, own in zip(site.job.pairs, same, strict=True) if own)
-    return replace(site, job=replace(site.job, pairs=pairs))
+    pairs = tuple(pair for pair, own in zip(site.pairs, same, strict=True) if own)
+    return replace(site, pairs=pairs)
 
 
-def _jumps(site: Site, ends: PathEnds) -> Tensor:
+def _jumps(site: PathSite, ends: PathEnds) -> Tensor:
     """Whether the loss would jump at the second end, [P]."""
-    train, loss = site.dataset.train, loss_of(site.job.context)
+    train, loss = site.dataset.train, site.loss
 
     def losses(theta: Tensor, buffers: Mapping[str, Tensor]) -> Tensor:
         return evaluate_split(site.stack, theta, buffers, loss, train)[0]
@@ -134,28 +133,23 @@ def _jumps(site: Site, ends: PathEnds) -> Tensor:
     return jumps(site.stack, ends.b, ends.buffers_a, ends.buffers_b, train.inputs, losses)
 
 
-def ends_of(site: Site) -> PathEnds:
+def ends_of(site: PathSite) -> PathEnds:
     """The ends of every pair, the second aligned or rescaled."""
     ends = _as_they_are(site)
-    if site.job.aligned == "none":
+    if site.aligned == "none":
         return ends
-    return _rescaled(site, ends) if site.job.aligned == RESCALED else _aligned(site, ends)
+    return _rescaled(site, ends) if site.aligned == RESCALED else _aligned(site, ends)
 
 
-def _as_they_are(site: Site) -> PathEnds:
+def _as_they_are(site: PathSite) -> PathEnds:
     """The runs of each pair at their last checkpoints."""
-    job = site.job
     runs: dict[str, Tensors] = {}
-    needed = {run for pair in job.pairs for run in pair}
-    for pack in (*job.earlier, job.pack):
-        if needed.isdisjoint(pack.run_ids):
-            continue
-        checkpoint = read_checkpoint(site.store, pack.pack_id, job.step, site.dataset.train.targets.device)
+    for pack, checkpoint in site.last.values():
         theta = site.stack.layout.join(checkpoint.parameters)
         for r, run_id in enumerate(pack.run_ids):
             own = {name: tensor[r] for name, tensor in checkpoint.buffers.items()}
             runs[run_id] = theta[r], own, checkpoint.alive[r]
-    a, b = ([runs[pair[side]] for pair in job.pairs] for side in (0, 1))
+    a, b = ([runs[pair[side]] for pair in site.pairs] for side in (0, 1))
     first, second = (torch.stack([theta for theta, _, _ in end]) for end in (a, b))
     alive = torch.stack([one[2] & other[2] for one, other in zip(a, b, strict=True)])
     distance = torch.linalg.vector_norm(first.double() - second.double(), dim=1)
@@ -167,11 +161,11 @@ def _stacked(ends: Sequence[Tensors]) -> dict[str, Tensor]:
     return {name: torch.stack([own[name] for _, own, _ in ends]) for name in ends[0][1]}
 
 
-def _rescaled(site: Site, ends: PathEnds) -> PathEnds:
+def _rescaled(site: PathSite, ends: PathEnds) -> PathEnds:
     """D theta with log-normal factors."""
     data = (site.dataset.train.inputs, None)
     symmetry = rescaling_symmetry(site.stack.template, site.stack.layout, data)
-    seeds = [stream(site.seed(run), "connectivity/rescaled") for _, run in site.job.pairs]
+    seeds = [stream(site.seed(run), "connectivity/rescaled") for _, run in site.pairs]
     sigma = torch.full((len(seeds),), site.settings.sigma, dtype=torch.float64)
     diagonal = symmetry.diagonal(random_factors(seeds, symmetry.units, sigma=sigma)).to(ends.b.device)
     scaled = ends.b.double() * diagonal
@@ -184,7 +178,7 @@ def _rescaled(site: Site, ends: PathEnds) -> PathEnds:
     kept = keeps_function(site.stack, ends.b, scaled, buffers, inputs, eps=symmetry.seen.eps)
     for p in torch.nonzero(ends.alive & ~kept)[:, 0].tolist():
         raise ModelError(
-            f"run {site.job.pairs[p][1]}: its outputs change by {float(change[p]):.2g} of the largest in "
+            f"run {site.pairs[p][1]}: its outputs change by {float(change[p]):.2g} of the largest in "
             "another gauge, which is no rounding: they depend on more than its layers show; set "
             "connectivity.rescaled to false"
         )
@@ -195,9 +189,9 @@ def _exact(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
-def _aligned(site: Site, ends: PathEnds) -> PathEnds:
+def _aligned(site: PathSite, ends: PathEnds) -> PathEnds:
     """The second of each pair brought close to the first."""
-    kind = site.job.aligned
+    kind = site.aligned
     assert kind != "none"
     assert kind != RESCALED
     found = packed_align(

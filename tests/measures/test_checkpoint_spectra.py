@@ -8,13 +8,13 @@ from torch.func import functional_call, jacrev
 
 import lossray
 from lossray.geometry import vectors
-from lossray.storage.checkpoints import read_checkpoint
 from lossray.storage.publish import assemble
 from lossray.storage.store import Store
 from lossray.study import study_from_table
-from tasks.analyse_checkpoint import analyse_checkpoint, locate
-from tasks.checkpoint_spectra import operators_asked
-from tasks.commit_record import Attempt
+from lossray.study.demands import operators_asked
+from tasks.analyse_checkpoint import analyse_checkpoint
+from tasks.jobs import Attempt
+from tasks.planned_data import located
 from tasks.train_pack import train_pack
 
 ALL = ["hessian:layers", "ggn", "fisher", "preconditioned:layers"]
@@ -58,9 +58,7 @@ def dense(plan, run_id, step):
 
 def scale_of(plan, step):
     """The optimizer's preconditioner [R, d], or None."""
-    job = plan.curvature_job(plan.packs[0], step)
-    checkpoint = read_checkpoint(Store(plan.context.out), job.pack.pack_id, step)
-    return locate(job, checkpoint, torch.device("cpu")).optimizer.scale()
+    return located(plan.context, plan.packs[0].pack, step, torch.device("cpu")).optimizer.scale()
 
 
 def test_every_operator_and_layer_against_dense_matrices(planned):

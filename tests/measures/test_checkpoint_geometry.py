@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from lossray.measures.pack_point import stack_of
 from lossray.networks.symmetry import rescaling_symmetry
 from lossray.storage import checkpoints
 from lossray.storage.store import Store
+from lossray.study.demands import V1_PAIRS
 from lossray.training.optimizers import PackedOptimizer
-from tasks.checkpoint_geometry import V1_PAIRS
-from tasks.context import dataset_of, stack_of
+from tasks.planned_data import dataset_of
 from tests.tasks.test_analyse_checkpoint import (
     DOUBLE,
     analyse,
@@ -37,7 +38,7 @@ def point_of(plan, step):
     """Stack, theta [R, d] and optimizer of the pack at a step."""
     store, pack = Store(plan.context.out), plan.packs[0].pack
     checkpoint = checkpoints.loads(store.read_bytes(store.checkpoint_path(pack.pack_id, step)))
-    dataset = dataset_of(plan.context, torch.float64)
+    dataset = dataset_of(plan.context)
     stack, _, _ = stack_of(pack, dataset, dtype=torch.float64, device=torch.device("cpu"))
     theta = stack.layout.join(checkpoint.parameters)
     optimizer = PackedOptimizer(pack.optimizer, theta, stack.layout)

@@ -4,12 +4,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lossray.measures.pack_point import PackPoint
 from lossray.training.loop import step_gradient
 from lossray.training.optimizers import OPTIMIZERS, PackedOptimizer, learning_rate
 from lossray.training.replay import ReplayedStep
 from lossray.training.shadow import load_shadow_states, make_shadows
-from tasks.context import loss_of
-from tasks.pack_point import CheckpointJob, PackPoint
 
 SHADOW = "shadow:"  # before the optimizer's name
 
@@ -24,18 +23,18 @@ class NextStep:
     shadows: dict[str, Tensor]  # by optimizer: the update [R, d] that it would make
 
 
-def next_step(job: CheckpointJob, point: PackPoint) -> NextStep | None:
+def next_step(point: PackPoint) -> NextStep | None:
     """The step after the checkpoint, not taken; None for a recorded run, whose next batch is not known."""
-    pack, study = job.pack, job.context.study
+    pack, study = point.pack, point.study
     if (
         pack.recorded is not None
         or pack.optimizer is None
         or not isinstance(point.optimizer, PackedOptimizer)
     ):
         return None
-    args = (point.stack, point.theta, point.buffers, loss_of(job.context), point.dataset)
-    _, gradient = step_gradient(*args, study.training, pack.seeds, job.step)
-    lr = learning_rate(pack.optimizer, job.step, study.training.steps)
+    args = (point.stack, point.theta, point.buffers, point.loss, point.dataset)
+    _, gradient = step_gradient(*args, study.training, pack.seeds, point.step)
+    lr = learning_rate(pack.optimizer, point.step, study.training.steps)
     shadows = make_shadows(study.angles.shadow, point.theta, point.stack.layout)
     load_shadow_states(shadows, point.checkpoint.shadow)
     return NextStep(
@@ -46,13 +45,10 @@ def next_step(job: CheckpointJob, point: PackPoint) -> NextStep | None:
     )
 
 
-def directions_at(
-    job: CheckpointJob, point: PackPoint, gradient: Tensor, following: NextStep | None
-) -> dict[str, Tensor]:
+def directions_at(point: PackPoint, gradient: Tensor, following: NextStep | None) -> dict[str, Tensor]:
     """Vectors [R, d] by name; those that do not exist (momentum at step 0) are missing.
 
     Args:
-        job: of the checkpoint.
         point: the pack at it.
         gradient: of the analysis set [R, d].
         following: the next step, where it is known.
@@ -63,12 +59,12 @@ def directions_at(
         known |= {SHADOW + name: update for name, update in following.shadows.items()}
     if point.optimizer is not None:
         known["momentum"] = point.optimizer.momentum()
-        scale = point.optimizer.scale() if _is_preconditioned(job) else None
+        scale = point.optimizer.scale() if _is_preconditioned(point) else None
         if following is not None and scale is not None:
             known["preconditioned_gradient"] = following.gradient / scale
     asked = {
-        *job.context.study.angles.directions,
-        *(SHADOW + name for name in job.context.study.angles.shadow),
+        *point.study.angles.directions,
+        *(SHADOW + name for name in point.study.angles.shadow),
     }
     alive = point.alive[:, None]
     return {
@@ -78,7 +74,7 @@ def directions_at(
     }
 
 
-def directions_of(job: CheckpointJob, step: ReplayedStep) -> dict[str, Tensor]:
+def directions_of(point: PackPoint, step: ReplayedStep) -> dict[str, Tensor]:
     """The directions [R, d] of one step of a window by name, whichever [angles] asks for; NaN once dead."""
     known: dict[str, Tensor | None] = {
         "minibatch_gradient": step.gradient,
@@ -86,7 +82,7 @@ def directions_of(job: CheckpointJob, step: ReplayedStep) -> dict[str, Tensor]:
         "update": step.update,
         **{SHADOW + name: update for name, update in step.shadows.items()},
     }
-    if step.scale is not None and _is_preconditioned(job):
+    if step.scale is not None and _is_preconditioned(point):
         known["preconditioned_gradient"] = step.gradient / step.scale
     alive = step.alive[:, None]
     return {
@@ -96,7 +92,7 @@ def directions_of(job: CheckpointJob, step: ReplayedStep) -> dict[str, Tensor]:
     }
 
 
-def _is_preconditioned(job: CheckpointJob) -> bool:
+def _is_preconditioned(point: PackPoint) -> bool:
     """Whether P^-1 g is another direction than g."""
-    optimizer = job.pack.optimizer
+    optimizer = point.pack.optimizer
     return optimizer is not None and callable(OPTIMIZERS[optimizer.name].scale)

@@ -1,12 +1,12 @@
 """The spectra that [curvature] asks for at one checkpoint: operators, blocks, and their table rows."""
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
+from lossray.measures.cells import Row, finite
+from lossray.measures.pack_point import PackPoint
 from lossray.networks.parameter_layers import layers
 from lossray.operators.objectives import PackedObjective
 from lossray.operators.packed import PackedFisher, PackedGaussNewton, PackedHessian
@@ -15,8 +15,9 @@ from lossray.spectra.analysis import PackedAnalysis
 from lossray.spectra.certified_pairs import PackedEigenPairs
 from lossray.spectra.estimates import PackedEstimate
 from lossray.study import Study
+from lossray.study.demands import operators_asked
+from lossray.training.datasets import analysis_fingerprint
 
-Row = dict[str, Any]
 HESSIAN = ("hessian", "all")  # operator and block that angles and directions rest on
 ESTIMATES = ("trace", "negative_mass", "participation", "effective_dimension")
 
@@ -33,18 +34,6 @@ class Named:
     def key(self) -> tuple[str, str]:
         """Operator and block."""
         return self.name, self.block
-
-
-def operators_asked(study: Study) -> dict[str, bool]:
-    """Operators to analyse, each with whether its layers are asked for too.
-
-    The Hessian comes first, and always where there are angles: they are held against its eigenvectors.
-    """
-    asked: dict[str, bool] = {"hessian": False} if study.angles.directions else {}
-    for entry in study.curvature.operators:
-        name, _, blocks = entry.partition(":")
-        asked[name] = asked.get(name, False) or blocks == "layers"
-    return dict(sorted(asked.items(), key=lambda item: item[0] != "hessian"))
 
 
 def operators_of(
@@ -79,6 +68,25 @@ def _operator(name: str, objective: PackedObjective, mode: str, scale: Tensor | 
     if scale is None or not bool(((scale > 0) | ~alive).all()):  # false for what is not a number
         return None
     return PackedPreconditioned(PackedHessian(objective, mode=mode), scale)
+
+
+def spectrum_rows(point: PackPoint, named: Named, analysis: PackedAnalysis) -> dict[str, list[Row]]:
+    """Rows of `eigenvalues`, `density` and `curvature` of one operator."""
+    settings = point.study.curvature
+    keys: list[Row] = [
+        {"run_id": run_id, "step": point.step, "operator": named.name, "block": named.block}
+        for run_id in point.pack.run_ids
+    ]
+    shared: Row = {
+        "n_examples": len(point.examples.targets),
+        "data_fingerprint": analysis_fingerprint(point.dataset, settings.examples),
+        "dtype": settings.dtype,
+    }
+    return {
+        "eigenvalues": eigenvalue_rows(keys, analysis),
+        "density": density_rows(keys, analysis),
+        "curvature": curvature_rows(keys, analysis, named.operator, shared),
+    }
 
 
 def eigenvalue_rows(keys: list[Row], analysis: PackedAnalysis) -> list[Row]:
@@ -128,7 +136,7 @@ def density_rows(keys: list[Row], analysis: PackedAnalysis) -> list[Row]:
 
 
 def curvature_rows(
-    keys: list[Row], analysis: PackedAnalysis, operator: PointOperator, shared: Mapping[str, Any]
+    keys: list[Row], analysis: PackedAnalysis, operator: PointOperator, shared: Row
 ) -> list[Row]:
     """Rows of `curvature`; ``shared`` are columns that all of them have in common."""
     return [
@@ -155,14 +163,9 @@ def curvature_rows(
 
 def _estimates(analysis: PackedAnalysis, r: int) -> Row:
     """Each estimate of member r with its standard error and bound."""
-    found: dict[str, PackedEstimate] = {name: getattr(analysis, name) for name in ESTIMATES}
-    found["frobenius_norm"] = analysis.frobenius
-    values = {name: finite(float(estimate.value[r])) for name, estimate in found.items()}
-    errors = {f"{name}_stderr": finite(float(estimate.stderr[r])) for name, estimate in found.items()}
-    bounds = {f"{name}_bound": finite(float(e.bound[r])) for name, e in found.items() if name != "trace"}
+    estimates: dict[str, PackedEstimate] = {name: getattr(analysis, name) for name in ESTIMATES}
+    estimates["frobenius_norm"] = analysis.frobenius
+    values = {name: finite(float(estimate.value[r])) for name, estimate in estimates.items()}
+    errors = {f"{name}_stderr": finite(float(estimate.stderr[r])) for name, estimate in estimates.items()}
+    bounds = {f"{name}_bound": finite(float(e.bound[r])) for name, e in estimates.items() if name != "trace"}
     return values | errors | bounds
-
-
-def finite(number: float) -> float | None:
-    """Null for what does not exist: a gap where there is no other value, anything of a diverged member."""
-    return number if math.isfinite(number) else None

@@ -4,21 +4,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from lossray.errors import ModelError
 from lossray.geometry import gauges
 from lossray.geometry.gauges import Gauge
 from lossray.geometry.vectors import Name
+from lossray.measures.pack_point import PackPoint
 from lossray.networks.symmetry import rescaling_symmetry
 from lossray.operators.transforms import PackedScaled, PointOperator
 from lossray.seeds import stream
 from lossray.spectra.certified_pairs import PackedEigenPairs
 from lossray.spectra.eigensolver import packed_eigenpairs
 from lossray.spectra.ends import Wanted
-from lossray.study import Pack, Study
 from lossray.training.evaluation import keeps_function
-from tasks.pack_point import PackPoint
 
 RAW = "raw"
 
@@ -31,14 +29,14 @@ class GaugeEnds:
     smallest: PackedEigenPairs
 
 
-def gauges_at(study: Study, pack: Pack, point: PackPoint) -> dict[str, Gauge]:
+def gauges_at(point: PackPoint) -> dict[str, Gauge]:
     """The gauges by name, those that do not exist left out.
 
     `balanced` needs a network whose units can be rescaled, `preconditioned` an optimizer with a
     preconditioner that has taken a step. For sgd and momentum it is the identity, and so the same as `raw`.
     """
     found: dict[str, Gauge] = {}
-    for name in study.angles.gauges:
+    for name in point.study.angles.gauges:
         gauge = _gauge(name, point)
         if gauge is not None:
             found[name] = gauge
@@ -55,27 +53,22 @@ def stored_name(gauge: str, end: str) -> Name:
     return (operator_name(gauge), "all", end)
 
 
-def eigenpairs_in(
-    gauge: Gauge, hessian: PointOperator, *, study: Study, pack: Pack, step: int, top: int, alive: Tensor
-) -> GaugeEnds:
+def eigenpairs_in(point: PackPoint, gauge: Gauge, hessian: PointOperator, *, top: int) -> GaugeEnds:
     """The leading pairs and the smallest one of S H S.
 
     Args:
+        point: the pack at the checkpoint.
         gauge: S.
         hessian: H.
-        study: its [curvature] says how exact.
-        pack: whose seeds name the random vectors.
-        step: of the checkpoint.
         top: pairs at the large end.
-        alive: members that take part [R].
     """
     operator = PackedScaled(hessian, gauge.scale)
     largest, smallest = packed_eigenpairs(
         operator,
         [Wanted("largest", top), Wanted("smallest", 1, confirm=False)],
-        seeds=[stream(seed, operator_name(gauge.name), step) for seed in pack.seeds],
-        tolerance=study.curvature.tolerance,
-        alive=alive,
+        seeds=[stream(seed, operator_name(gauge.name), point.step) for seed in point.pack.seeds],
+        tolerance=point.study.curvature.tolerance,
+        alive=point.alive,
     )
     return GaugeEnds(largest, smallest)
 

@@ -8,6 +8,10 @@ from torch import Tensor
 
 from lossray.geometry import gauges
 from lossray.geometry.step_sharpness import batch_sharpness, critical_sharpness
+from lossray.measures.cells import Row, finite
+from lossray.measures.checkpoint_directions import NextStep
+from lossray.measures.gauged_pairs import GaugeEnds
+from lossray.measures.pack_point import PackPoint, objective_at
 from lossray.networks.nests import rows
 from lossray.operators.objectives import PackedObjective
 from lossray.operators.transforms import PackedScaled, PointOperator
@@ -19,17 +23,11 @@ from lossray.spectra.ends import Wanted
 from lossray.training.batches import takes_all
 from lossray.training.optimizers import OPTIMIZERS
 from lossray.training.readings import RecordedOptimizer
-from tasks.checkpoint_directions import NextStep
-from tasks.checkpoint_spectra import Row, finite
-from tasks.context import loss_of
-from tasks.gauged_pairs import GaugeEnds
-from tasks.pack_point import CheckpointJob, PackPoint, objective_at
 
 BATCHES = 16  # over which batch sharpness is averaged
 
 
 def sharpness_rows(
-    job: CheckpointJob,
     point: PackPoint,
     hessian: PointOperator,
     analysis: PackedAnalysis,
@@ -39,21 +37,20 @@ def sharpness_rows(
     """One row per member.
 
     Args:
-        job: of the checkpoint.
         point: the pack at it.
         hessian: the members' Hessians.
         analysis: theirs.
         following: the next step, where it is known.
         ends: eigenpairs by gauge, of which the preconditioned ones are used where they are there.
     """
-    settings = job.context.study.training
-    preconditioned = _preconditioned(job, point, hessian, analysis, ends)
-    batches = list(_batches(job, point))
+    settings = point.study.training
+    preconditioned = _preconditioned(point, hessian, analysis, ends)
+    batches = list(_batches(point))
     full = takes_all(len(point.dataset.train.targets), settings.batch_size)
-    batch = batch_sharpness(batches, mode=job.pack.product_mode, full=full)
+    batch = batch_sharpness(batches, mode=point.pack.product_mode, full=full)
     critical: Tensor | None = None
     if following is not None and following.lr > 0:
-        critical = critical_sharpness(objective_at(job, point), following.update, following.lr)
+        critical = critical_sharpness(objective_at(point), following.update, following.lr)
     lr = following.lr if following is not None else _recorded_rate(point)
     values = {
         "lambda_max": analysis.pairs.values[:, 0],
@@ -71,15 +68,14 @@ def sharpness_rows(
     if lr is not None and preconditioned is not None:
         values["preconditioned_lr"] = lr * preconditioned.values[:, 0]
     columns = {name: value.masked_fill(~point.alive, torch.nan).tolist() for name, value in values.items()}
-    shared: Row = {"step": job.step, "lr": lr, "batches": len(batches), "threshold": _threshold(job, point)}
+    shared: Row = {"step": point.step, "lr": lr, "batches": len(batches), "threshold": _threshold(point)}
     return [
         {"run_id": run_id, **shared, **{name: finite(column[r]) for name, column in columns.items()}}
-        for r, run_id in enumerate(job.pack.run_ids)
+        for r, run_id in enumerate(point.pack.run_ids)
     ]
 
 
 def _preconditioned(
-    job: CheckpointJob,
     point: PackPoint,
     hessian: PointOperator,
     analysis: PackedAnalysis,
@@ -97,16 +93,16 @@ def _preconditioned(
     (pairs,) = packed_eigenpairs(
         PackedScaled(hessian, gauge.scale),
         [Wanted("largest", 1)],
-        seeds=[stream(seed, "sharpness", job.step) for seed in job.pack.seeds],
-        tolerance=job.context.study.curvature.tolerance,
+        seeds=[stream(seed, "sharpness", point.step) for seed in point.pack.seeds],
+        tolerance=point.study.curvature.tolerance,
         alive=point.alive,
     )
     return pairs
 
 
-def _batches(job: CheckpointJob, point: PackPoint) -> Iterator[PackedObjective]:
+def _batches(point: PackPoint) -> Iterator[PackedObjective]:
     """The members' losses on minibatches of the training split, the same for all members."""
-    train, settings = point.dataset.train, job.context.study.training
+    train, settings = point.dataset.train, point.study.training
     n = len(train.targets)
     if takes_all(n, settings.batch_size):
         drawn = [torch.arange(n)]
@@ -118,11 +114,11 @@ def _batches(job: CheckpointJob, point: PackPoint) -> Iterator[PackedObjective]:
         chosen = index.to(train.targets.device)
         yield PackedObjective(
             point.stack,
-            point.theta.masked_fill(~point.alive[:, None], float("nan")),
+            point.living,
             point.buffers,
-            loss_of(job.context),
+            point.loss,
             [(rows(train.inputs, chosen), train.targets[chosen])],
-            dtype=getattr(torch, job.context.study.curvature.dtype),
+            dtype=getattr(torch, point.study.curvature.dtype),
         )
 
 
@@ -140,9 +136,9 @@ def _has_one_rate(point: PackPoint) -> bool:
     return not recorded or not bool(torch.isnan(point.checkpoint.log["lr"]).any())
 
 
-def _threshold(job: CheckpointJob, point: PackPoint) -> float | None:
+def _threshold(point: PackPoint) -> float | None:
     if isinstance(point.optimizer, RecordedOptimizer):
         return point.optimizer.threshold
-    optimizer = job.pack.optimizer
+    optimizer = point.pack.optimizer
     threshold = OPTIMIZERS[optimizer.name].threshold if optimizer else None
-    return threshold(optimizer, job.step) if threshold else None
+    return threshold(optimizer, point.step) if threshold else None
