@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,7 @@ FLOORS = {
     "tasks": 10,
     "flows": 11,
 }
+SHARED_STEMS = {"__init__", "settings"}
 SOURCES = sorted(path for package in ("lossray", "tasks", "flows") for path in (ROOT / package).rglob("*.py"))
 
 
@@ -88,6 +90,48 @@ def test_the_rule_notices_an_import_that_goes_up():
         "lossray.training.loop.train",
         "tasks.gather",
     ]
+
+
+def test_spectra_know_no_network_and_no_study():
+    for path in (ROOT / "lossray" / "spectra").glob("*.py"):
+        rooms = {room(target) for target in imported(ast.parse(path.read_text()))} - {None, "lossray.spectra"}
+        assert all(FLOORS[name] == 1 for name in rooms), path
+
+
+def test_tasks_are_short_and_compute_nothing():
+    """They locate, measure, publish and commit: of torch they name devices and types, of numpy nothing."""
+    allowed = {"Tensor", "cuda", "device", "dtype", "set_num_threads"}
+    lines = 0
+    for path in (ROOT / "tasks").glob("*.py"):
+        text = path.read_text()
+        tree = ast.parse(text)
+        lines += text.count("\n")
+        attributes = {
+            node.attr
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "torch"
+        }
+        assert attributes <= allowed, path
+        assert not {name.split(".")[0] for name in imported(tree)} & {"numpy", "scipy", "pandas"}, path
+        assert not any(isinstance(node, ast.MatMult) for node in ast.walk(tree)), path
+    assert lines < 1300
+
+
+def test_file_names_are_unique_across_rooms():
+    stems = Counter(path.stem for path in SOURCES)
+    assert [stem for stem, times in stems.items() if times > 1 and stem not in SHARED_STEMS] == []
+
+
+def test_public_class_names_are_unique_across_rooms():
+    classes = Counter(
+        node.name
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    )
+    assert [name for name, times in classes.items() if times > 1] == []
 
 
 def test_lossray_never_imports_ray_tasks_or_flows():
