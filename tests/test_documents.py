@@ -27,7 +27,10 @@ FILES = sorted(
     and path != Path(__file__).resolve()
 )
 PAGES = [
-    path for path in FILES if path.suffix == ".md" and path.parent in (ROOT, ROOT / "docs", ROOT / "cluster")
+    path
+    for path in FILES
+    if path.suffix == ".md"
+    and path.parent in (ROOT, *(ROOT / name for name in ("docs", "cluster", "examples")))
 ]
 
 
