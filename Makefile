@@ -8,7 +8,7 @@ PEERS := .venv/.peers
 NUMERICAL := $(addprefix tests/,spectra operators nullity geometry networks training storage study connectivity ensembles measures findings)
 OLDEST := ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41
 
-.PHONY: demo test test-numbers test-flows test-slow test-long test-oldest check docs benchmarks clean
+.PHONY: demo test test-numbers test-flows test-slow test-long test-rates test-oldest check docs benchmarks clean
 
 demo: $(INSTALLED)
 	$(BIN)/lossray run quick --out $(OUT)
@@ -25,11 +25,15 @@ test-numbers: $(INSTALLED)
 test-flows: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(addprefix --ignore=,$(NUMERICAL))
 
+# Two processes side by side, of about the same length.
 test-slow: $(INSTALLED)
-	$(MAKE) --no-print-directory -j2 test-long test-oldest
+	$(MAKE) --no-print-directory -j2 test-long test-rates
 
 test-long: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -m slow --ignore=tests/findings
+
+test-rates: test-oldest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -m slow tests/findings
 
 test-oldest: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(OLDEST) $(BIN)/python -m pytest -m "not slow and not ray and not cluster" $(NUMERICAL)
