@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lossray.connectivity.align import align
     from lossray.connectivity.connect import connect
+    from lossray.measures.angles import angles
     from lossray.networks.balance import balance
     from lossray.networks.rescale import rescale
     from lossray.nullity.degeneracy import degeneracy
@@ -40,6 +41,7 @@ _HOMES = {
     "Scaled": "lossray.operators.matrices",
     "align": "lossray.connectivity.align",
     "analyse": "lossray.spectra.analyse",
+    "angles": "lossray.measures.angles",
     "balance": "lossray.networks.balance",
     "connect": "lossray.connectivity.connect",
     "degeneracy": "lossray.nullity.degeneracy",
@@ -62,6 +64,7 @@ __all__ = [
     "__version__",
     "align",
     "analyse",
+    "angles",
     "balance",
     "connect",
     "degeneracy",

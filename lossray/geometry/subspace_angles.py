@@ -1,6 +1,6 @@
 """Angles of directions to the leading eigenspaces, beside those of random directions: the `angles` table."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -118,9 +118,16 @@ def eigenspaces(
         n_outputs: C.
         kept: coordinates that count, [R, d] bool.
     """
+    return spaces_of(pairs, smallest, sizes=subspaces(n_outputs, pairs.vectors.shape[2]), kept=kept)
+
+
+def spaces_of(
+    pairs: PackedEigenPairs, smallest: PackedEigenPairs | None, *, sizes: Mapping[str, int], kept: Tensor
+) -> list[Eigenspace]:
+    """Likewise, the leading ones of given dimensions by name."""
     spaces = [
         Eigenspace(name, pairs.vectors[:, :k], subspace_resolved(pairs, k, kept))
-        for name, k in subspaces(n_outputs, pairs.vectors.shape[2]).items()
+        for name, k in sizes.items()
         if k <= len(pairs)
     ]
     if smallest is not None and smallest.vectors.shape[2] > 1:
@@ -151,12 +158,27 @@ def angle_rows(
     kept = torch.ones(n_members, dim, dtype=torch.bool, device=pairs.vectors.device)
     if gauge is not None:
         kept = gauge.scale != 0
-    nulls = LayerNull(layout, kept)
-    rows = []
-    for space in eigenspaces(pairs, smallest, n_outputs=n_outputs, kept=kept):
-        for name, vectors in directions.items():
-            rows += _rows(name, vectors, space, nulls, gauge.name if gauge else "raw")
-    return rows
+    spaces = eigenspaces(pairs, smallest, n_outputs=n_outputs, kept=kept)
+    return rows_of_spaces(directions, spaces, LayerNull(layout, kept), gauge.name if gauge else "raw")
+
+
+def rows_of_spaces(
+    directions: Mapping[str, Tensor], spaces: Sequence[Eigenspace], nulls: LayerNull, gauge: str
+) -> list[AngleRow]:
+    """One row per subspace, direction and member.
+
+    Args:
+        directions: vectors [R, d] by name, in the gauge.
+        spaces: in the gauge.
+        nulls: of the coordinates that the gauge keeps.
+        gauge: its name.
+    """
+    return [
+        row
+        for space in spaces
+        for name, vectors in directions.items()
+        for row in _rows(name, vectors, space, nulls, gauge)
+    ]
 
 
 def _rows(direction: str, vectors: Tensor, space: Eigenspace, nulls: LayerNull, gauge: str) -> list[AngleRow]:

@@ -77,7 +77,7 @@ class ModuleObjective:
         _check_arguments(model, loss, data, closure, outputs)
         model = uncompiled(model)  # a compiled graph can be differentiated once only
         self.layout = layout_of(model)
-        self._parameters = _trainable(model, self.layout.names)
+        self._parameters = [p.detach().clone() for p in _trainable(model, self.layout.names)]
         self.device = self._parameters[0].device
         self.loss, self.closure, self.train = loss, closure, train
         self._loss = loss if loss is None else in_dtype_of_outputs(loss)
@@ -112,6 +112,19 @@ class ModuleObjective:
         if self._loss is None or self.train or self._selected:
             return None
         return self._model, self._loss, self._data
+
+    @property
+    def model(self) -> nn.Module:
+        """The module; it may have been trained on since its weights were copied."""
+        return self._model
+
+    def live_parameters(self) -> list[nn.Parameter]:
+        """The trainable parameters of the module as they are now, in order."""
+        return [self._model.get_parameter(name) for name in self.layout.names]
+
+    def some_inputs(self) -> Any:
+        """Inputs of the model as data, (inputs, None); None with a closure, whose batches may be anything."""
+        return None if self.closure is not None else (next(self.batches()).inputs, None)
 
     def to(self, dtype: torch.dtype) -> "ModuleObjective":
         """The same objective in another dtype, from the original parameters and data."""
