@@ -20,12 +20,15 @@ from benchmarks.report import table, write_section
 from lossray.connectivity.curves import train_curves
 from lossray.connectivity.paths import bent
 from lossray.networks.executor import choose_executor
-from lossray.networks.models import build_model, model_settings
+from lossray.networks.models import build_model
+from lossray.networks.settings import model_settings
 from lossray.networks.stack import build_stack
-from lossray.training.datasets import Dataset, DataSettings, load_dataset
-from lossray.training.loop import TrainingSettings, train
-from lossray.training.optimizers import optimizer_settings
+from lossray.training.data_settings import DataSettings
+from lossray.training.datasets import Dataset, load_dataset
+from lossray.training.loop import train
+from lossray.training.settings import TrainingSettings
 from lossray.training.steps import TrainingTask
+from lossray.training.update_rules import optimizer_settings
 
 CURVES = 8
 MODELS: dict[str, dict[str, Any]] = {

@@ -16,14 +16,17 @@ from torch import Tensor
 
 from benchmarks.report import table, write_section
 from lossray.networks.executor import choose_executor
-from lossray.networks.models import build_model, model_settings
+from lossray.networks.models import build_model
+from lossray.networks.settings import model_settings
 from lossray.networks.stack import Stack, build_stack
 from lossray.operators.objectives import PackedObjective
 from lossray.operators.packed import PackedHessian
 from lossray.spectra.analysis import packed_analysis
-from lossray.training.datasets import Dataset, DataSettings, load_dataset
-from lossray.training.loop import TrainingSettings, train
-from lossray.training.optimizers import optimizer_settings
+from lossray.training.data_settings import DataSettings
+from lossray.training.datasets import Dataset, load_dataset
+from lossray.training.loop import train
+from lossray.training.settings import TrainingSettings
+from lossray.training.update_rules import optimizer_settings
 
 TINY_MLP = {"name": "mlp", "widths": [32]}  # d = 2,410
 MODELS = {"mlp": {"name": "mlp"}, "cnn": {"name": "cnn"}, "resnet-20": {"name": "resnet", "depth": 20}}

@@ -17,12 +17,15 @@ from torch import Tensor, nn
 
 from benchmarks.report import table, write_section
 from lossray.networks.executor import choose_executor
-from lossray.networks.models import build_model, model_settings
+from lossray.networks.models import build_model
+from lossray.networks.settings import model_settings
 from lossray.networks.stack import build_stack
 from lossray.seeds import generator, stream
-from lossray.training.datasets import Dataset, DataSettings, load_dataset
-from lossray.training.loop import TrainingSettings, train
-from lossray.training.optimizers import OptimizerSettings, optimizer_settings
+from lossray.training.data_settings import DataSettings
+from lossray.training.datasets import Dataset, load_dataset
+from lossray.training.loop import train
+from lossray.training.settings import TrainingSettings
+from lossray.training.update_rules import OptimizerSettings, optimizer_settings
 
 MEMBERS = (1, 4, 16, 64)
 STEPS = {"mlp": 300, "cnn": 60}

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from benchmarks.peers.pyhessian import eigendecomposition_supplied, pyhessian
 from lossray.seeds import generator, stream
-from lossray.training.datasets import Dataset, DataSettings, load_dataset
+from lossray.training.data_settings import DataSettings
+from lossray.training.datasets import Dataset, load_dataset
 
 SEEDS = 3
 CHECKPOINTS = (0, 1, 4, 13, 45, 159, 563, 2000)

@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lossray.networks.models import build_model, model_settings
+from lossray.networks.models import build_model
+from lossray.networks.settings import model_settings
 from lossray.seeds import generator, stream
-from lossray.training.datasets import Dataset, DataSettings, load_dataset
+from lossray.training.data_settings import DataSettings
+from lossray.training.datasets import Dataset, load_dataset
 
 BATCH = 64
 

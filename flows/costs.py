@@ -24,7 +24,7 @@ from lossray.study import Pack, Study, surface_members
 from lossray.study.demands import asks_for_angles, gauge_pairs, operators_asked, pairs_needed
 from lossray.training.datasets import Dataset, analysis_set
 from lossray.training.loop import train
-from lossray.training.optimizers import OPTIMIZERS
+from lossray.training.update_rules import OPTIMIZERS
 from tasks.jobs import ConnectivityJob, EnsembleJob
 
 TIMED_STEPS = (0, 1, 2, 3, 8, 13)  # checkpoints of the timed training; the first step warms up

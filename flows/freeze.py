@@ -12,8 +12,9 @@ from lossray.networks.models import build_model
 from lossray.networks.nests import rows
 from lossray.networks.stack import build_stack, stack_models
 from lossray.operators.example_mean import require_example_mean
-from lossray.operators.modes import ProductMode, choose_product_mode
+from lossray.operators.modes import choose_product_mode
 from lossray.operators.objectives import PackedObjective
+from lossray.operators.settings import ProductMode
 from lossray.plugins import failure
 from lossray.study import Setting, Study
 from lossray.study.packs import AUTO_SIZE

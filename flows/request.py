@@ -20,7 +20,7 @@ from flows.tuning import Round, round_of, trained_runs
 from flows.verdicts import claims_current
 from lossray.errors import DataError, ModelError, StoreError
 from lossray.imports import settle_imports
-from lossray.operators.modes import ProductMode
+from lossray.operators.settings import ProductMode
 from lossray.source_hash import check_imported, source_hash
 from lossray.storage.publish import tables_current
 from lossray.storage.recordings import FOLDER, read_recordings
@@ -30,8 +30,6 @@ from lossray.study import (
     Pack,
     Setting,
     StudyInputs,
-    check_against_data,
-    check_recordings,
     load_study,
     partition,
     runs_of,
@@ -39,6 +37,7 @@ from lossray.study import (
     study_from_table,
     study_inputs,
 )
+from lossray.study.checks import check_against_data, check_recordings
 from lossray.study.manifest import Manifest, check_extension, edited_packs, extended, new_manifest
 from lossray.training.datasets import Dataset, load_dataset
 from tasks.jobs import Context

@@ -15,8 +15,9 @@ from lossray.errors import DataError, ModelError, StudyError
 from lossray.names import unknown_name
 from lossray.networks.functional import call_model
 from lossray.networks.losses import get_loss
-from lossray.networks.models import build_model, model_settings
+from lossray.networks.models import build_model
 from lossray.networks.nests import described, rows
+from lossray.networks.settings import model_settings
 from lossray.networks.weights import load_weights
 from lossray.operators.example_mean import require_example_mean
 from lossray.operators.modules import ModuleObjective
@@ -28,13 +29,8 @@ from lossray.source_hash import source_hash
 from lossray.spectra.analysis import Analysis, packed_analysis
 from lossray.spectra.summary import spectrum_text
 from lossray.study.problems import problems_in
-from lossray.training.datasets import (
-    Dataset,
-    DataSettings,
-    analysis_set,
-    data_settings,
-    load_whole,
-)
+from lossray.training.data_settings import DataSettings, data_settings
+from lossray.training.datasets import Dataset, analysis_set, load_whole
 from tasks.commit_record import Stopwatch
 from tasks.jobs import Attempt
 

@@ -16,7 +16,7 @@ from lossray.findings.matching import described_runs
 from lossray.storage.publish import assemble
 from lossray.storage.store import Store
 from lossray.study import Pack, Setting, Study, runs_of, setting_of, settings_of
-from lossray.training.optimizers import OptimizerSettings, optimizer_settings
+from lossray.training.update_rules import OptimizerSettings, optimizer_settings
 
 DIGITS = 12  # of a rate that is added: 0.1 x 3 is 0.3
 

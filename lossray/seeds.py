@@ -6,8 +6,10 @@ step.
 """
 
 import hashlib
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def stream(seed: int, purpose: str, counter: int = 0) -> int:
@@ -19,6 +21,8 @@ def stream(seed: int, purpose: str, counter: int = 0) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def generator(seed: int, purpose: str, counter: int = 0) -> torch.Generator:
+def generator(seed: int, purpose: str, counter: int = 0) -> "torch.Generator":
     """A CPU generator at the start of the stream (CPU, so that draws are the same on every device)."""
+    import torch  # here: names of streams are needed where torch is not
+
     return torch.Generator().manual_seed(stream(seed, purpose, counter))

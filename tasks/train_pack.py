@@ -22,7 +22,8 @@ from lossray.packages import running
 from lossray.storage import checkpoints
 from lossray.storage.checkpoints import Checkpoint, read_checkpoint
 from lossray.storage.store import Store
-from lossray.training.loop import checkpoint_steps, train
+from lossray.training.loop import train
+from lossray.training.settings import checkpoint_steps
 from tasks.commit_record import Stopwatch
 from tasks.jobs import TrainingJob
 from tasks.planned_data import dataset_of, dataset_on

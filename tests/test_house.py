@@ -16,6 +16,7 @@ FLOORS = {
     "lossray.names": 1,
     "lossray.packages": 1,
     "lossray.plugins": 1,
+    "lossray.references": 1,
     "lossray.seeds": 1,
     "lossray.settings": 1,
     "lossray.source_hash": 1,

@@ -27,9 +27,9 @@ from lossray.operators.finite import require_finite_loss
 from lossray.operators.modules import ModuleObjective
 from lossray.training.batches import takes_all
 from lossray.training.datasets import Dataset, Split
-from lossray.training.optimizers import OptimizerSettings, optimizer_settings
 from lossray.training.settings import TrainingSettings
 from lossray.training.steps import TrainingTask
+from lossray.training.update_rules import OptimizerSettings, optimizer_settings
 
 POINTS = 25  # of a path, where its barrier is looked for
 STARTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of a path before training, whose highest loss is that of a start

@@ -22,10 +22,10 @@ from lossray.seeds import stream
 from lossray.storage.checkpoints import Checkpoint
 from lossray.training.batches import takes_all
 from lossray.training.datasets import Dataset
-from lossray.training.optimizers import OptimizerSettings
 from lossray.training.schedules import learning_rate
 from lossray.training.settings import TrainingSettings
 from lossray.training.steps import LearningRates, PackState, TrainingTask, fresh, resumed, take_step
+from lossray.training.update_rules import OptimizerSettings
 
 FORWARD = 1 / 3  # cost of a forward pass: a gradient is a forward and a backward pass, which costs two
 PRODUCT = 2.0  # of a Hessian-vector product

@@ -22,8 +22,8 @@ from lossray.operators.packed import PackedHessian
 from lossray.seeds import generator
 from lossray.spectra.ritz_values import largest_ritz_values
 from lossray.training.evaluation import CHUNK, keeps_function, output_change
-from lossray.training.optimizers import OPTIMIZERS, OptimizerSettings
 from lossray.training.steps import LearningRates
+from lossray.training.update_rules import OPTIMIZERS, OptimizerSettings
 
 # Lr times the largest eigenvalue stays below it (theory 5C). Plain descent is stable up to 2; where an
 # optimizer is stable up to less (Nesterov: 1.36), the limit is as large a share of that.

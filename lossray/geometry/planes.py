@@ -6,76 +6,32 @@ The points of a grid are members of one stack, evaluated in batches.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 from torch import Tensor
 
 from lossray.geometry.principal_axes import gram_of, principal_axes
+from lossray.geometry.settings import SliceKind
 from lossray.networks.layout import Layout
 from lossray.networks.losses import Loss
 from lossray.networks.stack import Stack
 from lossray.seeds import generator
-from lossray.settings import Settings, each_once
 from lossray.training.datasets import Split
 from lossray.training.evaluation import evaluate_split
 
-Kind = Literal["v1", "eigenvectors", "pca", "random"]
-EIGENVECTOR_KINDS: tuple[Kind, ...] = ("v1", "eigenvectors")
-LINES: tuple[Kind, ...] = ("v1",)  # the others are planes
+LINES: tuple[SliceKind, ...] = ("v1",)  # the others are planes
 POINTS_AT_ONCE = 64  # members of a stack
 PARAMETERS_AT_ONCE = 2**24  # of all its members: 128 MB in float64
 SMALL_LOSS = 0.1  # eigenvector axes reach at least this far up
 MARGIN = 1.2  # of a trajectory's plane around its checkpoints
 
 
-def _odd(points: int) -> int:
-    if points % 2 == 0:
-        raise ValueError(f"found {points}; allowed: an odd number, so that the checkpoint is on the grid")
-    return points
-
-
-def _seeds(value: Any) -> Any:
-    if value == "all" or (type(value) is int and value >= 1):
-        return value
-    raise ValueError(f"found {value!r}; allowed: a number of seeds from 1, or 'all'")
-
-
-class SurfacesSettings(Settings):
-    """The [surfaces] section, which switches on the table `surfaces`.
-
-    Attributes:
-        kinds: which slices.
-        points: along each axis, an odd number.
-        span: the axes reach from -span to span, in units of their lengths (see `Plane`).
-        checkpoints: the last, the first and the last, or all.
-        seeds: how many of each setting's seeds have surfaces, the first ones, or "all".
-    """
-
-    kinds: Annotated[tuple[Kind, ...], Field(strict=False, min_length=1)] = (
-        "v1",
-        "eigenvectors",
-        "pca",
-        "random",
-    )
-    points: Annotated[int, Field(ge=3), AfterValidator(_odd)] = 25
-    span: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    checkpoints: Literal["last", "ends", "all"] = "last"
-    seeds: Annotated[int | Literal["all"], BeforeValidator(_seeds)] = 1
-
-    @field_validator("kinds")
-    @classmethod
-    def _distinct(cls, kinds: tuple[str, ...]) -> tuple[str, ...]:
-        return each_once(kinds)
-
-
 @dataclass(frozen=True)
 class Plane:
     """A slice through one member's parameters; x = 1 is one length of the first axis vector."""
 
-    kind: Kind
+    kind: SliceKind
     x_axis: Tensor  # [d] float64, of the length that x = 1 stands for
     y_axis: Tensor | None  # [d]; None for a line
 
@@ -95,7 +51,7 @@ class SurfaceRow:
 
 
 def along_eigenvectors(
-    kind: Kind, vectors: Tensor, values: Tensor, *, loss: float, theta: Tensor
+    kind: SliceKind, vectors: Tensor, values: Tensor, *, loss: float, theta: Tensor
 ) -> Plane | None:
     """The line of the top eigenvector, or the plane of the top two.
 

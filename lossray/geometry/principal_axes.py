@@ -13,21 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lossray.settings import Settings
-
 AXES = 3
 NEGLIGIBLE = 1e-12  # share of the variance below which an axis is rounding
 NEGLIGIBLE_SIZE = 1e-6  # of a coordinate, where those of all checkpoints together have length 1
-
-
-class TrajectorySettings(Settings):
-    """The [trajectory] section, which switches on the tables `trajectory` and `separations`.
-
-    Attributes:
-        between_seeds: whether runs of one setting are compared with each other.
-    """
-
-    between_seeds: bool = True
 
 
 @dataclass(frozen=True)

@@ -2,71 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, field_validator
 from torch import Tensor
 
 from lossray.geometry.directions import unit_vectors
 from lossray.geometry.gauges import Gauge
 from lossray.geometry.nulls import LayerNull, null_p_values
-from lossray.names import unknown_name
 from lossray.networks.layout import Layout
-from lossray.settings import ADDED, Settings, each_once
 from lossray.spectra.certified_pairs import PackedEigenPairs
-from lossray.training.optimizers import OPTIMIZERS
-
-Direction = Literal[
-    "gradient", "minibatch_gradient", "update", "momentum", "preconditioned_gradient", "displacement"
-]
-GaugeName = Literal["raw", "balanced", "adaptive", "preconditioned"]
 
 RESOLVED = 0.1  # largest residual / gap, which bounds the sine of the eigenspace's own error
-
-
-class AnglesSettings(Settings):
-    """The [angles] section.
-
-    Attributes:
-        directions: vectors whose angles are measured.
-        gauges: metrics in which they are (theory 2.6).
-        shadow: optimizers fed the same gradients, whose updates become directions too.
-        window: steps replayed from each checkpoint for the alignment statistic; 0 for none.
-        subspaces: for which ones eigenpairs are computed in every gauge: "all", or "v1", the top eigenvector
-            alone, which takes a third of the products.
-    """
-
-    directions: Annotated[tuple[Direction, ...], Field(strict=False)] = (
-        "gradient",
-        "minibatch_gradient",
-        "update",
-        "momentum",
-        "displacement",
-    )
-    gauges: Annotated[tuple[GaugeName, ...], Field(strict=False, min_length=1)] = (
-        "raw",
-        "balanced",
-        "adaptive",
-        "preconditioned",
-    )
-    shadow: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    window: Annotated[int, Field(ge=0)] = 50
-    subspaces: Annotated[Literal["all", "v1"], ADDED] = "all"
-
-    @field_validator("directions", "gauges", "shadow")
-    @classmethod
-    def _distinct(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        return each_once(names)
-
-    @field_validator("shadow")
-    @classmethod
-    def _optimizers(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        for name in names:
-            if name not in OPTIMIZERS:
-                raise ValueError(unknown_name(name, OPTIMIZERS))
-        return names
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from torch import Tensor
 from lossray.errors import StoreError
 from lossray.spectra.certified_pairs import PackedEigenPairs
 from lossray.storage import tensors as files
+from lossray.storage.store import VECTORS_FORMAT
 
-FORMAT = "eigenpairs/2"
 REMEDY = "delete it and run the study again"  # where it is still needed the checkpoint is analysed again
 FIELDS = tuple(field.name for field in fields(PackedEigenPairs))
 Name = tuple[str, str, str]  # operator, block and end, such as ("hessian", "all", "largest")
@@ -34,7 +34,9 @@ def dumps(spectra: Spectra, *, key: str) -> bytes:
         for name, pairs in spectra.items()
         for field in FIELDS
     }
-    return files.dumps(tensors, {"format": FORMAT, "key": key, "spectra": [list(name) for name in spectra]})
+    return files.dumps(
+        tensors, {"format": VECTORS_FORMAT, "key": key, "spectra": [list(name) for name in spectra]}
+    )
 
 
 def loads(
@@ -51,7 +53,7 @@ def loads(
     Raises:
         StoreError: the file is damaged, of another format, or the result of another task.
     """
-    tensors, header = files.loads(data, FORMAT, name=name, remedy=REMEDY)
+    tensors, header = files.loads(data, VECTORS_FORMAT, name=name, remedy=REMEDY)
     if header.get("key") != key:
         raise StoreError(f"{name} is the result of task {header.get('key')}, not of {key}; {REMEDY}")
     try:

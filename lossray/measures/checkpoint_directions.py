@@ -6,9 +6,11 @@ from torch import Tensor
 
 from lossray.measures.pack_point import PackPoint
 from lossray.training.loop import step_gradient
-from lossray.training.optimizers import OPTIMIZERS, PackedOptimizer, learning_rate
+from lossray.training.optimizers import PackedOptimizer
 from lossray.training.replay import ReplayedStep
+from lossray.training.schedules import learning_rate
 from lossray.training.shadow import load_shadow_states, make_shadows
+from lossray.training.update_rules import OPTIMIZERS
 
 SHADOW = "shadow:"  # before the optimizer's name
 

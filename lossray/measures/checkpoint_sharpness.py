@@ -21,8 +21,8 @@ from lossray.spectra.certified_pairs import PackedEigenPairs
 from lossray.spectra.eigensolver import packed_eigenpairs
 from lossray.spectra.ends import Wanted
 from lossray.training.batches import takes_all
-from lossray.training.optimizers import OPTIMIZERS
 from lossray.training.readings import RecordedOptimizer
+from lossray.training.update_rules import OPTIMIZERS
 
 BATCHES = 16  # over which batch sharpness is averaged
 

@@ -19,6 +19,7 @@ from lossray.ensembles.diversity import pairwise
 from lossray.ensembles.lines import pair_barriers
 from lossray.ensembles.methods import METHODS
 from lossray.ensembles.recipes import EnsembleMembers, Options
+from lossray.ensembles.refusals import refusal
 from lossray.ensembles.rescaling import Rescaling
 from lossray.ensembles.scores import PrefixScores, example_scores, prefix_scores
 from lossray.ensembles.settings import EnsemblesSettings
@@ -87,7 +88,7 @@ def ensemble_rows(
         settings: those of [ensembles].
     """
     rows: dict[str, list[Row]] = {name: [] for name in TABLES}
-    refused = METHODS[method].refusal(runs) is not None
+    refused = refusal(METHODS[method], runs) is not None
     for budget in settings.budgets if not refused else ():
         built = _built(pack, method, runs, settings, budget)
         rows["ensembles"] += _score_rows(built, runs.dataset)

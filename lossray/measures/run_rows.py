@@ -9,8 +9,8 @@ from torch import Tensor
 from lossray.measures.cells import Row, measured
 from lossray.storage.checkpoints import Checkpoint
 from lossray.study import Pack, Study
-from lossray.training.optimizers import OPTIMIZERS
 from lossray.training.schedules import ScheduleSettings
+from lossray.training.update_rules import OPTIMIZERS
 
 
 def training_rows(pack: Pack, checkpoint: Checkpoint) -> list[Row]:

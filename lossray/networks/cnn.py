@@ -1,40 +1,11 @@
 """A LeNet-like convolutional network for images of any size."""
 
 from collections import OrderedDict
-from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
 from torch import nn
 
-from lossray.networks.layers import (
-    ACTIVATIONS,
-    Activation,
-    BuiltinSettings,
-    Count,
-    Probability,
-    Widths,
-    image_shape,
-    initialise,
-    norm2d,
-)
-
-
-def _odd(kernel: int) -> int:
-    if kernel % 2 == 0:
-        raise ValueError(f"found {kernel}; a kernel has an odd side, so that the image keeps its size")
-    return kernel
-
-
-class CnnSettings(BuiltinSettings):
-    """Convolutions that keep the image size, each followed by pooling, then fully connected layers."""
-
-    name: Literal["cnn"] = "cnn"
-    channels: Annotated[tuple[Count, ...], Field(strict=False, min_length=1)] = (6, 16)
-    kernel: Annotated[Count, AfterValidator(_odd)] = 5
-    widths: Widths = (120, 84)  # of the fully connected layers; may be empty
-    activation: Activation = "relu"
-    norm: Literal["none", "batch", "group"] = "none"  # after each convolution
-    dropout: Probability = 0.0  # after each fully connected layer
+from lossray.networks.layers import ACTIVATIONS, image_shape, initialise, norm2d
+from lossray.networks.settings import CnnSettings
 
 
 def build_cnn(settings: CnnSettings, input_shape: tuple[int, ...], n_outputs: int) -> nn.Module:

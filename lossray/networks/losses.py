@@ -12,7 +12,9 @@ from torch.utils._pytree import tree_map
 
 from lossray.errors import ModelError
 from lossray.names import unknown_name
+from lossray.networks.settings import LOSSES
 from lossray.plugins import is_spec, load
+from lossray.references import resolve
 from lossray.seeds import generator
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -81,9 +83,6 @@ def mse_mean(outputs: Tensor, targets: Tensor) -> Tensor:
 def _as_rows(values: Tensor) -> Tensor:
     """One number for each example as a column: [B] as [B, 1]."""
     return values.unsqueeze(-1) if values.ndim == 1 else values
-
-
-LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy, "mse": mse, "mse_mean": mse_mean}
 
 
 def loss_name(loss: object) -> str:
@@ -196,7 +195,8 @@ def get_loss(name: str) -> Loss:
         StudyError: a user's function is not found.
     """
     if name in LOSSES:
-        return LOSSES[name]
+        named: Loss = resolve(LOSSES[name])
+        return named
     if not is_spec(name):
         raise ModelError(f"loss: {unknown_name(name, [*LOSSES, 'package.module:function'])}")
     function = load(name)

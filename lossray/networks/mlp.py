@@ -3,37 +3,11 @@
 import math
 from collections import OrderedDict
 from itertools import pairwise
-from typing import Literal
 
 from torch import nn
 
-from lossray.networks.layers import (
-    ACTIVATIONS,
-    Activation,
-    BuiltinSettings,
-    Probability,
-    Widths,
-    initialise,
-)
-
-
-class LinearSettings(BuiltinSettings):
-    """A deep linear network: a product of len(widths) + 1 matrices, one where ``widths`` is empty."""
-
-    name: Literal["linear"] = "linear"
-    widths: Widths = (16,)
-    bias: bool = False
-
-
-class MlpSettings(BuiltinSettings):
-    """A multilayer perceptron: per hidden layer affine map, norm, activation, dropout; then the output."""
-
-    name: Literal["mlp"] = "mlp"
-    widths: Widths = (64, 64)
-    activation: Activation = "relu"
-    norm: Literal["none", "batch", "layer"] = "none"
-    dropout: Probability = 0.0
-    bias: bool = True
+from lossray.networks.layers import ACTIVATIONS, initialise
+from lossray.networks.settings import LinearSettings, MlpSettings
 
 
 def build_linear(settings: LinearSettings, input_shape: tuple[int, ...], n_outputs: int) -> nn.Module:

@@ -1,88 +1,19 @@
-"""The models by name: their settings, and how each is built for given inputs and outputs."""
+"""Models built from their settings for given inputs and outputs, and tried on a few examples."""
 
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, field_validator
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from lossray.errors import ModelError, StudyError
-from lossray.names import unknown_name
-from lossray.networks.cnn import CnnSettings, build_cnn
+from lossray.errors import ModelError
 from lossray.networks.functional import call_model
-from lossray.networks.layers import ModelSettings
-from lossray.networks.mlp import LinearSettings, MlpSettings, build_linear, build_mlp
 from lossray.networks.nests import Inputs, count, described, shapes, tensors_in
-from lossray.networks.resnet import ResnetSettings, build_resnet
-from lossray.networks.vit import VitSettings, build_vit
-from lossray.plugins import failure, is_spec, load, split_spec
-
-
-@dataclass(frozen=True)
-class ModelEntry:
-    """One built-in model."""
-
-    settings: type[ModelSettings]
-    build: Callable[[Any, tuple[int, ...], int], nn.Module]  # settings, shape of one input, outputs
-
+from lossray.networks.settings import MODELS, ModelSettings, UserModelSettings
+from lossray.plugins import failure, load
 
 SAME_OUTPUTS = 1e-5  # difference of two evaluations, as a share of the largest output
-
-MODELS = {
-    "linear": ModelEntry(LinearSettings, build_linear),
-    "mlp": ModelEntry(MlpSettings, build_mlp),
-    "cnn": ModelEntry(CnnSettings, build_cnn),
-    "resnet": ModelEntry(ResnetSettings, build_resnet),
-    "vit": ModelEntry(VitSettings, build_vit),
-}
-
-
-class UserModelSettings(ModelSettings):
-    """A model of the user's own, ``package.module:function``; every other key goes to the function."""
-
-    model_config = ConfigDict(extra="allow")
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """The keys for the function."""
-        return dict(self.model_extra or {})
-
-
-class _Name(BaseModel):
-    """The one key that decides which settings the others must fit."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
-
-    name: str
-
-    @field_validator("name")
-    @classmethod
-    def _exists(cls, name: str) -> str:
-        if not is_spec(name):
-            if name not in MODELS:
-                raise ValueError(unknown_name(name, [*MODELS, "package.module:function"]))
-            return name
-        try:
-            split_spec(name)
-        except StudyError as error:
-            raise ValueError(str(error)) from None
-        return name
-
-
-def model_settings(table: Mapping[str, object]) -> ModelSettings:
-    """The settings in one [[models]] table, such as ``{"name": "mlp", "widths": [64]}``.
-
-    Raises:
-        pydantic.ValidationError: an unknown name or key, a wrong type, an impossible value. ``loc`` is
-            relative to the table.
-    """
-    name = _Name.model_validate(dict(table)).name
-    schema = MODELS[name].settings if name in MODELS else UserModelSettings
-    return schema.model_validate(dict(table))
 
 
 def build_model(settings: ModelSettings, input_shape: Any, n_outputs: int) -> nn.Module:

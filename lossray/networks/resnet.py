@@ -1,38 +1,11 @@
 """The residual network for small images: ResNet-8, -20, ... (He et al., arXiv 1512.03385, section 4.2)."""
 
 from collections import OrderedDict
-from typing import Annotated, Literal
 
-from pydantic import AfterValidator
 from torch import Tensor, nn
 
-from lossray.networks.layers import (
-    ACTIVATIONS,
-    Activation,
-    BuiltinSettings,
-    Count,
-    Probability,
-    image_shape,
-    initialise,
-    norm2d,
-)
-
-
-def _depth(depth: int) -> int:
-    if depth < 8 or depth % 6 != 2:
-        raise ValueError(f"found {depth}; the depth is 6n + 2: 8, 14, 20, 26, ...")
-    return depth
-
-
-class ResnetSettings(BuiltinSettings):
-    """Three stages of (depth - 2) / 6 residual blocks, of width, 2 width and 4 width channels."""
-
-    name: Literal["resnet"] = "resnet"
-    depth: Annotated[int, AfterValidator(_depth)] = 8
-    width: Count = 16
-    activation: Activation = "relu"
-    norm: Literal["batch", "group", "none"] = "batch"
-    dropout: Probability = 0.0  # between the two convolutions of a block (Wide ResNet, arXiv 1605.07146)
+from lossray.networks.layers import ACTIVATIONS, image_shape, initialise, norm2d
+from lossray.networks.settings import ResnetSettings
 
 
 class ResidualBlock(nn.Module):

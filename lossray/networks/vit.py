@@ -1,41 +1,13 @@
 """A small vision transformer (Dosovitskiy et al., arXiv 2010.11929) with pre-norm blocks and mean pooling."""
 
 import math
-from typing import Literal, Self
 
 import torch
-from pydantic import model_validator
 from torch import Tensor, nn
 
 from lossray.errors import ModelError
-from lossray.networks.layers import (
-    ACTIVATIONS,
-    Activation,
-    BuiltinSettings,
-    Count,
-    Probability,
-    image_shape,
-    initialise,
-)
-
-
-class VitSettings(BuiltinSettings):
-    """``patch`` None takes the largest divisor of both image sides up to the root of the shorter one."""
-
-    name: Literal["vit"] = "vit"
-    patch: Count | None = None
-    dim: Count = 32
-    depth: Count = 2
-    heads: Count = 4
-    activation: Activation = "gelu"
-    norm: Literal["layer"] = "layer"
-    dropout: Probability = 0.0  # after attention, and after each layer of the perceptron
-
-    @model_validator(mode="after")
-    def _heads_divide_dim(self) -> Self:
-        if self.dim % self.heads:
-            raise ValueError(f"found heads = {self.heads} and dim = {self.dim}; heads must divide dim")
-        return self
+from lossray.networks.layers import ACTIVATIONS, image_shape, initialise
+from lossray.networks.settings import VitSettings
 
 
 class Attention(nn.Module):

@@ -7,15 +7,12 @@ stochastic quadrature, which resolves nothing far below the largest eigenvalue (
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from lossray.memory import require_bytes
 from lossray.operators.objectives import Batch, PackedObjective
-from lossray.settings import Settings
 from lossray.spectra.certified_pairs import PRODUCTS_AT_ONCE
 from lossray.spectra.density import packed_density
 from lossray.spectra.estimates import PackedEstimate, jackknife
@@ -29,22 +26,6 @@ FLOAT32_GRID = GRID[:6]  # what products in float32 can tell
 QUADRATURE_GRID = GRID[:2]  # what a quadrature of 64 nodes resolves
 POWER_STEPS = 40  # for the norm of the asymmetry
 MATRICES = 4  # of the size of the operator that a dense solve holds at a time
-
-
-class DegeneracySettings(Settings):
-    """The [degeneracy] section.
-
-    Attributes:
-        dense_up_to: largest order of a matrix whose eigenvalues are all computed: the number of parameters,
-            or for the Gauss-Newton matrix that of examples times outputs. About a second at 3,000.
-        checkpoints: the first and the last, or all.
-        polish: whether the same is done at a critical point to which damped Newton steps lead from the
-            checkpoint, where they lead to one. Each of the steps forms the matrix anew.
-    """
-
-    dense_up_to: Annotated[int, Field(ge=0)] = 2500
-    checkpoints: Literal["ends", "all"] = "ends"
-    polish: bool = False
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,6 @@ them ran it.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -47,8 +46,8 @@ from lossray.operators.example_mean import is_example_mean
 from lossray.operators.graph_memory import held_bytes
 from lossray.operators.objectives import Batch, Objective, PackedObjective
 from lossray.operators.products import PieceMaker, hessian_piece
+from lossray.operators.settings import ProductMode
 
-ProductMode = Literal["retained", "linearized", "recompute"]
 MODES = ("auto", "retained", "linearized", "recompute")
 
 RETAINED_BYTES = 2**30  # largest graph that "auto" keeps, and largest piece of a batch that may be split

@@ -21,7 +21,7 @@ from lossray.operators.derivative_check import (
 from lossray.operators.exact_products import exact_products
 from lossray.operators.example_mean import require_example_mean
 from lossray.operators.finite import require_finite_loss
-from lossray.operators.modes import ProductMode, plan_products
+from lossray.operators.modes import plan_products
 from lossray.operators.objectives import Objective
 from lossray.operators.products import (
     Piece,
@@ -31,6 +31,7 @@ from lossray.operators.products import (
     gauss_newton_piece,
     hessian_piece,
 )
+from lossray.operators.settings import ProductMode
 from lossray.plugins import failure
 from lossray.seeds import generator
 

@@ -16,6 +16,7 @@ Operator = Literal[
     "fisher:layers",
     "preconditioned:layers",
 ]
+ProductMode = Literal["retained", "linearized", "recompute"]  # how a Hessian times a vector is formed
 
 
 def _examples(value: Any) -> Any:

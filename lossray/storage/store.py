@@ -21,6 +21,7 @@ from lossray.storage.tables import arrow_schema, schema_of
 
 DONE = ("done", "diverged")  # a run that diverged is a result: it is committed and not tried again
 FAILED = "failed"
+VECTORS_FORMAT = "eigenpairs/2"  # of the files at `Store.vectors_path`; see `lossray.geometry.vectors`
 
 
 class Store:

@@ -1,6 +1,5 @@
 """The study file: read and checked, expanded into packs of runs, and hashed into task keys."""
 
-from lossray.study.checks import check_against_data, check_recordings
 from lossray.study.file import LoadedStudy, load_study, ready_made_studies
 from lossray.study.keys import (
     StudyInputs,
@@ -44,8 +43,6 @@ __all__ = [
     "StudyInputs",
     "TaskResources",
     "TuningSettings",
-    "check_against_data",
-    "check_recordings",
     "checkpoint_key",
     "checkpoint_keys",
     "connectivity_key",

@@ -8,15 +8,15 @@ import torch
 from lossray.ensembles.methods import METHODS
 from lossray.ensembles.rescaling import equivalent_rates
 from lossray.errors import ModelError
-from lossray.networks.layers import ModelSettings
 from lossray.networks.layout import layout_of
 from lossray.networks.models import build_model
 from lossray.networks.nests import SEVERAL_INPUTS, is_tensor
 from lossray.networks.permutations import permutation_symmetry
+from lossray.networks.settings import ModelSettings
 from lossray.networks.symmetry import rescaling_symmetry
 from lossray.study.settings import OF_THE_NEXT_BATCH, Study
 from lossray.training.datasets import Dataset
-from lossray.training.optimizers import OPTIMIZERS, OptimizerSettings
+from lossray.training.update_rules import OPTIMIZERS, OptimizerSettings
 
 
 @dataclass(frozen=True)

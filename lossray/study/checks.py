@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from lossray.errors import LossrayError, ModelError, StudyError
 from lossray.networks.layout import tensors_of
-from lossray.networks.losses import LOSSES, get_loss, ignores_one_logit, one_logit
+from lossray.networks.losses import get_loss, ignores_one_logit, one_logit
 from lossray.networks.models import build_model, require_outputs, try_model
 from lossray.networks.nests import rows
+from lossray.networks.settings import LOSSES
 from lossray.operators.objectives import example_losses
 from lossray.plugins import failure
 from lossray.storage.recordings import Recording

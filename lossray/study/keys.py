@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lossray.geometry import vectors
 from lossray.plugins import load
 from lossray.settings import content_hash
 from lossray.source_hash import file_hash, source_hash
 from lossray.storage.recordings import Recording
+from lossray.storage.store import VECTORS_FORMAT
 from lossray.storage.tables import TABLES
 from lossray.study.packs import Pack
 from lossray.study.settings import Study
@@ -102,7 +102,7 @@ def versions_of(kind: str) -> dict[str, int]:
     """
     training = {"training": KEY_VERSION, **_table_versions(TRAINING_TABLES)}
     places = {**training, "places": PLACES_VERSION}
-    form = int(vectors.FORMAT.rpartition("/")[2])
+    form = int(VECTORS_FORMAT.rpartition("/")[2])
     curvature = {"curvature": CURVATURE_VERSION, "vectors": form, **_table_versions(CURVATURE_TABLES)}
     versions = {
         "training": training,
@@ -165,7 +165,7 @@ def curvature_key(pack: Pack, step: int, study: Study, inputs: StudyInputs) -> s
             "product_mode": pack.product_mode,
             "curvature": study.curvature.content(),
             "angles": study.angles.content(),
-            "vectors": vectors.FORMAT,
+            "vectors": VECTORS_FORMAT,
             "tables": {name: TABLES[name].version for name in CURVATURE_TABLES},
         }
     )

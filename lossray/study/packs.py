@@ -6,13 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lossray.networks.layers import ModelSettings
-from lossray.networks.models import model_settings
-from lossray.operators.modes import ProductMode
+from lossray.networks.settings import ModelSettings, model_settings
+from lossray.operators.settings import ProductMode
 from lossray.settings import content_hash
 from lossray.storage.recordings import Recording
 from lossray.study.settings import Study
-from lossray.training.optimizers import OptimizerSettings, optimizer_settings
+from lossray.training.update_rules import OptimizerSettings, optimizer_settings
 
 AUTO_SIZE = {
     "vmap": 16,

@@ -7,18 +7,16 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator
 
 from lossray.connectivity.settings import ConnectivitySettings
 from lossray.ensembles.settings import EnsemblesSettings
-from lossray.geometry.planes import EIGENVECTOR_KINDS, SurfacesSettings
-from lossray.geometry.principal_axes import TrajectorySettings
-from lossray.geometry.subspace_angles import AnglesSettings
-from lossray.networks.layers import ModelSettings
-from lossray.nullity.counts import DegeneracySettings
+from lossray.geometry.settings import EIGENVECTOR_KINDS, AnglesSettings, SurfacesSettings, TrajectorySettings
+from lossray.networks.settings import ModelSettings
+from lossray.nullity.settings import DegeneracySettings
 from lossray.operators.settings import CurvatureSettings
 from lossray.plugins import is_spec
 from lossray.settings import Settings, each_once
 from lossray.study.problems import Place
-from lossray.training.datasets import DataSettings, data_settings
-from lossray.training.loop import TrainingSettings
-from lossray.training.optimizers import OptimizerSettings
+from lossray.training.data_settings import DataSettings, data_settings
+from lossray.training.settings import TrainingSettings
+from lossray.training.update_rules import OptimizerSettings
 
 MOST_SEEDS = 1_000_000
 LARGEST_INTEGER = 2**63 - 1  # int64, as in the tables

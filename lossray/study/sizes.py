@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lossray.errors import ModelError
 from lossray.memory import SHARE, available_bytes, readable_bytes
-from lossray.networks.layers import ModelSettings
-from lossray.networks.models import MODELS, build_model
+from lossray.networks.models import build_model
+from lossray.networks.settings import MODELS, ModelSettings
 
 COPIES = 6  # of four bytes a parameter: weights, gradient, and in float64 the two vectors of a product
 

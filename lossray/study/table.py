@@ -10,13 +10,13 @@ from pydantic import ValidationError
 from lossray import plugins
 from lossray.errors import StudyError
 from lossray.names import unknown_name
-from lossray.networks.layers import ModelSettings
-from lossray.networks.models import MODELS, model_settings
+from lossray.networks.settings import MODELS, ModelSettings, model_settings
+from lossray.study.grids import expand_grid
 from lossray.study.problems import Place, Problem, problems_in, shown, without_consequences
 from lossray.study.settings import LARGEST_INTEGER, Study
-from lossray.training.datasets import DataSettings, data_settings
-from lossray.training.optimizers import OPTIMIZERS, OptimizerSettings, expand_grid, optimizer_settings
+from lossray.training.data_settings import DataSettings, data_settings
 from lossray.training.settings import TrainingSettings
+from lossray.training.update_rules import OPTIMIZERS, OptimizerSettings, optimizer_settings
 
 RECORDED_TRAINING = ("loss", "dtype")  # the keys of [training] that a recorded study takes
 

@@ -1,4 +1,4 @@
-"""Data sets: the [data] section of a study file, and what it loads.
+"""Data sets: what the [data] section of a study file loads.
 
 The steps are read (float64), split, standardise, fingerprint, cast; only the last depends on the training
 dtype. The statistics of standardisation are sums that NumPy takes in a fixed order, so a fingerprint is the
@@ -7,51 +7,20 @@ same on every machine that decodes the same files.
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import ValidationError
-from pydantic_core import PydanticCustomError
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from lossray.errors import DataError
-from lossray.names import unknown_name
 from lossray.networks.nests import Inputs, described, mapped, rows, shapes, tensors_in
-from lossray.plugins import is_spec
-from lossray.training.parquet import ParquetSettings, read_parquet
-from lossray.training.sources import (
-    Array,
-    DataSettings,
-    DigitsSettings,
-    FunctionSettings,
-    GaussiansSettings,
-    Parts,
-    RawExamples,
-    read_digits,
-    read_function,
-    read_gaussians,
-)
+from lossray.training.data_settings import DataSettings, source_of
+from lossray.training.sources import Array, Parts, RawExamples
 from lossray.training.splits import exact_sizes, partition
-
-__all__ = [
-    "SOURCES",
-    "DataSettings",
-    "Dataset",
-    "Source",
-    "Split",
-    "Standardisation",
-    "analysis_fingerprint",
-    "analysis_set",
-    "content_key",
-    "data_settings",
-    "load_dataset",
-    "load_whole",
-]
 
 
 @dataclass(frozen=True)
@@ -102,52 +71,6 @@ class Dataset:
     standardisation: Any = None  # a Standardisation, or a nest of them; None: as read
 
 
-@dataclass(frozen=True)
-class Source:
-    """One entry of the registry: the keys a source takes, and how to read it."""
-
-    settings: type[DataSettings]
-    read: Callable[[Any, Path | None], tuple[RawExamples | Parts, int | None]]
-
-
-SOURCES: dict[str, Source] = {
-    "digits": Source(DigitsSettings, read_digits),
-    "gaussians": Source(GaussiansSettings, read_gaussians),
-    "parquet": Source(ParquetSettings, read_parquet),
-}
-FUNCTION = Source(FunctionSettings, read_function)
-
-
-# --- settings
-
-
-def data_settings(table: Mapping[str, object]) -> DataSettings:
-    """Validate the [data] table of a study file with the keys of its source; an empty table is the digits.
-
-    Raises:
-        pydantic.ValidationError: a ValueError; unknown sources and unknown keys name the nearest one allowed.
-    """
-    source = table.get("source", "digits")
-    if not isinstance(source, str):
-        return DataSettings.model_validate({"source": source})  # raises: not a string
-    if source not in SOURCES and not is_spec(source):
-        raise _refusal("source", source, unknown_name(source, [*SOURCES, "package.module:function"]))
-    kind = _source(source).settings
-    for key, value in table.items():
-        if kind is not FunctionSettings and key not in kind.model_fields:
-            raise _refusal(key, value, unknown_name(key, kind.model_fields))
-    return kind.model_validate(dict(table))
-
-
-def _source(name: str) -> Source:
-    return SOURCES.get(name, FUNCTION)
-
-
-def _refusal(key: str, value: object, message: str) -> ValidationError:
-    error = PydanticCustomError("unknown_name", "{message}", {"message": message})
-    return ValidationError.from_exception_data("data", [{"type": error, "loc": (key,), "input": value}])
-
-
 # --- loading
 
 
@@ -162,7 +85,7 @@ def load_dataset(settings: DataSettings, *, dtype: torch.dtype, base: Path | Non
     Raises:
         DataError: the data cannot be read, or do not make three non-empty splits of one kind.
     """
-    found, n_classes = _source(settings.source).read(settings, base)
+    found, n_classes = source_of(settings).read(settings, base)
     parts = found if isinstance(found, Parts) else _split(found, settings)
     n_outputs = _n_outputs(parts, n_classes, settings.source)
     standardisation = mapped(lambda array: _fit(array, settings.standardise), parts.train.inputs)
@@ -192,7 +115,7 @@ def load_whole(settings: DataSettings, *, dtype: torch.dtype, base: Path | None 
     Raises:
         DataError: the data cannot be read.
     """
-    found, n_classes = _source(settings.source).read(settings, base)
+    found, n_classes = source_of(settings).read(settings, base)
     examples = found.train if isinstance(found, Parts) else found
     nothing = RawExamples(rows(examples.inputs, slice(0)), examples.targets[:0])
     n_outputs = _n_outputs(Parts(examples, examples, examples), n_classes, settings.source)

@@ -19,10 +19,11 @@ from lossray.training.batches import batch_indices, next_minibatch, step_gradien
 from lossray.training.datasets import Dataset, on_device
 from lossray.training.evaluation import METRICS, evaluate
 from lossray.training.log import EVALUATED, LogShape, Row, masked, measured
-from lossray.training.optimizers import OptimizerSettings, learning_rate
+from lossray.training.schedules import learning_rate
 from lossray.training.settings import CheckpointsSettings, TrainingSettings, checkpoint_steps
 from lossray.training.shadow import shadow_states
 from lossray.training.steps import PackState, TrainingTask, acceptable, fresh, resumed, take_step
+from lossray.training.update_rules import OptimizerSettings
 
 __all__ = [
     "CheckpointsSettings",

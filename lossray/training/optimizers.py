@@ -1,82 +1,14 @@
-"""Optimizers on a stack: choose one from a study's table, and step R members stored as one tensor [R, d]."""
+"""Optimizers on a stack: step R members stored as one tensor [R, d]."""
 
-import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pydantic import ValidationError
-from pydantic_core import InitErrorDetails, PydanticCustomError
 from torch import Tensor
 
-from lossray.names import unknown_name
 from lossray.networks.layout import Layout
-from lossray.training.schedules import learning_rate
-from lossray.training.update_rules import (
-    OPTIMIZERS,
-    MuonSettings,
-    OptimizerEntry,
-    OptimizerSettings,
-)
-
-__all__ = [
-    "OPTIMIZERS",
-    "OptimizerEntry",
-    "OptimizerSettings",
-    "PackedOptimizer",
-    "expand_grid",
-    "learning_rate",
-    "optimizer_settings",
-]
-
-
-def optimizer_settings(table: Mapping[str, object]) -> OptimizerSettings:
-    """The settings in one concrete table, such as {"name": "adam", "lr": 1e-3}; no lists (see `expand_grid`).
-
-    Raises:
-        pydantic.ValidationError: an unknown name or key (the nearest is named), a wrong type, an impossible
-            value. `loc` is relative to the table.
-    """
-    name = table.get("name")
-    if not isinstance(name, str) or name not in OPTIMIZERS:
-        raise _refusal("name", name, unknown_name(str(name), OPTIMIZERS))
-    schema = OPTIMIZERS[name].settings
-    for key, value in table.items():
-        if key not in schema.model_fields:
-            raise _refusal(key, value, unknown_name(key, schema.model_fields))
-    return schema.model_validate(dict(table))
-
-
-def _refusal(key: str, value: object, message: str) -> ValidationError:
-    error = InitErrorDetails(type=PydanticCustomError("unknown_name", message), loc=(key,), input=value)
-    return ValidationError.from_exception_data("optimizer", [error])
-
-
-def expand_grid(table: Mapping[str, object]) -> list[dict[str, object]]:
-    """Every combination of the listed values, the last key varying fastest; the tables are not validated.
-
-    A list is a grid, except for keys whose value is itself a list (`betas`, `milestones`): there only a
-    list of lists is one.
-
-    Raises:
-        ValueError: an empty grid, or one that names a value twice.
-    """
-    choices = [_grid_values(key, value) for key, value in table.items()]
-    return [dict(zip(table, combination, strict=True)) for combination in itertools.product(*choices)]
-
-
-def _grid_values(key: str, value: object) -> list[object]:
-    if not isinstance(value, list | tuple):
-        return [value]
-    nested = [isinstance(item, list | tuple) for item in value]
-    if key in ("betas", "milestones") and not (nested and all(nested)):
-        return [value]
-    if not value:
-        raise ValueError(f"{key}: found an empty list; a grid needs at least one value")
-    if any(item in value[:i] for i, item in enumerate(value)):
-        raise ValueError(f"{key}: found {list(value)}; a grid must not name a value twice")
-    return list(value)
+from lossray.training.update_rules import OPTIMIZERS, MuonSettings, OptimizerEntry, OptimizerSettings
 
 
 @dataclass(frozen=True)
@@ -218,7 +150,6 @@ def _steps_taken(state: Mapping[str, Tensor]) -> float:
 
 def _whole(entry: OptimizerEntry, settings: Any, theta: Tensor) -> _Part:
     """An element-wise optimizer: one leaf, the whole of theta."""
-    assert entry.build is not None
     return _Part(entry.build([theta], settings), [theta], lambda flat: [flat], [""], {})
 
 

@@ -2,80 +2,25 @@
 
 import difflib
 import fnmatch
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import BeforeValidator, Field, model_validator
 
 from lossray.errors import DataError
 from lossray.names import unknown_name
 from lossray.training.arrow_columns import labels, numbers
+from lossray.training.data_settings import ParquetSettings
 from lossray.training.images import images_of, pixels
 from lossray.training.parquet_files import WILDCARDS, ParquetFile, find_files, folder_values
-from lossray.training.sources import Array, DataSettings, Parts, RawExamples, as_tuple
+from lossray.training.sources import Array, Parts, RawExamples
 from lossray.training.splits import exact_sizes, partition
-
-
-def _size(value: object) -> object:
-    return (value, value) if isinstance(value, int) else as_tuple(value)
-
-
-Pixels = Annotated[int, Field(ge=1)]
-Label = Annotated[str | Annotated[tuple[str, ...], Field(min_length=1)], BeforeValidator(as_tuple)]
-Names = Annotated[tuple[str, ...], BeforeValidator(as_tuple), Field(min_length=1)]
-
-
-class ParquetSettings(DataSettings):
-    """One file, or several in the order of their names; either ``features`` or ``image``.
-
-    Where names of files or folders say train, validation or test, the examples are so divided, and a
-    validation or test split that is missing is taken from the training files.
-    """
-
-    source: Literal["parquet"] = "parquet"
-    # A local path, relative to the study file, or an fsspec URI (s3://, gs://, https://, ...); a file, a
-    # folder, or a pattern such as "part-*.parquet".
-    path: str = Field(min_length=1)
-    # Integers, booleans or strings are classes, floats are regression targets; a column of lists, or several
-    # columns of numbers, are targets [N, C] as they are. A column may be the name of a hive folder.
-    label: Label
-    # Columns of numbers, or of number lists of one length, side by side in this order; "x*" are all whose
-    # names match, and "x.a" is a field of a struct. One column of nested lists or tensors keeps its shape.
-    features: Names | None = None
-    # A column of encoded images (struct<bytes, path> or binary), or of arrays of pixels.
-    image: str | None = None
-    # Height and width in pixels (one number: square) to which every image is resized.
-    image_size: Annotated[tuple[Pixels, Pixels], BeforeValidator(_size)] | None = None
-
-    @model_validator(mode="after")
-    def _one_kind_of_input(self) -> Self:
-        if (self.features is None) == (self.image is None):
-            found = "neither" if self.features is None else "both"
-            raise ValueError(
-                f"found {found}; allowed: one of 'features' (a list of columns) and 'image' (a column)"
-            )
-        if self.image_size is not None and self.image is None:
-            raise ValueError("found 'image_size' without 'image'; allowed: with an 'image' column only")
-        columns = [*(self.features or [self.image]), *self.labels]
-        twice = [name for name, count in Counter(columns).items() if count > 1]
-        if twice:
-            raise ValueError(
-                f"found the column '{twice[0]}' twice among features, image and label; allowed: once"
-            )
-        return self
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """The label's columns."""
-        return self.label if isinstance(self.label, tuple) else (self.label,)
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lossray.training.optimizers import OPTIMIZERS
 from lossray.training.recognise import Group, group_rate, known, parent_of, plain_group, state_name
+from lossray.training.update_rules import OPTIMIZERS
 
 MOMENTUM, SCALE, THRESHOLD, RATE = "momentum", "scale", "threshold", "rate"  # entries of a recorded state
 ENTRIES = (MOMENTUM, SCALE, THRESHOLD, RATE)

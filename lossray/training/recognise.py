@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from lossray.training.lion import Lion
-from lossray.training.optimizers import OPTIMIZERS, optimizer_settings
+from lossray.training.update_rules import OPTIMIZERS, optimizer_settings
 
 Group = Mapping[str, Any]  # a parameter group
 
@@ -136,7 +136,7 @@ NAMES: dict[type, Callable[[Group], str]] = {
 def _is_ours(name: str, groups: Sequence[Group]) -> bool:
     """Whether all groups have one rate, and the rule of the optimizer that lossray builds under that name."""
     entry = OPTIMIZERS[name]
-    if entry.build is None or len({group_rate(group) for group in groups}) != 1:  # muon is two of torch's
+    if entry.optimizer is None or len({group_rate(group) for group in groups}) != 1:  # muon is two of torch's
         return False
     rules = [_rule(group) for group in groups]
     own = {key: rules[0][key] for key in entry.settings.model_fields if key in rules[0]}

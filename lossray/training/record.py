@@ -17,9 +17,9 @@ from lossray.plugins import failure
 from lossray.storage.checkpoints import Checkpoint, dumps, loads
 from lossray.storage.recordings import FOLDER, Recording, read_recording, recording_path
 from lossray.storage.store import Store
-from lossray.training.optimizers import OPTIMIZERS
 from lossray.training.readings import ENTRIES, RATE, Reading, read_optimizer
 from lossray.training.recognise import base_rate, rate
+from lossray.training.update_rules import OPTIMIZERS
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}"  # becomes the name of a folder
 

@@ -14,9 +14,9 @@ from lossray.networks.losses import get_loss
 from lossray.networks.stack import Stack
 from lossray.storage.checkpoints import Checkpoint
 from lossray.training.datasets import Dataset, on_device
-from lossray.training.optimizers import OptimizerSettings
 from lossray.training.settings import TrainingSettings
 from lossray.training.steps import TrainingTask, resumed, take_step
+from lossray.training.update_rules import OptimizerSettings
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from lossray.names import unknown_name
-from lossray.networks.losses import LOSSES
+from lossray.networks.settings import LOSSES
 from lossray.plugins import is_spec
 from lossray.settings import Settings
 

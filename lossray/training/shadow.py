@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lossray.networks.layout import Layout
-from lossray.training.optimizers import PackedOptimizer, optimizer_settings
+from lossray.training.optimizers import PackedOptimizer
+from lossray.training.update_rules import optimizer_settings
 
 
 class Shadow:

@@ -9,48 +9,20 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import BeforeValidator, ConfigDict, Field, JsonValue, field_validator
 
-from lossray.errors import DataError, StudyError
+from lossray.errors import DataError
 from lossray.names import unknown_name
 from lossray.networks.nests import Inputs, mapped, tensors_in
-from lossray.plugins import failure, load, split_spec
+from lossray.plugins import failure, load
 from lossray.seeds import generator
-from lossray.settings import Settings
+from lossray.training.data_settings import DigitsSettings, FunctionSettings, GaussiansSettings
 
 Array = npt.NDArray[Any]
-
-
-def as_tuple(value: object) -> object:
-    """TOML has lists only; strict pydantic wants a tuple for a tuple."""
-    return tuple(value) if isinstance(value, list) else value
-
-
-class DataSettings(Settings):
-    """The keys of [data] that every source has; each source adds its own."""
-
-    source: str
-    # train, validation, test
-    split: Annotated[tuple[float, float, float], BeforeValidator(as_tuple)] = (0.7, 0.15, 0.15)
-    split_seed: int = 0
-    # "feature" by default: inputs of unit variance keep the scale of single pixels or columns out of the
-    # Hessian's spectrum, and it is what the measurements of theory 6 were made with.
-    standardise: Literal["none", "feature", "global"] = "feature"
-
-    @field_validator("split")
-    @classmethod
-    def _fractions(cls, split: tuple[float, float, float]) -> tuple[float, float, float]:
-        if not (all(0 < fraction < 1 for fraction in split) and math.isclose(sum(split), 1, abs_tol=1e-9)):
-            raise ValueError(
-                f"found {list(split)}, which sums to {sum(split):.6g}; "
-                "allowed: three positive fractions (train, validation, test) that sum to 1"
-            )
-        return split
 
 
 @dataclass(frozen=True)
@@ -74,12 +46,6 @@ class Parts:
 # --- digits
 
 
-class DigitsSettings(DataSettings):
-    """scikit-learn's handwritten digits: 1,797 images of 8x8 pixels, ten classes."""
-
-    source: Literal["digits"] = "digits"
-
-
 def read_digits(settings: DigitsSettings, base: Path | None) -> tuple[RawExamples, int]:
     """Inputs [1797, 1, 8, 8] in 0..1 (the pixels are counts from 0 to 16), ten classes."""
     from sklearn.datasets import load_digits
@@ -93,19 +59,6 @@ def read_digits(settings: DigitsSettings, base: Path | None) -> tuple[RawExample
 
 GRID = 2.0**12  # draws are rounded to multiples of 1/GRID
 HIDDEN = 16  # hidden units of the "mlp" teacher
-
-
-class GaussiansSettings(DataSettings):
-    """Standard normal inputs, labelled by a random teacher: the class is its largest output."""
-
-    source: Literal["gaussians"] = "gaussians"
-    n: int = Field(default=2000, ge=3, le=10**8)
-    dim: int = Field(default=20, ge=1, le=10**6)
-    classes: int = Field(default=2, ge=2, le=10**6)
-    # Standard deviation of the Gaussian noise on the teacher's outputs, which themselves are of order 1.
-    noise: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    teacher: Literal["linear", "mlp"] = "linear"
-    seed: int = 0
 
 
 def read_gaussians(settings: GaussiansSettings, base: Path | None) -> tuple[RawExamples, int]:
@@ -149,27 +102,6 @@ def _unit_rows(settings: GaussiansSettings, purpose: str, *shape: int) -> Array:
 
 
 # --- package.module:function
-
-
-class FunctionSettings(DataSettings):
-    """A user's function; every key that is not one of DataSettings' is passed to it by name."""
-
-    model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, JsonValue]
-
-    @field_validator("source")
-    @classmethod
-    def _names_a_function(cls, source: str) -> str:
-        try:
-            split_spec(source)
-        except StudyError as error:
-            raise ValueError(str(error)) from None
-        return source
-
-    @property
-    def arguments(self) -> dict[str, JsonValue]:
-        """The keyword arguments of the function."""
-        return dict(self.__pydantic_extra__)
 
 
 def read_function(settings: FunctionSettings, base: Path | None) -> tuple[RawExamples | Parts, int | None]:

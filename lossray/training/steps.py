@@ -11,9 +11,11 @@ from lossray.networks.stack import Stack
 from lossray.storage.checkpoints import Checkpoint
 from lossray.training.batches import gradient_in_training, next_minibatch
 from lossray.training.datasets import Dataset
-from lossray.training.optimizers import OptimizerSettings, PackedOptimizer, learning_rate
+from lossray.training.optimizers import PackedOptimizer
+from lossray.training.schedules import learning_rate
 from lossray.training.settings import TrainingSettings
 from lossray.training.shadow import Shadow, load_shadow_states, make_shadows
+from lossray.training.update_rules import OptimizerSettings
 
 
 @dataclass(frozen=True)

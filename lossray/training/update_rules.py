@@ -1,28 +1,33 @@
 """The optimizers by name: the keys of each, how to build it, and what its state says about its step.
 
-A new optimizer is one settings class and one entry of OPTIMIZERS. Defaults other than `lr` are those of
-torch.optim, except that weight decay is 0 for all but adamw.
+A new optimizer is one settings class and one entry of OPTIMIZERS; nothing here loads torch. Defaults other
+than `lr` are those of torch.optim, except that weight decay is 0 for all but adamw.
 
 `scale` is the diagonal P with which an update reads -lr P^-1 m, where P is held fixed and m is the (bias
 corrected) momentum, or the gradient where there is none (theory 2.10). Each formula follows the source of
 torch.optim; which of them are bias corrected, and where eps stands, differs between optimizers.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-import torch
-from pydantic import Field
-from torch import Tensor
+from pydantic import Field, ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from lossray.settings import Settings
-from lossray.training.lion import Lion
+from lossray.names import unknown_name
+from lossray.references import resolve
 from lossray.training.schedules import NonNegativeFloat, PositiveFloat, ScheduleSettings
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Betas = Annotated[tuple[Beta, Beta], Field(strict=False)]  # not strict: TOML has lists, not tuples
-State = Mapping[str, Tensor]
+State: TypeAlias = "Mapping[str, Tensor]"
 
 
 # ---- settings
@@ -188,7 +193,7 @@ def _radam_scale(state: State, settings: RAdamSettings) -> Tensor:
     longest = 2 / (1 - beta2) - 1
     length = longest - 2 * step * beta2**step / correction  # rho_t, of the approximated moving average
     if length <= 5:
-        return torch.ones_like(state["exp_avg_sq"])
+        return state["exp_avg_sq"].new_ones(state["exp_avg_sq"].shape)
     rectification = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
     scale: Tensor = (state["exp_avg_sq"].sqrt() + settings.eps) / (correction * rectification) ** 0.5
     return scale
@@ -241,7 +246,10 @@ class OptimizerEntry:
 
     Attributes:
         settings: its keys.
-        build: the torch optimizer of a list of leaves; None for muon, which is made of two.
+        optimizer: "module:class" of the torch optimizer, imported when one is built; None for muon, which is
+            made of two.
+        keys: the settings that the class takes, beside `lr` and `weight_decay`.
+        fixed: what else it is given.
         adaptive: whether its step is scaled per parameter by statistics of past gradients. Not so for lion
             (all steps have one size) and muon (it scales singular directions, not parameters).
         elementwise: whether it acts on each number alone, so that stacked members step as one tensor.
@@ -254,35 +262,32 @@ class OptimizerEntry:
     """
 
     settings: type[OptimizerSettings]
-    build: Callable[[list[Tensor], Any], torch.optim.Optimizer] | None
+    optimizer: str | None
+    keys: tuple[str, ...]
+    fixed: Mapping[str, Any]
     adaptive: bool
     elementwise: bool
     scale: Callable[[State, Any], Tensor] | Literal["identity"] | None
     momentum: str | None
     threshold: Callable[[Any, int], float] | None
 
-
-def _torch(
-    optimizer: Any, *keys: str, **fixed: Any
-) -> Callable[[list[Tensor], Settings], torch.optim.Optimizer]:
-    """Builder of a torch.optim class that passes the named settings on, and `fixed` as it is."""
-
-    def build(leaves: list[Tensor], settings: Settings) -> torch.optim.Optimizer:
-        chosen = {key: getattr(settings, key) for key in ("lr", "weight_decay", *keys)}
-        built: torch.optim.Optimizer = optimizer(leaves, **chosen, **fixed)
+    def build(self, leaves: list[Tensor], settings: OptimizerSettings) -> torch.optim.Optimizer:
+        """The torch optimizer of a list of leaves."""
+        assert self.optimizer is not None
+        chosen = {key: getattr(settings, key) for key in ("lr", "weight_decay", *self.keys)}
+        built: torch.optim.Optimizer = resolve(self.optimizer)(leaves, **chosen, **self.fixed)
         return built
-
-    return build
 
 
 def _plain(
     settings: type[OptimizerSettings], *keys: str, threshold: Callable[[Any, int], float], **fixed: Any
 ) -> OptimizerEntry:
     """SGD with or without momentum."""
-    build = _torch(torch.optim.SGD, *keys, foreach=False, **fixed)
     return OptimizerEntry(
         settings=settings,
-        build=build,
+        optimizer="torch.optim:SGD",
+        keys=keys,
+        fixed={"foreach": False, **fixed},
         adaptive=False,
         elementwise=True,
         scale="identity",
@@ -293,7 +298,7 @@ def _plain(
 
 def _adaptive(
     settings: type[OptimizerSettings],
-    optimizer: type[torch.optim.Optimizer],
+    optimizer: str,
     *keys: str,
     scale: Callable[[State, Any], Tensor],
     momentum: str | None = "exp_avg",
@@ -304,10 +309,11 @@ def _adaptive(
 
     foreach=False: one tensor needs no fused lists, and the arithmetic is then the same on every device.
     """
-    build = _torch(optimizer, *keys, foreach=False, **fixed)
     return OptimizerEntry(
         settings=settings,
-        build=build,
+        optimizer=optimizer,
+        keys=keys,
+        fixed={"foreach": False, **fixed},
         adaptive=True,
         elementwise=True,
         scale=scale,
@@ -325,7 +331,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
     "nesterov": _plain(NesterovSettings, "momentum", threshold=_of_nesterov, nesterov=True),
     "adagrad": _adaptive(
         AdagradSettings,
-        torch.optim.Adagrad,
+        "torch.optim:Adagrad",
         "eps",
         scale=_root("sum"),
         momentum=None,
@@ -333,7 +339,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
     ),
     "adadelta": _adaptive(
         AdadeltaSettings,
-        torch.optim.Adadelta,
+        "torch.optim:Adadelta",
         "rho",
         "eps",
         scale=_adadelta_scale,
@@ -342,31 +348,33 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
     ),
     "rmsprop": _adaptive(
         RMSpropSettings,
-        torch.optim.RMSprop,
+        "torch.optim:RMSprop",
         "alpha",
         "eps",
         scale=_root("square_avg"),
         momentum=None,
         threshold=_of_descent,
     ),
-    "adam": _adaptive(AdamSettings, torch.optim.Adam, *_ADAM, scale=_SECOND_MOMENT),
+    "adam": _adaptive(AdamSettings, "torch.optim:Adam", *_ADAM, scale=_SECOND_MOMENT),
     "amsgrad": _adaptive(
-        AMSGradSettings, torch.optim.Adam, *_ADAM, scale=_corrected_root("max_exp_avg_sq"), amsgrad=True
+        AMSGradSettings, "torch.optim:Adam", *_ADAM, scale=_corrected_root("max_exp_avg_sq"), amsgrad=True
     ),
-    "adamw": _adaptive(AdamWSettings, torch.optim.AdamW, *_ADAM, scale=_SECOND_MOMENT),
-    "adamax": _adaptive(AdamaxSettings, torch.optim.Adamax, *_ADAM, scale=_adamax_scale),
+    "adamw": _adaptive(AdamWSettings, "torch.optim:AdamW", *_ADAM, scale=_SECOND_MOMENT),
+    "adamax": _adaptive(AdamaxSettings, "torch.optim:Adamax", *_ADAM, scale=_adamax_scale),
     "nadam": _adaptive(
         NAdamSettings,
-        torch.optim.NAdam,
+        "torch.optim:NAdam",
         *_ADAM,
         "momentum_decay",
         scale=_SECOND_MOMENT,
         threshold=_of_nadam,
     ),
-    "radam": _adaptive(RAdamSettings, torch.optim.RAdam, *_ADAM, scale=_radam_scale),
+    "radam": _adaptive(RAdamSettings, "torch.optim:RAdam", *_ADAM, scale=_radam_scale),
     "muon": OptimizerEntry(
         settings=MuonSettings,
-        build=None,
+        optimizer=None,
+        keys=(),
+        fixed={},
         adaptive=False,
         elementwise=False,
         scale=None,
@@ -375,7 +383,9 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
     ),
     "lion": OptimizerEntry(
         settings=LionSettings,
-        build=_torch(Lion, "betas"),
+        optimizer="lossray.training.lion:Lion",
+        keys=("betas",),
+        fixed={},
         adaptive=False,
         elementwise=True,
         scale=None,
@@ -383,3 +393,25 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         threshold=None,
     ),
 }
+
+
+def optimizer_settings(table: Mapping[str, object]) -> OptimizerSettings:
+    """The settings in one concrete table, such as {"name": "adam", "lr": 1e-3}; no lists (see `expand_grid`).
+
+    Raises:
+        pydantic.ValidationError: an unknown name or key (the nearest is named), a wrong type, an impossible
+            value. `loc` is relative to the table.
+    """
+    name = table.get("name")
+    if not isinstance(name, str) or name not in OPTIMIZERS:
+        raise _refusal("name", name, unknown_name(str(name), OPTIMIZERS))
+    schema = OPTIMIZERS[name].settings
+    for key, value in table.items():
+        if key not in schema.model_fields:
+            raise _refusal(key, value, unknown_name(key, schema.model_fields))
+    return schema.model_validate(dict(table))
+
+
+def _refusal(key: str, value: object, message: str) -> ValidationError:
+    error = InitErrorDetails(type=PydanticCustomError("unknown_name", message), loc=(key,), input=value)
+    return ValidationError.from_exception_data("optimizer", [error])

@@ -14,9 +14,10 @@ from lossray.connectivity.scaling import nearest_factors
 from lossray.connectivity.weight_matching import weight_matching
 from lossray.errors import DataError, ModelError, StudyError
 from lossray.networks.layout import layout_of
-from lossray.networks.models import build_model, model_settings
+from lossray.networks.models import build_model
 from lossray.networks.permutations import permutation_symmetry, permute
 from lossray.networks.rescale import rescale
+from lossray.networks.settings import model_settings
 from lossray.networks.symmetry import rescaling_symmetry
 
 NETWORKS = {

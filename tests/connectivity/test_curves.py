@@ -14,13 +14,16 @@ from lossray.connectivity.curves import Curves, evaluate_path, train_curves
 from lossray.connectivity.paths import Path, bent, straight
 from lossray.networks.batch_norm import refresh_statistics
 from lossray.networks.losses import cross_entropy
-from lossray.networks.models import build_model, model_settings
+from lossray.networks.models import build_model
+from lossray.networks.settings import model_settings
 from lossray.networks.stack import Stack, build_stack
-from lossray.training.datasets import Dataset, Split, data_settings, load_dataset
+from lossray.training.data_settings import data_settings
+from lossray.training.datasets import Dataset, Split, load_dataset
 from lossray.training.evaluation import METRICS, evaluate
-from lossray.training.loop import TrainingSettings, train
-from lossray.training.optimizers import optimizer_settings
+from lossray.training.loop import train
+from lossray.training.settings import TrainingSettings
 from lossray.training.steps import TrainingTask
+from lossray.training.update_rules import optimizer_settings
 
 SEEDS = (1, 4, 6)
 MLP = {"name": "mlp", "widths": [5]}

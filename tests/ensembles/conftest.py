@@ -8,12 +8,14 @@ import torch
 from lossray.ensembles.bench import BaseRuns, Bench
 from lossray.ensembles.budget import Budget
 from lossray.networks.losses import get_loss
-from lossray.networks.models import build_model, model_settings
+from lossray.networks.models import build_model
+from lossray.networks.settings import model_settings
 from lossray.networks.stack import build_stack
-from lossray.training.datasets import data_settings, load_dataset
+from lossray.training.data_settings import data_settings
+from lossray.training.datasets import load_dataset
 from lossray.training.loop import train
-from lossray.training.optimizers import optimizer_settings
 from lossray.training.settings import TrainingSettings
+from lossray.training.update_rules import optimizer_settings
 
 SEEDS = (3, 8)
 STEPS = 16

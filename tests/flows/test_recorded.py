@@ -19,7 +19,8 @@ from lossray.errors import StoreError, StudyError
 from lossray.storage.checkpoints import dumps, read_checkpoint
 from lossray.storage.store import Store
 from lossray.storage.tables import TABLES
-from lossray.training.datasets import data_settings, load_dataset
+from lossray.training.data_settings import data_settings
+from lossray.training.datasets import load_dataset
 from tasks.analyse_checkpoint import analyse_checkpoint
 
 DATA = {"source": "gaussians", "n": 90, "dim": 6, "classes": 3, "noise": 1.0}

@@ -21,7 +21,7 @@ from lossray.findings.matching import described_runs
 from lossray.measures.run_rows import failed_run_rows
 from lossray.storage.store import Store
 from lossray.study import StudyInputs, partition, setting_of, settings_of, study_from_table
-from lossray.training.optimizers import optimizer_settings
+from lossray.training.update_rules import optimizer_settings
 from tasks.jobs import Context
 from tasks.train_pack import train_pack
 

@@ -6,7 +6,8 @@ import torch
 from lossray.geometry import gauges
 from lossray.geometry.gauges import Gauge
 from lossray.networks.losses import cross_entropy
-from lossray.networks.models import build_model, model_settings
+from lossray.networks.models import build_model
+from lossray.networks.settings import model_settings
 from lossray.networks.stack import build_stack
 from lossray.networks.symmetry import rescaling_symmetry
 from lossray.operators.objectives import PackedObjective

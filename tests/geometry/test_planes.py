@@ -12,15 +12,9 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from lossray.geometry import planes
-from lossray.geometry.planes import (
-    Plane,
-    SurfacesSettings,
-    along_eigenvectors,
-    along_random,
-    along_trajectory,
-    surface_rows,
-)
+from lossray.geometry.planes import Plane, along_eigenvectors, along_random, along_trajectory, surface_rows
 from lossray.geometry.principal_axes import gram_of, principal_axes
+from lossray.geometry.settings import SurfacesSettings
 from lossray.networks.losses import get_loss
 from lossray.networks.stack import EXECUTORS, Stack, build_stack
 from lossray.training.datasets import Split

@@ -16,8 +16,7 @@ from lossray.geometry.principal_axes import (
     separation,
     trajectory_points,
 )
-from lossray.training.loop import TrainingSettings
-from lossray.training.settings import checkpoint_steps
+from lossray.training.settings import TrainingSettings, checkpoint_steps
 
 
 def _drawn(*shape: int, seed: int = 0) -> Tensor:

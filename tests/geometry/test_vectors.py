@@ -8,8 +8,9 @@ import safetensors.torch
 import torch
 
 from lossray.errors import StoreError
-from lossray.geometry.vectors import FIELDS, FORMAT, dumps, loads
+from lossray.geometry.vectors import FIELDS, dumps, loads
 from lossray.spectra.certified_pairs import PackedEigenPairs
+from lossray.storage.store import VECTORS_FORMAT
 
 PLACE = "vectors/p/20.safetensors"
 NAMES = [
@@ -107,6 +108,6 @@ def test_a_foreign_file_is_named():
         safetensors.torch.save({"w": torch.ones(2)}, metadata={"lossray": '{"format": "checkpoint/1"}'}),
     ):
         with pytest.raises(
-            StoreError, match=rf"{PLACE} is no lossray eigenpairs file: .*not {FORMAT}; delete"
+            StoreError, match=rf"{PLACE} is no lossray eigenpairs file: .*not {VECTORS_FORMAT}; delete"
         ):
             loads(data, key="k1", name=PLACE)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from lossray.errors import ModelError
 from lossray.networks.architecture import KINDS, graph_of
 from lossray.networks.dropout import NoiseTape, replace_dropout
-from lossray.networks.models import build_model, model_settings
+from lossray.networks.models import build_model
+from lossray.networks.settings import model_settings
 
 
 def built(**settings: object) -> nn.Module:

@@ -7,7 +7,8 @@ import torch
 from torch.func import vmap
 
 from lossray.errors import ModelError, StudyError
-from lossray.networks.losses import LOSSES, cross_entropy, get_loss, mse
+from lossray.networks.losses import cross_entropy, get_loss, mse
+from lossray.networks.settings import LOSSES
 
 
 def draws(*shape, seed=0):
@@ -33,7 +34,7 @@ def test_mse_is_half_the_sum_over_outputs_averaged_over_examples():
 @pytest.mark.parametrize("shape", [(7,), (7, 1), (7, 4), (7, 2, 3)])
 def test_mse_mean_is_that_of_torch_and_twice_mse_over_the_outputs(shape):
     outputs, targets = torch.linspace(-1, 2, 42)[: math.prod(shape)].view(shape), torch.ones(shape)
-    found = LOSSES["mse_mean"](outputs, targets)
+    found = get_loss("mse_mean")(outputs, targets)
     torch.testing.assert_close(found, torch.nn.MSELoss()(outputs, targets))
     torch.testing.assert_close(found, 2 / math.prod(shape[1:]) * mse(outputs, targets))
 

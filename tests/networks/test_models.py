@@ -10,7 +10,8 @@ from torch.func import functional_call, stack_module_state, vmap
 from lossray.errors import ModelError, StudyError
 from lossray.networks.layers import group_count
 from lossray.networks.losses import cross_entropy
-from lossray.networks.models import MODELS, build_model, check_model, model_settings
+from lossray.networks.models import build_model, check_model
+from lossray.networks.settings import MODELS, model_settings
 
 SMALL = {  # one table per kind of layer: small enough for dense checks
     "linear": {"name": "linear", "widths": [5, 4]},

@@ -7,8 +7,9 @@ from torch import nn
 from lossray.errors import ModelError
 from lossray.networks.batch_norm import refresh_statistics
 from lossray.networks.losses import cross_entropy
-from lossray.networks.models import build_model, check_model, model_settings
+from lossray.networks.models import build_model, check_model
 from lossray.networks.nests import as_floats, chunks, count, described, rows, shapes, tensors_in
+from lossray.networks.settings import model_settings
 from lossray.networks.stack import build_stack
 
 

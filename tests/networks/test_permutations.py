@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from lossray.errors import ModelError
-from lossray.networks.models import build_model, model_settings
+from lossray.networks.models import build_model
 from lossray.networks.permutations import permutation_symmetry, permute
+from lossray.networks.settings import model_settings
 
 
 def built(**settings: object) -> nn.Module:

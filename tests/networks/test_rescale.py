@@ -11,7 +11,8 @@ from torch.nn.utils.parametrizations import weight_norm
 import lossray
 from lossray.errors import ModelError
 from lossray.networks.layout import layout_of
-from lossray.networks.models import build_model, model_settings
+from lossray.networks.models import build_model
+from lossray.networks.settings import model_settings
 from lossray.networks.symmetry import rescaling_symmetry
 
 

@@ -10,9 +10,11 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from lossray.networks.layout import Layout, layout_of
-from lossray.networks.models import build_model, model_settings
+from lossray.networks.models import build_model
+from lossray.networks.settings import model_settings
 from lossray.networks.symmetry import RescalingSymmetry, rescaling_symmetry
-from lossray.training.optimizers import PackedOptimizer, optimizer_settings
+from lossray.training.optimizers import PackedOptimizer
+from lossray.training.update_rules import optimizer_settings
 
 
 class Residual(nn.Module):

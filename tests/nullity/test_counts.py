@@ -9,7 +9,8 @@ from torch import nn
 import lossray
 from lossray.errors import ModelError, ResourceError, StudyError
 from lossray.networks.losses import cross_entropy, mse
-from lossray.networks.models import build_model, model_settings
+from lossray.networks.models import build_model
+from lossray.networks.settings import model_settings
 from lossray.networks.stack import build_stack
 from lossray.nullity.counts import (
     GRID,

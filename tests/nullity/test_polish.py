@@ -4,7 +4,8 @@ import torch
 
 import lossray
 from lossray.networks.losses import cross_entropy, mse
-from lossray.networks.models import build_model, model_settings
+from lossray.networks.models import build_model
+from lossray.networks.settings import model_settings
 from lossray.networks.stack import build_stack
 from lossray.networks.symmetry import rescaling_symmetry
 from lossray.nullity.polish import polish

@@ -7,9 +7,11 @@ from torch import nn
 import lossray
 from lossray.errors import DataError, ModelError
 from lossray.networks.losses import cross_entropy, mse
-from lossray.networks.models import build_model, model_settings
+from lossray.networks.models import build_model
+from lossray.networks.settings import model_settings
 from lossray.nullity.structural_floor import null_vectors, structural_floor
-from lossray.training.datasets import data_settings, load_dataset
+from lossray.training.data_settings import data_settings
+from lossray.training.datasets import load_dataset
 
 DIGITS = load_dataset(data_settings({"standardise": "feature"}), dtype=torch.float64).train
 IMAGES, LABELS = DIGITS.inputs[:200], DIGITS.targets[:200]

@@ -9,7 +9,8 @@ from torch.func import functional_call
 
 from lossray.errors import ModelError
 from lossray.networks.losses import get_loss
-from lossray.networks.models import build_model, model_settings
+from lossray.networks.models import build_model
+from lossray.networks.settings import model_settings
 from lossray.networks.stack import Stack, build_stack
 from lossray.operators.objectives import PackedObjective
 from lossray.operators.packed import PackedFisher, PackedGaussNewton, PackedHessian

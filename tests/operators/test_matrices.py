@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lossray
 from lossray.networks.losses import cross_entropy, mse
-from lossray.networks.models import build_model, model_settings
+from lossray.networks.models import build_model
+from lossray.networks.settings import model_settings
 from lossray.operators.matrices import CurvatureMatrix
 
 with warnings.catch_warnings():

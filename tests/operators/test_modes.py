@@ -11,7 +11,8 @@ from torch import Tensor, nn
 import lossray
 from lossray.errors import ResourceError
 from lossray.networks.losses import get_loss
-from lossray.networks.models import build_model, model_settings
+from lossray.networks.models import build_model
+from lossray.networks.settings import model_settings
 from lossray.networks.stack import build_stack
 from lossray.operators import modes
 from lossray.operators.modes import CACHED_BYTES, PIECE_EXAMPLES, graph_bytes, plan_products

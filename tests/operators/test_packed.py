@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lossray.networks.losses import get_loss
-from lossray.networks.models import build_model, model_settings
+from lossray.networks.models import build_model
+from lossray.networks.settings import model_settings
 from lossray.networks.stack import Stack, build_stack
 from lossray.operators.exact_products import exact_products
 from lossray.operators.modes import choose_product_mode, retained_bytes

@@ -6,7 +6,8 @@ import torch
 from lossray.networks.nests import SEVERAL_INPUTS
 from lossray.study import study_from_table
 from lossray.study.absences import absences
-from lossray.training.datasets import data_settings, load_dataset
+from lossray.training.data_settings import data_settings
+from lossray.training.datasets import load_dataset
 from tests.user_code import write
 
 DATA = {"source": "gaussians", "n": 60, "dim": 5, "classes": 3}

@@ -5,11 +5,12 @@ import torch
 from torch import nn
 
 from lossray.errors import ModelError, StudyError
-from lossray.networks.models import model_settings
+from lossray.networks.settings import model_settings
 from lossray.study import study_from_table
 from lossray.study.checks import check_against_data
 from lossray.study.sizes import allocations_that_fit, require_memory
-from lossray.training.datasets import data_settings, load_dataset
+from lossray.training.data_settings import data_settings
+from lossray.training.datasets import load_dataset
 
 DATA = {"source": "gaussians", "n": 60, "dim": 5, "classes": 3}
 

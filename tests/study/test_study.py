@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from lossray.errors import StudyError
-from lossray.study import check_against_data, load_study, ready_made_studies, settings_of, study_from_table
+from lossray.study import load_study, ready_made_studies, settings_of, study_from_table
+from lossray.study.checks import check_against_data
 from lossray.study.overrides import parse_override
 from lossray.study.toml import toml_text
 from lossray.training.datasets import Dataset, Split

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from lossray.errors import StudyError
-from lossray.study import check_against_data, study_from_table
+from lossray.study import study_from_table
+from lossray.study.checks import check_against_data
 from lossray.training.datasets import Dataset, Split
 
 MODULE = """

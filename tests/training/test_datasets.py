@@ -15,11 +15,11 @@ from PIL import Image
 from pydantic import ValidationError
 
 from lossray.errors import DataError
+from lossray.training.data_settings import data_settings
 from lossray.training.datasets import (
     analysis_fingerprint,
     analysis_set,
     content_key,
-    data_settings,
     load_dataset,
     load_whole,
 )

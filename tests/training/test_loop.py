@@ -9,23 +9,20 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from lossray.networks.losses import get_loss
-from lossray.networks.models import build_model, model_settings
+from lossray.networks.models import build_model
+from lossray.networks.settings import model_settings
 from lossray.networks.stack import Stack, build_stack
 from lossray.seeds import stream
 from lossray.storage.checkpoints import Checkpoint, dumps, loads
 from lossray.training import batches
 from lossray.training.datasets import Dataset, Split
 from lossray.training.evaluation import evaluate_split
-from lossray.training.loop import (
-    TrainingSettings,
-    batch_indices,
-    checkpoint_steps,
-    next_minibatch,
-    step_gradient,
-    train,
-)
-from lossray.training.optimizers import OPTIMIZERS, PackedOptimizer, learning_rate, optimizer_settings
+from lossray.training.loop import batch_indices, next_minibatch, step_gradient, train
+from lossray.training.optimizers import PackedOptimizer
+from lossray.training.schedules import learning_rate
+from lossray.training.settings import TrainingSettings, checkpoint_steps
 from lossray.training.steps import all_finite
+from lossray.training.update_rules import OPTIMIZERS, optimizer_settings
 
 SEEDS = (3, 5, 8)
 MLP = {"name": "mlp", "widths": [6]}

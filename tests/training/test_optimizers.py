@@ -8,14 +8,10 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from lossray.networks.layout import Layout
-from lossray.training.optimizers import (
-    OPTIMIZERS,
-    PackedOptimizer,
-    expand_grid,
-    learning_rate,
-    muon_names,
-    optimizer_settings,
-)
+from lossray.study.grids import expand_grid
+from lossray.training.optimizers import PackedOptimizer, muon_names
+from lossray.training.schedules import learning_rate
+from lossray.training.update_rules import OPTIMIZERS, optimizer_settings
 
 LAYOUT = Layout(
     names=("first.weight", "first.bias", "conv.weight", "table.weight", "second.weight", "last.weight"),

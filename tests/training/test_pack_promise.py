@@ -3,13 +3,15 @@
 import pytest
 import torch
 
-from lossray.networks.models import build_model, model_settings
+from lossray.networks.models import build_model
+from lossray.networks.settings import model_settings
 from lossray.networks.stack import build_stack
 from lossray.storage.checkpoints import Checkpoint
 from lossray.training.batches import next_minibatch
 from lossray.training.datasets import Dataset, Split
-from lossray.training.loop import TrainingSettings, train
-from lossray.training.optimizers import optimizer_settings
+from lossray.training.loop import train
+from lossray.training.settings import TrainingSettings
+from lossray.training.update_rules import optimizer_settings
 
 MODELS = {
     "mlp": {"name": "mlp", "widths": [9, 7], "dropout": 0.2},

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from lossray.errors import DataError
-from lossray.training.datasets import data_settings, load_dataset
+from lossray.training.data_settings import data_settings
+from lossray.training.datasets import load_dataset
 
 N = 24
 RNG = np.random.default_rng(11)

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from lossray.networks.stack import stack_models
-from lossray.training.optimizers import OPTIMIZERS, PackedOptimizer, optimizer_settings
+from lossray.training.optimizers import PackedOptimizer
 from lossray.training.readings import RecordedOptimizer, read_optimizer
+from lossray.training.update_rules import OPTIMIZERS, optimizer_settings
 
-OURS = [name for name, entry in OPTIMIZERS.items() if entry.build]
+OURS = [name for name, entry in OPTIMIZERS.items() if entry.optimizer]
 SGD, ADAM, ADAMW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
 BY_GROUP = [  # an optimizer, what all of its groups have, what the second has
     (ADAMW, {"lr": 0.02}, {"weight_decay": 0.0}),

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from lossray.training.optimizers import OPTIMIZERS, optimizer_settings
 from lossray.training.recognise import base_rate, known, rate
+from lossray.training.update_rules import OPTIMIZERS, optimizer_settings
 
-OURS = [name for name, entry in OPTIMIZERS.items() if entry.build]
+OURS = [name for name, entry in OPTIMIZERS.items() if entry.optimizer]
 OWN = {
     "momentum": {"momentum": 0.8, "weight_decay": 0.01},
     "adam": {"betas": (0.8, 0.99), "eps": 1e-5},

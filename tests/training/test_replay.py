@@ -7,11 +7,13 @@ import torch
 
 from lossray.networks.losses import get_loss
 from lossray.storage.checkpoints import dumps, loads
-from lossray.training.loop import TrainingSettings, train
-from lossray.training.optimizers import PackedOptimizer, optimizer_settings
+from lossray.training.loop import train
+from lossray.training.optimizers import PackedOptimizer
 from lossray.training.replay import replay
+from lossray.training.settings import TrainingSettings
 from lossray.training.shadow import shadow_states
 from lossray.training.steps import TrainingTask, resumed, take_step
+from lossray.training.update_rules import optimizer_settings
 from tests.training.test_loop import DATA, MLP, NOISY_MLP, RESNET, SEEDS, assert_identical, make_stack
 
 STEPS = {"steps": 9, "batch_size": 8, "dtype": "float64", "checkpoints": {"steps": [0, 3, 9]}}

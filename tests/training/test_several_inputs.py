@@ -8,7 +8,8 @@ import torch
 from lossray.errors import DataError
 from lossray.networks.nests import tensors_in
 from lossray.training.batches import next_minibatch
-from lossray.training.datasets import analysis_set, data_settings, load_dataset, on_device
+from lossray.training.data_settings import data_settings
+from lossray.training.datasets import analysis_set, load_dataset, on_device
 from lossray.training.settings import TrainingSettings
 
 MODULE = """

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from lossray.storage.checkpoints import dumps, loads
-from lossray.training.optimizers import OPTIMIZERS, PackedOptimizer, optimizer_settings
+from lossray.training.optimizers import PackedOptimizer
 from lossray.training.shadow import Shadow, load_shadow_states, make_shadows, shadow_states
+from lossray.training.update_rules import OPTIMIZERS, optimizer_settings
 from tests.training.test_loop import MLP, NOISY_MLP, SEEDS, assert_identical, make_stack, tensors
 from tests.training.test_replay import Run
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from lossray.networks.layout import Layout
-from lossray.training.optimizers import OPTIMIZERS, PackedOptimizer, optimizer_settings
+from lossray.training.optimizers import PackedOptimizer
+from lossray.training.update_rules import OPTIMIZERS, optimizer_settings
 
 BETA = 0.9
 LAYOUT = Layout(("w",), (torch.Size([1]),), ("other",))

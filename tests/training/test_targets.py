@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from lossray.errors import DataError
-from lossray.training.datasets import analysis_set, data_settings, load_dataset, load_whole
+from lossray.training.data_settings import data_settings
+from lossray.training.datasets import analysis_set, load_dataset, load_whole
 from lossray.training.evaluation import evaluate_split
 
 MODULE = """
