@@ -12,13 +12,13 @@ import pyarrow as pa
 import pytest
 
 import lossray
-import tasks.analyse_checkpoint
 import tasks.train_pack
 from flows.estimate import dry_run
 from flows.status import describe
 from flows.study import run_study
 from flows.superseded import withdraw
 from lossray.errors import StoreError
+from lossray.measures import checkpoint_spectra
 from lossray.packages import running
 from lossray.storage import checkpoints
 from lossray.storage.lease import Lease
@@ -249,9 +249,9 @@ def test_an_interrupted_withdrawal_goes_on_and_every_number_is_a_new_one(tiny, m
     before = stable(out, "eigenvalues")
     monkeypatch.setattr(keys, "CURVATURE_VERSION", keys.CURVATURE_VERSION + 1)
     monkeypatch.setattr(
-        tasks.analyse_checkpoint,
+        checkpoint_spectra,
         "eigenvalue_rows",
-        lambda *a, rows=tasks.analyse_checkpoint.eigenvalue_rows: [
+        lambda *a, rows=checkpoint_spectra.eigenvalue_rows: [
             row | {"eigenvalue": row["eigenvalue"] * 1.5} for row in rows(*a)
         ],
     )
