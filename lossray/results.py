@@ -28,7 +28,11 @@ SPLITS = ("train", "validation", "test")
 
 
 class StudyResults:
-    """What a study has found so far. Tables and models are read anew at each access."""
+    """What a study has found so far. Tables and models are read anew at each access.
+
+    Attributes:
+        store: the folder or URI of the study, and the files in it.
+    """
 
     def __init__(self, store: Store):
         self.store = store

@@ -59,12 +59,19 @@ def activation_matching(
 
 @dataclass
 class Moments:
-    """Of the channels of two models at one node, over what has been seen."""
+    """Of the channels of two models at one node, over what has been seen.
+
+    Attributes:
+        n: examples and positions seen.
+        means: of the model's channels and of the other's, [C] each.
+        squares: sums of squared deviations, [C] each.
+        products: sums of products of deviations, [C of the other, C of the model].
+    """
 
     n: int
-    means: tuple[Tensor, Tensor]  # [C] each, of the model's and of the other's
-    squares: tuple[Tensor, Tensor]  # [C] each, sums of squared deviations
-    products: Tensor  # [C of the other, C of the model], sums of products of deviations
+    means: tuple[Tensor, Tensor]
+    squares: tuple[Tensor, Tensor]
+    products: Tensor
 
     @staticmethod
     def of(model: Tensor, other: Tensor) -> "Moments":

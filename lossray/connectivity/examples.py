@@ -21,12 +21,20 @@ from lossray.operators.objectives import Batch, example_losses
 
 @dataclass(frozen=True)
 class IndexedExamples:
-    """All examples of a data set."""
+    """All examples of a data set.
 
-    inputs: Any  # tensors [N, ...]: one, or a nest of them
-    targets: Any  # tensors [N, ...]
-    weights: Tensor | None  # [N] of mean 1; None: all count alike
-    sizes: tuple[int, ...]  # of the batches that they came in
+    Attributes:
+        inputs: tensors [N, ...]: one, or a nest of them.
+        targets: tensors [N, ...].
+        weights: [N] of mean 1; None: all count alike.
+        sizes: of the batches that they came in.
+        device: where they are.
+    """
+
+    inputs: Any
+    targets: Any
+    weights: Tensor | None
+    sizes: tuple[int, ...]
     device: torch.device
 
     @cached_property

@@ -13,11 +13,17 @@ from lossray.networks.stack import Stack
 
 @dataclass(frozen=True)
 class PackedAlignment:
-    """The same functions, each close to another member; those that were not to be aligned as they were."""
+    """The same functions, each close to another member; those that were not to be aligned as they were.
 
-    theta: Tensor  # [R, d]
-    buffers: dict[str, Tensor]  # name -> [R, *shape]
-    function_change: Tensor  # [R] float64, see `Alignment`; NaN where nothing was done
+    Attributes:
+        theta: [R, d].
+        buffers: name -> [R, *shape].
+        function_change: [R] float64, see `Alignment`; NaN where nothing was done.
+    """
+
+    theta: Tensor
+    buffers: dict[str, Tensor]
+    function_change: Tensor
 
 
 def packed_align(

@@ -17,7 +17,7 @@ GRID = (-12.0, 40.0, 0.75)
 class QuadraticForm:
     """Q = sum_m values_m X_m of R members, with X_m ~ chi^2(counts_m) independent.
 
-    Args:
+    Attributes:
         values: [R, m] float64, >= 0.
         counts: [R, m], degrees of freedom, not necessarily whole.
     """

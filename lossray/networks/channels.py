@@ -17,18 +17,30 @@ from lossray.networks.observed import Observed
 
 @dataclass(frozen=True)
 class WeightUse:
-    """A parameter or buffer at the channels of one group: what goes into them, or their outgoing weights."""
+    """A parameter or buffer at the channels of one group: what goes into them, or their outgoing weights.
+
+    Attributes:
+        tensor: the parameter or buffer.
+        channels: the channel of each element, int64, of the tensor's shape.
+        outgoing: whether it reads the channels; otherwise it makes them.
+    """
 
     tensor: Tensor
-    channels: Tensor  # the channel of each element, int64, of the tensor's shape
+    channels: Tensor
     outgoing: bool
 
 
 @dataclass(frozen=True)
 class HiddenGroup:
-    """Hidden channels of one layer, or of all layers whose channels are added to each other."""
+    """Hidden channels of one layer, or of all layers whose channels are added to each other.
 
-    name: str  # of the first of these layers
+    Attributes:
+        name: of the first of these layers.
+        count: channels.
+        uses: the tensors in which they appear.
+    """
+
+    name: str
     count: int
     uses: tuple[WeightUse, ...]
 
@@ -37,8 +49,12 @@ class HiddenGroup:
 class Channels:
     """Where the channels of a group are in the value of a node.
 
-    ``axis`` is "channel" (axis 1, with ``spatial`` axes after it), "last", or a last axis that was flattened:
-    "blocks" (images: the pixels of a channel lie together) or "tiles" (tokens: the channels do).
+    Attributes:
+        group: its number.
+        count: channels.
+        axis: "channel" (axis 1, with ``spatial`` axes after it), "last", or a last axis that was flattened:
+            "blocks" (images: the pixels of a channel lie together) or "tiles" (tokens: the channels do).
+        spatial: axes after the channels.
     """
 
     group: int
@@ -57,13 +73,23 @@ class Channels:
 
 @dataclass
 class Walk:
-    """What has been found: groups joined by sums (union-find), and their tensors."""
+    """What has been found: groups joined by sums (union-find), and their tensors.
+
+    Attributes:
+        names: of the first layer of each group.
+        counts: channels of each group.
+        parents: the group that each was joined to; itself where it was not.
+        uses: groups and the tensors in which their channels appear.
+        units: groups behind a linear layer, convolution or activation.
+        fixed: groups whose channels must stay as they are.
+        reasons: why these are fixed, or have no such symmetry.
+    """
 
     names: list[str] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
     uses: list[tuple[int, WeightUse]] = field(default_factory=list)
-    units: set[int] = field(default_factory=set)  # groups behind a linear layer, convolution or activation
+    units: set[int] = field(default_factory=set)
     fixed: set[int] = field(default_factory=set)
     reasons: list[str] = field(default_factory=list)
 

@@ -14,11 +14,17 @@ from lossray.errors import ModelError
 
 @dataclass(frozen=True)
 class Layout:
-    """How the last axis of ``theta`` divides into the trainable parameters (``named_parameters()`` order)."""
+    """How the last axis of ``theta`` divides into the trainable parameters (``named_parameters()`` order).
+
+    Attributes:
+        names: of the parameters.
+        shapes: of each.
+        roles: "matrix", "kernel" (of a convolution), "embedding" or "other".
+    """
 
     names: tuple[str, ...]
     shapes: tuple[torch.Size, ...]
-    roles: tuple[str, ...]  # "matrix" | "kernel" (convolution) | "embedding" | "other"
+    roles: tuple[str, ...]
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:

@@ -38,19 +38,31 @@ Permutation = Sequence[int] | Tensor
 
 @dataclass(frozen=True)
 class ChannelUse:
-    """A parameter or buffer at the channels of one group."""
+    """A parameter or buffer at the channels of one group.
 
-    tensor: str  # its name in the model
-    elements: Tensor  # flat indices of the elements of each channel, in the same order, [count, m] int64
-    outgoing: bool  # weights that read the channels; otherwise what makes them: weights, biases, statistics
+    Attributes:
+        tensor: its name in the model.
+        elements: flat indices of the elements of each channel, in the same order, [count, m] int64.
+        outgoing: whether it holds weights that read the channels; otherwise what makes them: weights, biases,
+            statistics.
+    """
+
+    tensor: str
+    elements: Tensor
+    outgoing: bool
 
 
 @dataclass(frozen=True)
 class ChannelPlace:
-    """Where the channels of a group are in the value of a node of the model's graph."""
+    """Where the channels of a group are in the value of a node of the model's graph.
+
+    Attributes:
+        group: its name.
+        axis: "channel" (axis 1), "last", or a flattened last axis: "blocks" or "tiles" (see `Channels`).
+    """
 
     group: str
-    axis: str  # "channel" (axis 1), "last", or a flattened last axis: "blocks" or "tiles" (see `Channels`)
+    axis: str
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,19 @@ SAME_OUTPUTS = 1e-9  # relative difference of a model's outputs and those of its
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer with weights, and what follows it up to the next one."""
+    """A layer with weights, and what follows it up to the next one.
+
+    Attributes:
+        node: of the model's graph.
+        module: the layer itself.
+        channelwise: activations and pools behind it, on [N, C, ...].
+        reshaping: what follows, from the first flatten on.
+    """
 
     node: Node
     module: nn.Linear | nn.Conv2d
-    channelwise: tuple[Node, ...]  # activations and pools, on [N, C, ...]
-    reshaping: tuple[Node, ...]  # from the first flatten on
+    channelwise: tuple[Node, ...]
+    reshaping: tuple[Node, ...]
 
     @property
     def is_convolution(self) -> bool:
@@ -43,11 +50,17 @@ class Layer:
 
 @dataclass
 class Pattern:
-    """The activation pattern of one network on the data."""
+    """The activation pattern of one network on the data.
 
-    gates: dict[str, Tensor] = field(default_factory=dict)  # node -> slope of each activation, [N, C, ...]
-    sharp: bool = True  # False: some unit is at its kink but for rounding, which decides on its gate
-    needed: dict[str, Tensor] = field(default_factory=dict)  # layer -> what of its output counts, [N, C, ...]
+    Attributes:
+        gates: node -> slope of each activation, [N, C, ...].
+        sharp: whether no unit is at its kink but for rounding, which would decide on its gate.
+        needed: layer -> what of its output counts, [N, C, ...].
+    """
+
+    gates: dict[str, Tensor] = field(default_factory=dict)
+    sharp: bool = True
+    needed: dict[str, Tensor] = field(default_factory=dict)
 
     def pick(self, index: Tensor) -> "Pattern":
         """That of some examples."""

@@ -30,11 +30,17 @@ MATRICES = 4  # of the size of the operator that a dense solve holds at a time
 
 @dataclass(frozen=True)
 class Spectrum:
-    """All eigenvalues of one matrix, and what is too small to be told from zero."""
+    """All eigenvalues of one matrix, and what is too small to be told from zero.
 
-    values: Tensor  # [d] float64, by ascending |lambda|
+    Attributes:
+        values: [d] float64, by ascending |lambda|.
+        noise_floor: an eigenvalue of this size or less cannot be told from zero.
+        dtype: of the products that it was made from.
+    """
+
+    values: Tensor
     noise_floor: float
-    dtype: torch.dtype  # of the products that it was made from
+    dtype: torch.dtype
 
     @property
     def scale(self) -> float:
@@ -44,16 +50,27 @@ class Spectrum:
 
 @dataclass(frozen=True)
 class Count:
-    """The eigenvalues below one threshold."""
+    """The eigenvalues below one threshold.
 
-    tau: float  # the threshold as a share of |lambda|max
+    Attributes:
+        tau: the threshold as a share of |lambda|max.
+        threshold: in the units of the eigenvalues.
+        at_noise_floor: whether it is the noise floor.
+        nullity: number of |lambda| <= threshold.
+        stderr: its standard error; 0 where all eigenvalues are known.
+        gap: smallest |lambda| above the threshold over the largest below; NaN where it is not known.
+        rank: eigenvalues above, where the gap supports it.
+        rank_at_least: eigenvalues that are known to exceed the threshold.
+    """
+
+    tau: float
     threshold: float
     at_noise_floor: bool
-    nullity: float  # number of |lambda| <= threshold
-    stderr: float  # 0 where all eigenvalues are known
-    gap: float  # smallest |lambda| above over largest below; NaN where it is not known
-    rank: int | None  # where the gap supports one
-    rank_at_least: int  # eigenvalues that are known to exceed the threshold
+    nullity: float
+    stderr: float
+    gap: float
+    rank: int | None
+    rank_at_least: int
 
 
 def dense_matrices(operator: PackedOperator) -> Tensor:

@@ -118,7 +118,7 @@ def degeneracy(operator: SingleOperator, floor: StructuralFloor | int | None = N
     Raises:
         StudyError: no operator of lossray's, or a floor that cannot be.
         ResourceError: the matrix does not fit the memory.
-        ModelError: the products are not finite.
+        ModelError: the products are not finite, or not those of the model.
 
     Example:
         f(x) = b max(0, a x) is the same function where a is doubled and b is halved. At a minimum of the loss

@@ -73,12 +73,14 @@ def _is_continuous(field: Callable[[Tensor], Tensor], n: int, device: torch.devi
 class TaylorLoss:
     """The quadratic that agrees with a loss at some outputs up to second order, as a mean over examples.
 
-    Its targets are pairs of the outputs [N, C] and slopes there [N, C], with the curvatures, in one tensor
-    [N, C, 2 + C].
+    Attributes:
+        targets: its own, in one tensor [N, C, 2 + C]: outputs [N, C], slopes there [N, C], curvatures
+            [N, C, C].
+        quadratic: whether the loss itself is that quadratic near these outputs.
     """
 
     targets: Tensor
-    quadratic: bool  # whether the loss itself is that quadratic near these outputs
+    quadratic: bool
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Mean over the examples."""

@@ -29,11 +29,17 @@ ALIKE = 30.0  # ratio of slope and curvature up to which outputs of size 1 are w
 
 @dataclass(frozen=True)
 class OutputLoss:
-    """The mean loss over fixed examples, as a function of their outputs [N, ...]."""
+    """The mean loss over fixed examples, as a function of their outputs [N, ...].
+
+    Attributes:
+        loss: ``loss(outputs, targets)``, the mean over examples.
+        targets: tensors [N, ...].
+        weights: [N], of the examples; None: all count alike.
+    """
 
     loss: Loss
     targets: Any
-    weights: Tensor | None = None  # [N], of the examples
+    weights: Tensor | None = None
 
     def value(self, outputs: Tensor) -> Tensor:
         """The mean loss, a scalar.
@@ -124,10 +130,15 @@ def natural_scale(own: OutputLoss, like: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Ignored:
-    """Directions [n, C] in the last axis of the outputs along which a loss does not change."""
+    """Directions [n, C] in the last axis of the outputs along which a loss does not change.
 
-    each: Tensor  # added in any amount at any position of any example
-    common: Tensor  # added in one amount at all positions: those of ``each``, and more
+    Attributes:
+        each: added in any amount at any position of any example.
+        common: added in one amount at all positions: those of ``each``, and more.
+    """
+
+    each: Tensor
+    common: Tensor
 
     def equal_shift(self, directions: Tensor) -> int:
         """1 where the sum of all outputs lies in the span of ``directions``, otherwise 0."""

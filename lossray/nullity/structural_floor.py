@@ -97,12 +97,19 @@ class StructuralFloor(Summarised):
 
 @dataclass(frozen=True)
 class BesideFloor:
-    """A counted nullity beside the floor."""
+    """A counted nullity beside the floor.
+
+    Attributes:
+        structural_nullity: the floor's dimension; None where nothing is known.
+        excess: nullity beyond it; None without a rank, and where more might be forced.
+        rank: where the count has one.
+        note: why there is no structural nullity.
+    """
 
     structural_nullity: int | None
-    excess: int | None  # where the count has a rank, and the floor is complete
+    excess: int | None
     rank: int | None
-    note: str | None  # why there is no structural nullity
+    note: str | None
 
 
 def beside(floor: StructuralFloor | None, count: Count, note: str | None = None) -> BesideFloor:

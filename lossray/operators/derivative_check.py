@@ -43,19 +43,30 @@ FLOOR = 1e-3  # of what is differentiated, over the length of the point: derivat
 
 @dataclass(frozen=True)
 class Trial:
-    """A derivative along a direction, and the function whose derivative it is."""
+    """A derivative along a direction, and the function whose derivative it is.
+
+    Attributes:
+        found: the derivative.
+        function: at so much of the direction, which has length 1.
+        length: of the point in the same units: the step's unit.
+    """
 
     found: Tensor
-    function: Callable[[float], Tensor]  # at so much of the direction, which has length 1
-    length: float  # of the point in the same units: the step's unit
+    function: Callable[[float], Tensor]
+    length: float
 
 
 @dataclass(frozen=True)
 class Side:
-    """One way to evaluate a member at a few examples."""
+    """One way to evaluate a member at a few examples.
+
+    Attributes:
+        objective: of one member.
+        batch: the examples, in the objective's dtype.
+    """
 
     objective: Objective
-    batch: Batch  # in the objective's dtype
+    batch: Batch
 
 
 TrialMaker = Callable[[Side, Side, int], Trial]  # as products do it, in float64 with changed weights; a seed

@@ -36,10 +36,16 @@ NOTHING = 1e-12  # gradient and curvature, over the loss, that say nothing
 
 @dataclass(frozen=True)
 class Difference:
-    """How far whole and parts are apart."""
+    """How far whole and parts are apart.
 
-    size: float  # relative; inf where a part is not finite
-    informative: bool  # False: gradient and curvature vanish, and any loss would pass
+    Attributes:
+        size: relative; inf where a part is not finite.
+        informative: False where gradient and curvature vanish, and any loss would pass.
+        dtype: in which they were compared.
+    """
+
+    size: float
+    informative: bool
     dtype: torch.dtype
 
     @property

@@ -186,6 +186,7 @@ class Hessian(ModelMatrix):
             examples, batch norm in train mode over several batches), or that raised.
         DataError: data that cannot be read, or only once, or that change from one reading to the next.
         ResourceError: not even the graph of one batch fits the memory.
+        ValueError: an unknown mode.
 
     Example:
         >>> import lossray, torch

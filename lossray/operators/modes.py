@@ -57,7 +57,12 @@ PIECE_EXAMPLES = 500  # smaller pieces make the matrix products slower than the 
 
 @dataclass(frozen=True)
 class GraphBytes:
-    """Estimated bytes of the graph of one piece: ``fixed`` plus ``example`` for each example."""
+    """Estimated bytes of the graph of one piece: ``fixed`` plus ``example`` for each example.
+
+    Attributes:
+        fixed: bytes however many examples there are.
+        example: bytes for each of them.
+    """
 
     fixed: int
     example: float
@@ -69,10 +74,15 @@ class GraphBytes:
 
 @dataclass(frozen=True)
 class ProductPlan:
-    """How an operator forms its products."""
+    """How an operator forms its products.
+
+    Attributes:
+        mode: "retained", "linearized" or "recompute".
+        piece: most examples in a piece; None: every batch whole.
+    """
 
     mode: ProductMode
-    piece: int | None  # most examples in a piece; None: every batch whole
+    piece: int | None
 
 
 def plan_products(objective: Objective, mode: str, make_piece: PieceMaker) -> ProductPlan:

@@ -29,12 +29,19 @@ EXAMPLES_AT_ONCE = 4096  # in a forward pass without a graph
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples that are evaluated together."""
+    """Examples that are evaluated together.
 
-    inputs: Any  # tensors [B, ...]: one, or a nest of them; of a closure: its whole batch
-    targets: Any  # tensors [B, ...]; None for a closure
-    share: float  # of all examples (or of their weights) that lies in this batch
-    weights: Tensor | None = None  # [B], of the examples
+    Attributes:
+        inputs: tensors [B, ...]: one, or a nest of them; of a closure its whole batch.
+        targets: tensors [B, ...]; None for a closure.
+        share: of all examples (or of their weights) that lies in this batch.
+        weights: [B], of the examples; None: all count alike.
+    """
+
+    inputs: Any
+    targets: Any
+    share: float
+    weights: Tensor | None = None
 
     @property
     def size(self) -> int | None:

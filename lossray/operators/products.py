@@ -21,11 +21,17 @@ Linear = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Piece:
-    """What one batch adds to an operator; all of it counted by the batch's share of the examples."""
+    """What one batch adds to an operator; all of it counted by the batch's share of the examples.
 
-    losses: Tensor  # [R]
-    gradient: Tensor  # [R, d]
-    product: Linear  # vectors [R, d] to products [R, d], in the dtype of the objective
+    Attributes:
+        losses: [R].
+        gradient: [R, d].
+        product: vectors [R, d] to products [R, d], in the dtype of the objective.
+    """
+
+    losses: Tensor
+    gradient: Tensor
+    product: Linear
 
 
 PieceMaker = Callable[..., Piece]  # (objective, batch, *, linearized: bool)

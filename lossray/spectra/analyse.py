@@ -28,6 +28,7 @@ def analyse(
 
     Raises:
         StudyError: an impossible argument.
+        ModelError: the products are not finite, or not those of the model.
         ResourceError: the basis would not fit the memory.
 
     Example:

@@ -19,6 +19,7 @@ def spectral_density(
 
     Raises:
         StudyError: an impossible argument.
+        ModelError: the products are not finite, or not those of the model.
         ResourceError: the bases would not fit the memory.
 
     Example:

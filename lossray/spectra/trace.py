@@ -33,6 +33,7 @@ def trace(operator: SingleOperator, *, matvecs: int = 60, seed: int = 0) -> Esti
 
     Raises:
         StudyError: too few products.
+        ModelError: the products are not finite, or not those of the model.
         ResourceError: the basis would not fit the memory.
 
     Example:
