@@ -29,14 +29,23 @@ AT_ONCE = 4_000_000  # weights held at a time
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and its two-sided interval; with fewer than two runs all but the estimate is NaN."""
+    """An estimate and its two-sided interval; with fewer than two runs all but the estimate is NaN.
+
+    Attributes:
+        estimate: a mean over runs and test examples.
+        low: lower end.
+        high: upper end.
+        stderr: standard error of the estimate.
+        floor: the part B/N of stderr**2, the test split's, that more runs do not reduce.
+        freedom: degrees of freedom.
+    """
 
     estimate: float
     low: float
     high: float
     stderr: float
-    floor: float = 0.0  # the part B/N of stderr**2, the test split's, that more runs do not reduce
-    freedom: int = 1  # degrees of freedom
+    floor: float = 0.0
+    freedom: int = 1
 
     def p_above(self, bound: float) -> float:
         """One-sided P value of "the truth is at most ``bound``"; 1 where there is no interval."""
@@ -85,8 +94,8 @@ def example_resamples(scores: Array, *, resamples: int = RESAMPLES) -> Array:
 def _weights(rng: np.random.Generator, n: int, resamples: int) -> Array:
     """Weights [resamples, n] of n units, each row's sum 1: how often n - 1 draws take each."""
     drawn = rng.integers(n, size=(resamples, max(n - 1, 1)))
-    places = drawn + n * np.arange(resamples)[:, None]
-    counts = np.bincount(places.ravel(), minlength=n * resamples).reshape(resamples, n)
+    flat_indices = drawn + n * np.arange(resamples)[:, None]
+    counts = np.bincount(flat_indices.ravel(), minlength=n * resamples).reshape(resamples, n)
     weights: Array = counts / drawn.shape[1]
     return weights
 

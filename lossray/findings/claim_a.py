@@ -87,9 +87,9 @@ def _verdict_rows(
     details: list[ClaimRow] = []
     moments = moments_of(settings)
     for direction in JUDGED:
-        own = [cell for cell in cells if cell.direction == direction]
-        evidence = {id(cell): _evidence(cell, activations, settings) for cell in own}
-        judged = [cell for cell in own if cell.rule == BEST and cell.moment in moments]
+        direction_cells = [cell for cell in cells if cell.direction == direction]
+        evidence = {id(cell): _evidence(cell, activations, settings) for cell in direction_cells}
+        judged = [cell for cell in direction_cells if cell.rule == BEST and cell.moment in moments]
         architectures = list(dict.fromkeys([*(cell.architecture for cell in judged), *runs["architecture"]]))
         together = _by_architecture(judged, evidence, moments, settings.alpha)
         rates = edge_notes(runs)
@@ -107,7 +107,7 @@ def _verdict_rows(
                     text=f"{decision.reason}{rates.get(name, '')}",
                 )
             )
-        for cell in own:
+        for cell in direction_cells:
             decision = decide(evidence[id(cell)], alpha=settings.alpha)
             details.append(
                 ClaimRow(
@@ -132,20 +132,20 @@ def _by_architecture(
 ) -> dict[str, Decision]:
     """The verdict on each architecture over its levels of loss, adjusted over all of these cells."""
     decisions = decide_together([evidence[id(cell)] for cell in cells], alpha=alpha)
-    found: dict[str, dict[str, Decision]] = {}
+    by_architecture: dict[str, dict[str, Decision]] = {}
     for cell, decision in zip(cells, decisions, strict=True):
-        by_moment = found.setdefault(cell.architecture, dict.fromkeys(moments, NOBODY))
+        by_moment = by_architecture.setdefault(cell.architecture, dict.fromkeys(moments, NOBODY))
         by_moment[cell.moment] = decision
-    return {name: across_moments(by_moment) for name, by_moment in found.items()}
+    return {name: across_moments(by_moment) for name, by_moment in by_architecture.items()}
 
 
-def _overall_row(direction: str, found: Mapping[str, Decision], rates: Mapping[str, str]) -> ClaimRow:
-    judged = {name: own.verdict for name, own in found.items() if own.judged}
+def _overall_row(direction: str, decisions: Mapping[str, Decision], rates: Mapping[str, str]) -> ClaimRow:
+    judged = {name: decision.verdict for name, decision in decisions.items() if decision.judged}
     parts = [
-        f"{name}: {own.verdict} ({own.where}){rates.get(name, '')}"
-        if own.judged
-        else f"{name}: not judged ({own.reason})"
-        for name, own in sorted(found.items(), key=lambda item: not item[1].judged)
+        f"{name}: {decision.verdict} ({decision.where}){rates.get(name, '')}"
+        if decision.judged
+        else f"{name}: not judged ({decision.reason})"
+        for name, decision in sorted(decisions.items(), key=lambda item: not item[1].judged)
     ]
     return ClaimRow(
         claim="A",
@@ -189,10 +189,10 @@ def _matching_rows(points: pd.DataFrame, lost: pd.DataFrame) -> Iterator[ClaimRo
     """The reference loss of each architecture, rule and level, and how near the checkpoints come to it."""
     matched = points[points["moment"] != LAST]
     everybody = points[points["moment"] == LAST].groupby(["architecture", "rule"])["run_id"].nunique()
-    for labels, own in matched.groupby(["architecture", "rule", "moment"], sort=False):
+    for labels, level_points in matched.groupby(["architecture", "rule", "moment"], sort=False):
         architecture, rule, moment = map(str, labels)
-        worst, median = float(own["mismatch"].max()), float(own["mismatch"].median())
-        reference, n = float(own["reference"].iloc[0]), int(own["run_id"].nunique())
+        worst, median = float(level_points["mismatch"].max()), float(level_points["mismatch"].median())
+        reference, n = float(level_points["reference"].iloc[0]), int(level_points["run_id"].nunique())
         without = int(everybody[architecture, rule]) - n
         gone = lost[(lost["architecture"] == architecture) & (lost["rule"] == rule)]
         where = "" if moment == MATCHED else f", {moment.removeprefix(MATCHED).strip()}"
@@ -201,8 +201,8 @@ def _matching_rows(points: pd.DataFrame, lost: pd.DataFrame) -> Iterator[ClaimRo
             subject=f"{architecture}: {rule}{where}",
             statistic="reference loss",
             estimate=reference,
-            low=float(own["train_loss"].min()),
-            high=float(own["train_loss"].max()),
+            low=float(level_points["train_loss"].min()),
+            high=float(level_points["train_loss"].max()),
             n=n,
             text=f"training loss {reference:.3g}; the runs' checkpoints are off by a factor "
             f"{math.exp(median):.2f} (median), {math.exp(worst):.2f} (worst); {without} runs have none "
@@ -229,25 +229,25 @@ def _cell_rows(cell: Cell, settings: ClaimsSettings) -> Iterator[ClaimRow]:
 
 def _level_rows(cell: Cell, settings: ClaimsSettings) -> Iterator[ClaimRow]:
     """S against the margin in the raw gauge, at the other levels of loss."""
-    own = cell.gauges.get("raw")
-    if own is None or cell.direction not in JUDGED or cell.moment in (MATCHED, LAST):
+    raw = cell.gauges.get("raw")
+    if raw is None or cell.direction not in JUDGED or cell.moment in (MATCHED, LAST):
         return
-    if own.dim >= LEAST_DIM:
+    if raw.dim >= LEAST_DIM:
         level = cell.moment.removeprefix(MATCHED).strip()
-        yield from _margin_rows(cell, "raw", own.optimizers, settings, where=f", {level}")
+        yield from _margin_rows(cell, "raw", raw.optimizers, settings, where=f", {level}")
 
 
 def _margin_rows(
     cell: Cell, gauge: str, optimizers: tuple[str, ...], settings: ClaimsSettings, *, where: str = ""
 ) -> Iterator[ClaimRow]:
     """One-sided tests against the margin: each optimizer, and all adaptive methods together."""
-    own, alpha = cell.gauges[gauge], settings.alpha
+    energies, alpha = cell.gauges[gauge], settings.alpha
     bound = math.log(settings.margin_energy)
     for name in optimizers:
-        if not np.isfinite(own.of(name)).any():
+        if not np.isfinite(energies.of(name)).any():
             continue
-        test = mean_test(own.of(name) - bound, 0.0, alpha=alpha)
-        p_less, p_greater = map(float, safe_mean_test(own.of(name), bound))
+        test = mean_test(energies.of(name) - bound, 0.0, alpha=alpha)
+        p_less, p_greater = map(float, safe_mean_test(energies.of(name), bound))
         fails_for = name == BASELINE
         verdict = "below the margin" if p_less <= alpha else "not decided"
         yield ClaimRow(
@@ -260,12 +260,12 @@ def _margin_rows(
             p_value=p_greater if fails_for else p_less,
             n=int(test.n),
             verdict="above the margin" if p_greater <= alpha else verdict,
-            text=f"energy in {own.subspace} {math.exp(float(test.mean) + bound):.2g}, "
+            text=f"energy in {energies.subspace} {math.exp(float(test.mean) + bound):.2g}, "
             f"p value of being {'above' if fails_for else 'below'} {settings.margin_energy:g}; "
             "low and high are one-sided bounds under normal samples",
         )
     if cell.adaptive:
-        evidence = gauge_evidence(cell, own, settings)
+        evidence = gauge_evidence(cell, energies, settings)
         p = float(intersection_union(evidence.below))
         yield ClaimRow(
             claim="A/every adaptive method",
@@ -287,10 +287,10 @@ def _contrast_rows(cell: Cell, settings: ClaimsSettings) -> Iterator[ClaimRow]:
     p_values = sign_flip_test(differences)
     halved, _ = contrast_tests(differences)
     family = zip(cell.adaptive, differences, p_values, holm(p_values), halved, strict=True)
-    for name, own, p, p_adjusted, p_half in family:
-        known = own[np.isfinite(own)]
-        low, high = bca_interval(own, alpha=settings.alpha)
-        mean = float(known.mean()) if len(known) else math.nan
+    for name, by_seed, p, p_adjusted, p_half in family:
+        finite = by_seed[np.isfinite(by_seed)]
+        low, high = bca_interval(by_seed, alpha=settings.alpha)
+        mean = float(finite.mean()) if len(finite) else math.nan
         yield ClaimRow(
             claim="A/contrast",
             subject=f"{cell.architecture}: {name} - {BASELINE}, {cell.direction}, raw",
@@ -300,7 +300,7 @@ def _contrast_rows(cell: Cell, settings: ClaimsSettings) -> Iterator[ClaimRow]:
             high=high,
             p_value=float(p),
             p_adjusted=float(p_adjusted),
-            n=len(known),
+            n=len(finite),
             verdict=_direction_of(mean, float(p_adjusted), settings.alpha),
             text=f"{math.exp(mean):.2g} times the energy of {BASELINE}; sign flips, Holm over "
             f"{len(cell.adaptive)} contrasts; p of less than a factor 2 below {BASELINE}: {p_half:.2g}; "
@@ -316,12 +316,12 @@ def _direction_of(mean: float, p: float, alpha: float) -> str:
 
 def _null_rows(cell: Cell, gauge: str, settings: ClaimsSettings, *, shown: bool) -> Iterator[ClaimRow]:
     """S beside those of the nulls, each optimizer; random signs in the raw gauge only."""
-    own = cell.gauges[gauge]
-    nulls = {"S - isotropic null": own.over_chance} if shown else {}
+    energies = cell.gauges[gauge]
+    nulls = {"S - isotropic null": energies.over_chance} if shown else {}
     if gauge == "raw":
-        nulls["S - ln(sign-flip null)"] = own.over_sign_flips
+        nulls["S - ln(sign-flip null)"] = energies.over_sign_flips
     for statistic, over in nulls.items():
-        for name, values in zip(own.optimizers, over, strict=True):
+        for name, values in zip(energies.optimizers, over, strict=True):
             test = mean_test(values, 0.0, alpha=settings.alpha / 2)
             if test.n:
                 yield ClaimRow(
@@ -348,10 +348,10 @@ def _family_rows(cells: Sequence[Cell], settings: ClaimsSettings) -> Iterator[Cl
                 continue
             for name, gauge in cell.gauges.items():
                 others = tuple(other for other in gauge.optimizers if other != BASELINE)
-                for other, own in zip(others, gauge.against_baseline(others), strict=True):
-                    if np.isfinite(own).any():
+                for other, by_seed in zip(others, gauge.against_baseline(others), strict=True):
+                    if np.isfinite(by_seed).any():
                         labels.append((cell.direction, name, other))
-                        series.append(pd.Series(own, index=gauge.seeds))
+                        series.append(pd.Series(by_seed, index=gauge.seeds))
         if not series:
             continue
         differences = pd.concat(series, axis=1).to_numpy(dtype=np.float64).T

@@ -43,10 +43,10 @@ def slope_rows(runs: pd.DataFrame, rows: pd.DataFrame, settings: ClaimsSettings)
     keys = ["family", "direction", "optimizer"]
     for (family, direction, optimizer), group in chosen.groupby(keys, sort=False):
         log_dim = np.log(group["dim"].to_numpy(dtype=np.float64))
-        own = group.assign(log_dim=log_dim)
+        with_log_dim = group.assign(log_dim=log_dim)
         slopes = [
             np.polyfit(one["log_dim"], one["log_energy"], 1)[0]
-            for _, one in own.groupby("seed")
+            for _, one in with_log_dim.groupby("seed")
             if one["log_dim"].nunique() >= LEAST_SIZES
         ]
         if len(slopes) < 2:
@@ -61,7 +61,7 @@ def _family_labels(chosen: pd.DataFrame, names: dict[str, str]) -> dict[str, str
     """The model's name; numbered where several families of one model were trained."""
     labels: dict[str, str] = {}
     for family in chosen["family"].unique():
-        namesakes = [own for own in labels if names[own] == names[family]]
+        namesakes = [other for other in labels if names[other] == names[family]]
         number = f" family {len(namesakes) + 1}" if namesakes else ""
         labels[family] = f"{names[family]}{number}"
     return labels

@@ -54,6 +54,11 @@ class NullityCount:
 
     Arrays [seeds]; single numbers are one seed. Runs of one seed share initialisation and data order, so that
     the seed is the unit: what is tested is the mean over seeds of the share of their runs.
+
+    Attributes:
+        yes: runs for which the statement holds.
+        unknown: runs of which no gap lets us tell.
+        n: runs.
     """
 
     yes: ArrayLike
@@ -88,8 +93,8 @@ class NullityCount:
 
 def _shares(part: ArrayLike, whole: ArrayLike) -> Array:
     runs = np.atleast_1d(np.asarray(whole, dtype=np.float64))
-    own = np.broadcast_to(np.asarray(part, dtype=np.float64), runs.shape)
-    return own[runs > 0] / runs[runs > 0]
+    parts = np.broadcast_to(np.asarray(part, dtype=np.float64), runs.shape)
+    return parts[runs > 0] / runs[runs > 0]
 
 
 def _share_interval(shares: Array, alpha: float) -> tuple[float, float]:
@@ -159,8 +164,8 @@ def _singular_rows(
 ) -> Iterator[ClaimRow]:
     """The verdict over runs after step 0, then first and last checkpoints by model and optimizer."""
     # Where nothing is null no gap is needed; a positive count without a gap may be rounding.
-    known = floor[column].notna() & (floor["gap"] | (floor[column] <= 0))
-    marked = floor.assign(yes=known & (floor[column] > 0), unknown=~known)
+    decided = floor[column].notna() & (floor["gap"] | (floor[column] <= 0))
+    marked = floor.assign(yes=decided & (floor[column] > 0), unknown=~decided)
     checkpoints = marked[marked["point"] == "checkpoint"]
     trained = checkpoints[checkpoints["step"] > 0]
     yield _singular_verdict(statement, trained, column, settings, aside)
@@ -176,8 +181,8 @@ def _singular_rows(
             text=f"{int(trained['yes'].sum())} of {len(trained)} points, "
             f"{int(trained['unknown'].sum())} without a gap",
         )
-    for (architecture, optimizer), own in checkpoints.groupby(["architecture", "optimizer"], sort=False):
-        ordered = own.sort_values("step", kind="stable")
+    for (architecture, optimizer), group in checkpoints.groupby(["architecture", "optimizer"], sort=False):
+        ordered = group.sort_values("step", kind="stable")
         for moment, chosen in (
             ("first", ordered.drop_duplicates("run_id", keep="first")),
             ("last", ordered.drop_duplicates("run_id", keep="last")),
@@ -231,8 +236,8 @@ def _singular_verdict(
 def _medians(rows: pd.DataFrame, column: str) -> str:
     """Within each network: they say nothing across sizes."""
     return ", ".join(
-        f"{own[column].median():.4g} of {own['dim'].median():.6g} in {architecture}"
-        for architecture, own in rows.groupby("architecture", sort=False)
+        f"{group[column].median():.4g} of {group['dim'].median():.6g} in {architecture}"
+        for architecture, group in rows.groupby("architecture", sort=False)
     )
 
 
@@ -273,19 +278,21 @@ def _low_rank_rows(
     degeneracy: pd.DataFrame, runs: pd.DataFrame, settings: ClaimsSettings
 ) -> Iterator[ClaimRow]:
     """The share of eigenvalues above tau |lambda|max at the last checkpoint: verdict, then by model."""
-    own = degeneracy[
+    counts = degeneracy[
         (degeneracy["point"] == "checkpoint")
         & degeneracy["operator"].isin(OPERATORS)
         & degeneracy["method"].isin(["dense", "quadrature"])
         & (degeneracy["step"] > 0)
         & (degeneracy["dim"] > 0)
     ]
-    own = own.assign(share=1 - own["nullity"] / own["dim"], bias=own["quadrature_bias"] / own["dim"])
+    counts = counts.assign(
+        share=1 - counts["nullity"] / counts["dim"], bias=counts["quadrature_bias"] / counts["dim"]
+    )
     # Of each run the last checkpoint, and all eigenvalues ("dense" sorts first) rather than a quadrature.
-    own = own.sort_values(["step", "method"], ascending=[False, True], kind="stable")
+    counts = counts.sort_values(["step", "method"], ascending=[False, True], kind="stable")
     parts = []
     for tau in SHOWN_TAUS:
-        at_tau = own[np.isclose(own["tau"], tau, rtol=1e-6, atol=0.0)]
+        at_tau = counts[np.isclose(counts["tau"], tau, rtol=1e-6, atol=0.0)]
         parts.append(at_tau.assign(level=tau).drop_duplicates(["run_id", "operator"]))
     shares = pd.concat(parts, ignore_index=True)
     cells = ["architecture", "operator"]

@@ -43,7 +43,14 @@ UNALIGNED = {"align_curve": "curve_seeds"}  # C5 without its alignment
 
 @dataclass(frozen=True)
 class Judged:
-    """One setting with its evidence and verdicts, by variant."""
+    """One setting with its evidence and verdicts, by variant.
+
+    Attributes:
+        cell: the setting with its scores.
+        evidence: by variant.
+        by_variant: the verdict on each variant.
+        decision: the verdict on the setting.
+    """
 
     cell: EnsembleCell
     evidence: Mapping[str, VariantEvidence]
@@ -59,19 +66,21 @@ def claim_c_rows(tables: Mapping[str, pd.DataFrame], settings: ClaimsSettings) -
     """
     labels = setting_labels(tables)
     curves = curve_tables(tables)
-    found: dict[str, str] = {}
+    by_setting: dict[str, str] = {}
     verdicts: list[ClaimRow] = []
     numbers: list[ClaimRow] = []
     for cell in ensemble_cells(tables, labels):
         judged = _judge(cell, settings)
-        found[cell.label] = judged.decision.verdict
+        by_setting[cell.label] = judged.decision.verdict
         verdicts += _verdict_rows(judged, settings)
         numbers += _effect_rows(judged, settings)
         numbers += _contrast_rows(judged, settings)
         numbers += _reference_rows(cell, settings)
         numbers += curve_rows(cell, curves, settings)
-    overall = decide_overall(found, [label for label in labels.values() if label not in found])
-    first = ClaimRow("C", "overall", "verdict", n=len(found), verdict=overall.verdict, text=overall.reason)
+    overall = decide_overall(by_setting, [label for label in labels.values() if label not in by_setting])
+    first = ClaimRow(
+        "C", "overall", "verdict", n=len(by_setting), verdict=overall.verdict, text=overall.reason
+    )
     return [first, *verdicts, *numbers]
 
 
@@ -98,8 +107,8 @@ def _judge(cell: EnsembleCell, settings: ClaimsSettings) -> Judged:
         for variant, controls in CONTROLS.items()
     }
     by_variant = {
-        variant: decide_variant(own, margin=settings.margin_nll, alpha=settings.alpha)
-        for variant, own in evidence.items()
+        variant: decide_variant(variant_evidence, margin=settings.margin_nll, alpha=settings.alpha)
+        for variant, variant_evidence in evidence.items()
     }
     return Judged(cell, evidence, by_variant, decide_setting(by_variant, evidence))
 
@@ -122,17 +131,19 @@ def _contrasts(
 
 def _better(contrasts: Mapping[str, ByBudget]) -> dict[str, dict[float, float]]:
     """By variant and budget, the p value of "not better than both controls", adjusted over all of them."""
-    keys = [(variant, budget) for variant, own in contrasts.items() for budget in own]
+    keys = [(variant, budget) for variant, by_budget in contrasts.items() for budget in by_budget]
     adjusted = hommel([p_better(contrasts[variant][budget]) for variant, budget in keys])
-    found: dict[str, dict[float, float]] = {variant: {} for variant in contrasts}
+    p_values: dict[str, dict[float, float]] = {variant: {} for variant in contrasts}
     for (variant, budget), p in zip(keys, adjusted, strict=True):
-        found[variant][budget] = float(p)
-    return found
+        p_values[variant][budget] = float(p)
+    return p_values
 
 
 def _equivalent(contrasts: Mapping[str, ByBudget], margin: float) -> dict[str, float]:
     """By variant, the p value of "not equivalent to its control of learning rates", over all variants."""
-    adjusted = hommel([p_equivalent(own, CONTROLS[variant][1], margin) for variant, own in contrasts.items()])
+    adjusted = hommel(
+        [p_equivalent(by_budget, CONTROLS[variant][1], margin) for variant, by_budget in contrasts.items()]
+    )
     return {variant: float(p) for variant, p in zip(contrasts, adjusted, strict=True)}
 
 
@@ -158,12 +169,12 @@ def _verdict_rows(one: Judged, settings: ClaimsSettings) -> Iterator[ClaimRow]:
     )
     for variant, decision in one.by_variant.items():
         evidence = one.evidence[variant]
-        contrasts = [own for several in evidence.contrasts.values() for own in several]
+        contrasts = [one_contrast for several in evidence.contrasts.values() for one_contrast in several]
         yield ClaimRow(
             claim="C",
             subject=f"{one.cell.label}: {named(variant)}",
             statistic="verdict",
-            n=min((own.n for own in contrasts), default=0),
+            n=min((one_contrast.n for one_contrast in contrasts), default=0),
             verdict=decision.verdict,
             text=f"{decision.reason}.{in_numbers(evidence, alpha=settings.alpha)}",
         )
@@ -174,22 +185,23 @@ def _effect_rows(one: Judged, settings: ClaimsSettings) -> Iterator[ClaimRow]:
     for variant, decision in one.by_variant.items():
         if decision.verdict != EQUIVALENT:
             continue
-        own = over_schedule(one.evidence[variant])
-        adjusted = hommel([found.p_value for found in own]).tolist()
-        for found, p_adjusted in zip(own, adjusted, strict=True):
+        contrasts = over_schedule(one.evidence[variant])
+        adjusted = hommel([one_contrast.p_value for one_contrast in contrasts]).tolist()
+        for one_contrast, p_adjusted in zip(contrasts, adjusted, strict=True):
             yield ClaimRow(
                 claim="C/effect",
-                subject=f"{one.cell.label}: {named(variant)} - {found.control}, budget {found.budget:g}",
+                subject=f"{one.cell.label}: {named(variant)} - {one_contrast.control}, "
+                f"budget {one_contrast.budget:g}",
                 statistic="nll: relative improvement by learning rates",
-                estimate=found.relative.estimate,
-                low=found.relative.low,
-                high=found.relative.high,
-                p_value=found.p_value,
+                estimate=one_contrast.relative.estimate,
+                low=one_contrast.relative.low,
+                high=one_contrast.relative.high,
+                p_value=one_contrast.p_value,
                 p_adjusted=p_adjusted,
-                n=found.n,
-                verdict=_word(found, p_adjusted, settings.alpha),
-                text=f"rescaling, a change of learning rates, over {found.control}, the schedule without it; "
-                f"Hommel over {len(own)} budgets",
+                n=one_contrast.n,
+                verdict=_word(one_contrast, p_adjusted, settings.alpha),
+                text=f"rescaling, a change of learning rates, over {one_contrast.control}, the schedule "
+                f"without it; Hommel over {len(contrasts)} budgets",
             )
 
 
@@ -198,18 +210,25 @@ def _effect_rows(one: Judged, settings: ClaimsSettings) -> Iterator[ClaimRow]:
 
 def _contrast_rows(one: Judged, settings: ClaimsSettings) -> Iterator[ClaimRow]:
     """Each variant against its controls: the primary score, adjusted over all of them; then the others."""
-    primary = [own for e in one.evidence.values() for several in e.contrasts.values() for own in several]
-    adjusted = hommel([own.p_value for own in primary]).tolist()
+    primary = [
+        one_contrast
+        for e in one.evidence.values()
+        for several in e.contrasts.values()
+        for one_contrast in several
+    ]
+    adjusted = hommel([one_contrast.p_value for one_contrast in primary]).tolist()
     note = f"Hommel over {len(primary)} contrasts"
-    for own, p_adjusted in zip(primary, adjusted, strict=True):
+    for one_contrast, p_adjusted in zip(primary, adjusted, strict=True):
         yield from _rows_of(
-            "C/contrast", one.cell.label, own, alpha=settings.alpha, note=note, p_adjusted=p_adjusted
+            "C/contrast", one.cell.label, one_contrast, alpha=settings.alpha, note=note, p_adjusted=p_adjusted
         )
     for metric, variant in product(METRICS[1:], CONTROLS):
         for several in _contrasts(one.cell, variant, settings, metric).values():
-            for own in several:
+            for one_contrast in several:
                 note = "a secondary score, not adjusted"
-                yield from _rows_of("C/contrast", one.cell.label, own, alpha=settings.alpha, note=note)
+                yield from _rows_of(
+                    "C/contrast", one.cell.label, one_contrast, alpha=settings.alpha, note=note
+                )
 
 
 def _reference_rows(cell: EnsembleCell, settings: ClaimsSettings) -> Iterator[ClaimRow]:
@@ -220,42 +239,47 @@ def _reference_rows(cell: EnsembleCell, settings: ClaimsSettings) -> Iterator[Cl
             if not {variant, control} <= set(cell.methods):
                 continue
             for budget in cell.budgets(variant, control):
-                own = contrast(cell, variant, control, budget, metric=PRIMARY, alpha=settings.alpha)
+                one_contrast = contrast(cell, variant, control, budget, metric=PRIMARY, alpha=settings.alpha)
                 note = "for information, not adjusted"
-                yield from _rows_of("C/reference", cell.label, own, alpha=settings.alpha, note=note)
+                yield from _rows_of("C/reference", cell.label, one_contrast, alpha=settings.alpha, note=note)
 
 
 def _rows_of(
-    claim: str, label: str, own: Contrast, *, alpha: float, note: str, p_adjusted: float = math.nan
+    claim: str, label: str, one_contrast: Contrast, *, alpha: float, note: str, p_adjusted: float = math.nan
 ) -> Iterator[ClaimRow]:
     """One contrast in the score's unit, and as a share of the control's score."""
-    text = f"{own.control} has {own.metric} {own.control_mean:.4g}; {note}"
-    text += f"; {own.left_out} base runs left out as diverged or missing" if own.left_out else ""
-    text += "; the same to rounding" if own.same else ""
-    deciding = own.p_value if math.isnan(p_adjusted) else p_adjusted
-    shown: tuple[tuple[str, Interval | RatioInterval], ...] = (
-        (f"{own.metric}: control - variant", own.difference),
-        (f"{own.metric}: relative improvement", own.relative),
+    text = f"{one_contrast.control} has {one_contrast.metric} {one_contrast.control_mean:.4g}; {note}"
+    text += (
+        f"; {one_contrast.left_out} base runs left out as diverged or missing"
+        if one_contrast.left_out
+        else ""
     )
-    for statistic, found in shown:
+    text += "; the same to rounding" if one_contrast.same else ""
+    deciding = one_contrast.p_value if math.isnan(p_adjusted) else p_adjusted
+    shown: tuple[tuple[str, Interval | RatioInterval], ...] = (
+        (f"{one_contrast.metric}: control - variant", one_contrast.difference),
+        (f"{one_contrast.metric}: relative improvement", one_contrast.relative),
+    )
+    for statistic, interval in shown:
         yield ClaimRow(
             claim=claim,
-            subject=f"{label}: {named(own.variant)} - {own.control}, budget {own.budget:g}",
+            subject=f"{label}: {named(one_contrast.variant)} - {one_contrast.control}, "
+            f"budget {one_contrast.budget:g}",
             statistic=statistic,
-            estimate=found.estimate,
-            low=found.low,
-            high=found.high,
-            p_value=own.p_value,
+            estimate=interval.estimate,
+            low=interval.low,
+            high=interval.high,
+            p_value=one_contrast.p_value,
             p_adjusted=p_adjusted,
-            n=own.n,
-            verdict=_word(own, deciding, alpha),
+            n=one_contrast.n,
+            verdict=_word(one_contrast, deciding, alpha),
             text=text,
         )
 
 
-def _word(own: Contrast, p: float, alpha: float) -> str:
-    if own.same:
+def _word(one_contrast: Contrast, p: float, alpha: float) -> str:
+    if one_contrast.same:
         return "the same"
     if not p < alpha:
         return "not decided"
-    return "better" if own.difference.estimate > 0 else "worse"
+    return "better" if one_contrast.difference.estimate > 0 else "worse"

@@ -7,7 +7,21 @@ import numpy as np
 
 @dataclass(frozen=True)
 class ClaimRow:
-    """The columns of `lossray.storage.claims_tables.CLAIMS`; NaN and None stand for null."""
+    """The columns of `lossray.storage.claims_tables.CLAIMS`; NaN and None stand for null.
+
+    Attributes:
+        claim: which, and which part of it: "A", "A/contrast", ...
+        subject: what the row is about, in words.
+        statistic: what is estimated, or "verdict".
+        estimate: of the statistic.
+        low: lower end of its interval, or a one-sided bound.
+        high: upper end, likewise.
+        p_value: of what the text says.
+        p_adjusted: the same, adjusted over the family that the text names.
+        n: number of units: seeds, pairs of runs, base runs.
+        verdict: in words.
+        text: why, or how it was computed.
+    """
 
     claim: str
     subject: str

@@ -19,13 +19,21 @@ from lossray.study.settings import ClaimsSettings
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs, the checkpoints at which they are compared, and their rows of `alignment` there."""
+    """Runs, the checkpoints at which they are compared, and their rows of `alignment` there.
 
-    runs: pd.DataFrame  # of `described_runs`
-    alignment: pd.DataFrame  # all of it
-    points: pd.DataFrame  # of `matched_points`
-    lost: pd.DataFrame  # of `lost_runs`
-    rows: pd.DataFrame  # of `observations`
+    Attributes:
+        runs: of `described_runs`.
+        alignment: the table, all of it.
+        points: of `matched_points`.
+        lost: of `lost_runs`.
+        rows: of `observations`.
+    """
+
+    runs: pd.DataFrame
+    alignment: pd.DataFrame
+    points: pd.DataFrame
+    lost: pd.DataFrame
+    rows: pd.DataFrame
 
 
 def comparison_of(tables: Mapping[str, pd.DataFrame], settings: ClaimsSettings) -> Comparison:
@@ -43,8 +51,8 @@ def comparison_of(tables: Mapping[str, pd.DataFrame], settings: ClaimsSettings) 
 
 def _analysed(choice: pd.DataFrame, runs: pd.DataFrame, alignment: pd.DataFrame) -> pd.DataFrame:
     """The choice without rules by which hardly anything was analysed: in tuning only the best rates are."""
-    known = runs.loc[runs["run_id"].isin(alignment["run_id"]), "setting_id"]
-    rows = choice["setting_id"].isin(known)
+    setting_ids = runs.loc[runs["run_id"].isin(alignment["run_id"]), "setting_id"]
+    rows = choice["setting_id"].isin(setting_ids)
     whole = rows.groupby([choice["architecture"], choice["rule"]]).transform("all")
     return choice[whole | (choice["rule"] == BEST)]
 

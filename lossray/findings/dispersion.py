@@ -39,13 +39,20 @@ class Spreads:
     """Of one architecture: ln SD of S minus SGD's of the same seed, over the checkpoints of both; [m, n].
 
     NaN where a run is missing, or has too few checkpoints with a resolved v1.
+
+    Attributes:
+        architecture: its label.
+        methods: the m adaptive methods.
+        trained: seeds of each method, [m] int64, diverged ones included.
+        about_mean: with the SD about the run's own mean, [m, n].
+        about_course: with the SD about the course of the other seeds, [m, n].
     """
 
     architecture: str
     methods: tuple[str, ...]
-    trained: NDArray[np.int64]  # seeds of each method, [m], diverged ones included
+    trained: NDArray[np.int64]
     about_mean: Array
-    about_course: Array  # of the other seeds
+    about_course: Array
 
     @property
     def pairs(self) -> NDArray[np.int64]:
@@ -83,7 +90,7 @@ def dispersion_rows(
         settings: the level.
     """
     chosen = points[(points["rule"] == BEST) & (points["moment"] == LAST)].drop(columns="step")
-    own = alignment[
+    resolved_rows = alignment[
         (alignment["direction"] == "update")
         & (alignment["gauge"] == "raw")
         & (alignment["subspace"] == TOP)
@@ -91,7 +98,7 @@ def dispersion_rows(
         & (alignment["step"] > 0)
         & np.isfinite(alignment["log_energy"])
     ]
-    energies = own.merge(chosen[["run_id", "architecture", "optimizer", "seed"]], on="run_id")
+    energies = resolved_rows.merge(chosen[["run_id", "architecture", "optimizer", "seed"]], on="run_id")
     judged, left_out = [], {}
     for architecture in dict.fromkeys(runs["architecture"]):
         trained = runs[runs["architecture"] == architecture]
@@ -129,13 +136,13 @@ def _spreads(architecture: str, trained: pd.DataFrame, energies: pd.DataFrame) -
     wide = energies.pivot_table("log_energy", ["optimizer", "seed"], "step", aggfunc="first")
     every = pd.MultiIndex.from_product([(*methods, BASELINE), seeds])
     s = wide.reindex(index=every, columns=steps).to_numpy(dtype=np.float64)
-    own = s.reshape(len(methods) + 1, len(seeds), len(steps))
-    apart = _from_the_course(own)
+    log_energies = s.reshape(len(methods) + 1, len(seeds), len(steps))
+    apart = _from_the_course(log_energies)
     return Spreads(
         architecture,
         methods,
         np.asarray(counts, dtype=np.int64),
-        log_spreads(own[:-1], own[-1]),
+        log_spreads(log_energies[:-1], log_energies[-1]),
         log_spreads(apart[:-1], apart[-1]),
     )
 
@@ -161,8 +168,10 @@ def log_spreads(energies: Array, baseline: Array) -> Array:
     """
     both = np.isfinite(energies) & np.isfinite(baseline)
     enough = both.sum(axis=-1) >= LEAST_CHECKPOINTS
-    own, other = (_mean_square(np.broadcast_to(s, both.shape), both) for s in (energies, baseline))
-    difference: Array = 0.5 * (np.log(own) - np.log(other))
+    variance, baseline_variance = (
+        _mean_square(np.broadcast_to(s, both.shape), both) for s in (energies, baseline)
+    )
+    difference: Array = 0.5 * (np.log(variance) - np.log(baseline_variance))
     return np.where(enough, difference, np.nan)
 
 
@@ -180,8 +189,9 @@ def _mean_square(s: Array, both: NDArray[np.bool_]) -> Array:
 
 def _overall_row(judged: Sequence[Spreads], left_out: dict[str, str], settings: ClaimsSettings) -> ClaimRow:
     texts = [
-        f"{own.architecture}: by itself {word_of([own], settings.alpha)} ({_multiples(own)}{_lost(own)})"
-        for own in judged
+        f"{spreads.architecture}: by itself {word_of([spreads], settings.alpha)} "
+        f"({_multiples(spreads)}{_lost(spreads)})"
+        for spreads in judged
     ]
     texts += [f"{name}: not judged ({reason})" for name, reason in left_out.items()]
     return ClaimRow(
@@ -201,7 +211,9 @@ def word_of(judged: Sequence[Spreads], alpha: float) -> str:
     """
     if not judged:
         return UNDECIDED
-    p_less, p_greater = (np.concatenate(p) for p in zip(*(own.tests() for own in judged), strict=True))
+    p_less, p_greater = (
+        np.concatenate(p) for p in zip(*(spreads.tests() for spreads in judged), strict=True)
+    )
     if p_less.max() <= alpha:
         return SUPPORTED
     return NOT_SUPPORTED if hommel(p_greater).min() <= alpha else UNDECIDED
@@ -222,7 +234,10 @@ def _architecture_row(spreads: Spreads, settings: ClaimsSettings) -> ClaimRow:
 
 def _multiples(spreads: Spreads) -> str:
     """Geometric means over seeds."""
-    means = [own[np.isfinite(own)].mean() if np.isfinite(own).any() else np.nan for own in spreads.about_mean]
+    means = [
+        differences[np.isfinite(differences)].mean() if np.isfinite(differences).any() else np.nan
+        for differences in spreads.about_mean
+    ]
     return ", ".join(
         f"{name} {math.exp(mean):.2g}"
         for name, mean in zip(spreads.methods, means, strict=True)
@@ -245,9 +260,15 @@ def _lost(spreads: Spreads) -> str:
 def _seeds_needed(spreads: Spreads, alpha: float) -> str:
     """With which the claim would probably be settled, one way or the other, if the estimates are right."""
     distance = mean_test(spreads.about_mean, 0.0, alpha=alpha).mean + math.log(FACTOR)
-    every = [_enough(own, -gap, alpha) for own, gap in zip(spreads.about_mean, distance, strict=True)]
+    every = [
+        _enough(differences, -gap, alpha)
+        for differences, gap in zip(spreads.about_mean, distance, strict=True)
+    ]
     level = alpha / len(spreads.methods)
-    some = [_enough(own, gap, level) for own, gap in zip(spreads.about_mean, distance, strict=True)]
+    some = [
+        _enough(differences, gap, level)
+        for differences, gap in zip(spreads.about_mean, distance, strict=True)
+    ]
     seeds = max(min(max(every), min(some)), float(spreads.pairs.max() + 1))
     if not math.isfinite(seeds):
         return f"more than {MOST_SEEDS} seeds, or other runs, would be needed"
@@ -256,11 +277,11 @@ def _seeds_needed(spreads: Spreads, alpha: float) -> str:
 
 def _enough(differences: Array, distance: float, alpha: float) -> float:
     """Seeds with which a one-sided t test finds such a distance with POWER; infinite if none would."""
-    known = differences[np.isfinite(differences)]
-    if len(known) < 2 or distance <= 0:
+    finite = differences[np.isfinite(differences)]
+    if len(finite) < 2 or distance <= 0:
         return math.inf
     seeds = np.arange(2, MOST_SEEDS + 1)
-    reach = (stats.t.ppf(1 - alpha, seeds - 1) + stats.norm.ppf(POWER)) * known.std(ddof=1) / np.sqrt(seeds)
+    reach = (stats.t.ppf(1 - alpha, seeds - 1) + stats.norm.ppf(POWER)) * finite.std(ddof=1) / np.sqrt(seeds)
     enough = seeds[reach < distance]
     return float(enough[0]) if len(enough) else math.inf
 

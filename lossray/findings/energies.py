@@ -33,52 +33,75 @@ ALIGNMENT_COLUMNS = (
 
 @dataclass(frozen=True)
 class GaugeEnergies:
-    """S of m optimizers and n seeds in one gauge; NaN where a run is missing or unresolved."""
+    """S of m optimizers and n seeds in one gauge; NaN where a run is missing or unresolved.
+
+    Attributes:
+        gauge: its name.
+        subspace: in which the energies are measured: TOP or WIDER.
+        optimizers: the m with a usable run, in alphabetical order.
+        seeds: the n, ascending.
+        energies: S, [m, n].
+        over_chance: S minus its mean over random windows, [m, n].
+        over_sign_flips: S - ln(sign-flip null), [m, n].
+        dim: smallest number of coordinates d of its runs.
+        unresolved: runs left out since their subspace is not resolved.
+    """
 
     gauge: str
     subspace: str
     optimizers: tuple[str, ...]
     seeds: tuple[int, ...]
-    energies: Array  # S, [m, n]
-    over_chance: Array  # S minus its mean over random windows, [m, n]
-    over_sign_flips: Array  # S - ln(sign-flip null), [m, n]
-    dim: int  # smallest number of coordinates d of its runs
-    unresolved: int  # runs left out since their subspace is not resolved
+    energies: Array
+    over_chance: Array
+    over_sign_flips: Array
+    dim: int
+    unresolved: int
 
     def of(self, optimizer: str) -> Array:
         """S of one optimizer, [n]; NaN where it is not there."""
         if optimizer not in self.optimizers:
             return np.full(len(self.seeds), np.nan)
-        own: Array = self.energies[self.optimizers.index(optimizer)]
-        return own
+        values: Array = self.energies[self.optimizers.index(optimizer)]
+        return values
 
     def over_null(self, over: Array, optimizer: str) -> Array:
         """One optimizer's row of `over_chance` or `over_sign_flips`, [n]; NaN where it is not there."""
         if optimizer not in self.optimizers:
             return np.full(len(self.seeds), np.nan)
-        own: Array = over[self.optimizers.index(optimizer)]
-        return own
+        values: Array = over[self.optimizers.index(optimizer)]
+        return values
 
     def against_baseline(self, optimizers: tuple[str, ...]) -> Array:
         """S minus SGD's S of the same seed, [len(optimizers), n]."""
         rows = [self.of(name) for name in optimizers]
-        own = np.array(rows) if rows else np.empty((0, len(self.seeds)))
-        differences: Array = own - self.of(BASELINE)
+        energies = np.array(rows) if rows else np.empty((0, len(self.seeds)))
+        differences: Array = energies - self.of(BASELINE)
         return differences
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One direction at one architecture, learning-rate rule and moment."""
+    """One direction at one architecture, learning-rate rule and moment.
+
+    Attributes:
+        architecture: its label.
+        rule: by which the learning rates were chosen.
+        moment: level of the training loss, or the last checkpoint.
+        direction: "update", "minibatch_gradient", ...
+        adaptive: adaptive methods whose runs are compared, with or without rows.
+        n_params: largest number of parameters of its runs; 0 where it is not known.
+        gauges: by name.
+        lost: by optimizer, how many runs diverged or failed, and of how many.
+    """
 
     architecture: str
     rule: str
     moment: str
     direction: str
-    adaptive: tuple[str, ...]  # adaptive methods whose runs are compared, with or without rows
+    adaptive: tuple[str, ...]
     n_params: int
     gauges: dict[str, GaugeEnergies]
-    lost: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # diverged or failed, of how many runs
+    lost: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def observations(points: pd.DataFrame, alignment: pd.DataFrame) -> pd.DataFrame:
@@ -122,16 +145,19 @@ def cells_of(points: pd.DataFrame, rows: pd.DataFrame, lost: pd.DataFrame) -> li
     counts = {
         labels: {
             str(name): (int(gone), int(total))
-            for name, gone, total in zip(own["optimizer"], own["lost"], own["total"], strict=True)
+            for name, gone, total in zip(group["optimizer"], group["lost"], group["total"], strict=True)
         }
-        for labels, own in lost.groupby(["architecture", "rule"])
+        for labels, group in lost.groupby(["architecture", "rule"])
     }
     n_params = points.groupby("architecture")["n_params"].max()
     cells = []
     for labels, group in rows.groupby(CELL):
         architecture, rule, moment, direction = map(str, labels)
         adaptive = compared.get((architecture, rule), np.array([], dtype=object))
-        gauges = {str(name): _gauge(str(name), own) for name, own in group.groupby("gauge", sort=False)}
+        gauges = {
+            str(name): _gauge(str(name), gauge_rows)
+            for name, gauge_rows in group.groupby("gauge", sort=False)
+        }
         cells.append(
             Cell(
                 architecture=architecture,
@@ -149,8 +175,8 @@ def cells_of(points: pd.DataFrame, rows: pd.DataFrame, lost: pd.DataFrame) -> li
 
 def _gauge(gauge: str, rows: pd.DataFrame) -> GaugeEnergies:
     subspace = _subspace(rows)
-    own = rows[rows["subspace"] == subspace]
-    usable = own[own["usable"]]
+    subspace_rows = rows[rows["subspace"] == subspace]
+    usable = subspace_rows[subspace_rows["usable"]]
     row, optimizers = pd.factorize(usable["optimizer"], sort=True)
     column, seeds = pd.factorize(usable["seed"], sort=True)
 
@@ -168,7 +194,7 @@ def _gauge(gauge: str, rows: pd.DataFrame) -> GaugeEnergies:
         over_chance=matrix("over_chance"),
         over_sign_flips=matrix("over_sign_flips"),
         dim=int(usable["dim"].min()) if usable["dim"].notna().any() else 0,
-        unresolved=int((~own["usable"]).sum()),
+        unresolved=int((~subspace_rows["usable"]).sum()),
     )
 
 

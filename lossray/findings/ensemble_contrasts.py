@@ -17,18 +17,31 @@ SAME = 1e-3  # mean |difference| of an example's score over the mean score: belo
 
 @dataclass(frozen=True)
 class Contrast:
-    """The control's score minus the variant's, so that positive means that the variant is better."""
+    """The control's score minus the variant's, so that positive means that the variant is better.
+
+    Attributes:
+        variant: the method in question.
+        control: what it is compared with.
+        budget: nominal, of both, in trainings of a run.
+        metric: of `METRICS`.
+        n: base runs with both ensembles.
+        left_out: base runs without one of the two, or with a diverged one.
+        control_mean: the control's score, mean over runs and examples.
+        difference: in the metric's unit.
+        relative: the difference as a share of control_mean.
+        spread: mean over runs and examples of |difference|.
+    """
 
     variant: str
     control: str
     budget: float
     metric: str
-    n: int  # base runs with both ensembles
-    left_out: int  # base runs without one of the two, or with a diverged one
+    n: int
+    left_out: int
     control_mean: float
-    difference: Interval  # in the metric's unit
-    relative: RatioInterval  # of control_mean
-    spread: float  # mean over runs and examples of |difference|
+    difference: Interval
+    relative: RatioInterval
+    spread: float
 
     @property
     def p_value(self) -> float:
@@ -54,12 +67,13 @@ def contrast(
         metric: of `METRICS`.
         alpha: level of the two intervals.
     """
-    own, other = cell.of(metric, variant, budget), cell.of(metric, control, budget)  # [runs, N]
-    paired = np.isfinite(own).all(axis=1) & np.isfinite(other).all(axis=1)
+    variant_scores = cell.of(metric, variant, budget)  # [runs, N]
+    control_scores = cell.of(metric, control, budget)
+    paired = np.isfinite(variant_scores).all(axis=1) & np.isfinite(control_scores).all(axis=1)
     n = int(paired.sum())
-    own, other = own[paired], other[paired]
-    difference = other - own
-    estimate, mean = (float(x.mean()) if n else math.nan for x in (difference, other))
+    variant_scores, control_scores = variant_scores[paired], control_scores[paired]
+    difference = control_scores - variant_scores
+    estimate, mean = (float(x.mean()) if n else math.nan for x in (difference, control_scores))
     drawn = cell.resampled(metric, control, budget)[paired]  # [n, B]
     drawn_difference = drawn - cell.resampled(metric, variant, budget)[paired]
     return Contrast(

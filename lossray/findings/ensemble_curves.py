@@ -23,7 +23,13 @@ DISTANCES = ("weight_distance", "barrier")  # columns of `members`
 
 @dataclass(frozen=True)
 class CurveTables:
-    """The columns in use of `ensembles`, on the test split; of `members`; and of `rescalings`."""
+    """The columns in use of `ensembles`, on the test split; of `members`; and of `rescalings`.
+
+    Attributes:
+        scores: of `ensembles`.
+        pairs: of `members`, one row for each pair of members.
+        factors: of `rescalings`.
+    """
 
     scores: pd.DataFrame
     pairs: pd.DataFrame
@@ -45,18 +51,18 @@ def curve_tables(tables: Mapping[str, pd.DataFrame]) -> CurveTables:
 
 def curve_rows(cell: EnsembleCell, tables: CurveTables, settings: ClaimsSettings) -> Iterator[ClaimRow]:
     """The curves of one setting, how much members differ, and what the rescalings were."""
-    own = tables.of(cell.base_runs)
-    yield from _budget_rows(cell, own.scores, settings)
-    scores = _at_largest_budget(own.scores)
+    cell_tables = tables.of(cell.base_runs)
+    yield from _budget_rows(cell, cell_tables.scores, settings)
+    scores = _at_largest_budget(cell_tables.scores)
     yield from _by_size("C/size", METRICS[:1], cell, scores, settings)
     yield from _by_size("C/diversity", BETWEEN_MEMBERS, cell, scores, settings)
-    yield from _distance_rows(cell, _at_largest_budget(own.pairs), settings)
-    yield from _rescaling_rows(cell, _at_largest_budget(own.factors), settings)
+    yield from _distance_rows(cell, _at_largest_budget(cell_tables.pairs), settings)
+    yield from _rescaling_rows(cell, _at_largest_budget(cell_tables.factors), settings)
 
 
-def _budget_rows(cell: EnsembleCell, own: pd.DataFrame, settings: ClaimsSettings) -> Iterator[ClaimRow]:
+def _budget_rows(cell: EnsembleCell, rows: pd.DataFrame, settings: ClaimsSettings) -> Iterator[ClaimRow]:
     """Equal-budget curves: the mean test scores of every method and nominal budget."""
-    whole = own[(own["metric"] == METRICS[0]) & (own["members"] == own["size"])]
+    whole = rows[(rows["metric"] == METRICS[0]) & (rows["members"] == rows["size"])]
     spent = {key: one[["size", "budget"]].mean() for key, one in whole.groupby(["method", "nominal_budget"])}
     for (method, budget), metric in product(cell.ensembles, METRICS):
         scores = cell.of(metric, method, budget)  # [base runs, N]
@@ -64,7 +70,7 @@ def _budget_rows(cell: EnsembleCell, own: pd.DataFrame, settings: ClaimsSettings
         if not present.any():
             continue
         drawn = cell.resampled(metric, method, budget)[present]
-        found = t_interval(float(scores[present].mean()), drawn, alpha=settings.alpha)
+        interval = t_interval(float(scores[present].mean()), drawn, alpha=settings.alpha)
         text = f"{int((~present).sum())} base runs left out as diverged or missing"
         if (method, budget) in spent:
             size, examples = spent[method, budget]
@@ -73,9 +79,9 @@ def _budget_rows(cell: EnsembleCell, own: pd.DataFrame, settings: ClaimsSettings
             claim="C/budget",
             subject=f"{cell.label}: {method}, budget {budget:g}",
             statistic=f"test {metric}",
-            estimate=found.estimate,
-            low=found.low,
-            high=found.high,
+            estimate=interval.estimate,
+            low=interval.low,
+            high=interval.high,
             n=int(present.sum()),
             text=text,
         )
@@ -83,9 +89,9 @@ def _budget_rows(cell: EnsembleCell, own: pd.DataFrame, settings: ClaimsSettings
 
 def _distance_rows(cell: EnsembleCell, members: pd.DataFrame, settings: ClaimsSettings) -> Iterator[ClaimRow]:
     """How far apart the members are, and the barrier between them."""
-    for (method, budget), own in members.groupby(["method", "nominal_budget"], sort=True):
+    for (method, budget), pairs in members.groupby(["method", "nominal_budget"], sort=True):
         for column in DISTANCES:
-            values = own.groupby("base_run")[column].mean()
+            values = pairs.groupby("base_run")[column].mean()
             text = f"budget {budget:g}, mean over pairs of members"
             yield from _mean_row("C/diversity", f"{cell.label}: {method}", column, values, settings, text)
 
@@ -101,8 +107,10 @@ def _rescaling_rows(
         "barrier on the line to the rescaled copy": factors["line_barrier"],
     }
     for statistic, values in named.items():
-        for (method, budget), own in factors.assign(value=values).groupby(["method", "nominal_budget"]):
-            by_run = own.groupby("base_run")["value"].mean()
+        for (method, budget), rescalings in factors.assign(value=values).groupby(
+            ["method", "nominal_budget"]
+        ):
+            by_run = rescalings.groupby("base_run")["value"].mean()
             text = f"budget {budget:g}, mean over rescalings"
             yield from _mean_row("C/rescaling", f"{cell.label}: {method}", statistic, by_run, settings, text)
 
@@ -121,11 +129,11 @@ def _by_size(
     settings: ClaimsSettings,
 ) -> Iterator[ClaimRow]:
     chosen = scores[scores["metric"].isin(metrics)]
-    for (method, members, metric), own in chosen.groupby(["method", "members", "metric"], sort=True):
+    for (method, members, metric), rows in chosen.groupby(["method", "members", "metric"], sort=True):
         plural = "member" if members == 1 else "members"
         subject = f"{cell.label}: {method}, {members:g} {plural}"
-        text = f"budget {own['nominal_budget'].iloc[0]:g}, {own['budget'].mean():.3g} gradients of examples"
-        yield from _mean_row(claim, subject, f"test {metric}", own["value"], settings, text)
+        text = f"budget {rows['nominal_budget'].iloc[0]:g}, {rows['budget'].mean():.3g} gradients of examples"
+        yield from _mean_row(claim, subject, f"test {metric}", rows["value"], settings, text)
 
 
 def _mean_row(

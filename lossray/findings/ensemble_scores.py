@@ -25,12 +25,19 @@ Ensembles = tuple[str, float]  # a method and its nominal budget: one ensemble f
 
 @dataclass(frozen=True)
 class EnsembleCell:
-    """The ensembles of one model and optimizer setting."""
+    """The ensembles of one model and optimizer setting.
 
-    label: str  # "ARCHITECTURE: OPTIMIZER"
+    Attributes:
+        label: "ARCHITECTURE: OPTIMIZER".
+        base_runs: by id, in the order of their seeds.
+        ensembles: those with a row, sorted.
+        scores: by metric: [ensembles, base_runs, N]; NaN where diverged or not there.
+    """
+
+    label: str
     base_runs: tuple[str, ...]
-    ensembles: tuple[Ensembles, ...]  # those with a row, sorted
-    scores: Mapping[str, Array]  # by metric: [ensembles, base_runs, N]; NaN where diverged or not there
+    ensembles: tuple[Ensembles, ...]
+    scores: Mapping[str, Array]
 
     @cached_property
     def resamples(self) -> dict[str, Array]:
@@ -44,8 +51,8 @@ class EnsembleCell:
 
     def budgets(self, *methods: str) -> tuple[float, ...]:
         """Nominal budgets at which every one of these methods has rows, ascending."""
-        own = [{budget for name, budget in self.ensembles if name == method} for method in methods]
-        return tuple(sorted(set.intersection(*own)))
+        by_method = [{budget for name, budget in self.ensembles if name == method} for method in methods]
+        return tuple(sorted(set.intersection(*by_method)))
 
     def lost(self, method: str, budget: float) -> tuple[str, ...]:
         """Base runs whose ensemble diverged or is not there."""
@@ -54,13 +61,13 @@ class EnsembleCell:
 
     def of(self, metric: str, method: str, budget: float) -> Array:
         """Scores [base_runs, N]."""
-        found: Array = self.scores[metric][self.ensembles.index((method, budget))]
-        return found
+        scores: Array = self.scores[metric][self.ensembles.index((method, budget))]
+        return scores
 
     def resampled(self, metric: str, method: str, budget: float) -> Array:
         """Mean scores in the resamples, [base_runs, B]."""
-        found: Array = self.resamples[metric][self.ensembles.index((method, budget))]
-        return found
+        means: Array = self.resamples[metric][self.ensembles.index((method, budget))]
+        return means
 
 
 def setting_labels(tables: Mapping[str, pd.DataFrame]) -> dict[str, str]:
@@ -68,14 +75,17 @@ def setting_labels(tables: Mapping[str, pd.DataFrame]) -> dict[str, str]:
     runs = described_runs(tables)[["run_id", "architecture"]]
     runs = runs.merge(frame_of(tables, "runs", SETTING_COLUMNS), on="run_id").dropna(subset=["setting_id"])
     labels: dict[str, str] = {}
-    for (architecture, optimizer), own in runs.drop_duplicates("setting_id").groupby(
+    for (architecture, optimizer), setting_rows in runs.drop_duplicates("setting_id").groupby(
         ["architecture", "optimizer"], sort=False, dropna=False
     ):
-        settings = [_plain(lr, text) for lr, text in zip(own["lr"], own["optimizer_settings"], strict=True)]
+        settings = [
+            _plain(lr, text)
+            for lr, text in zip(setting_rows["lr"], setting_rows["optimizer_settings"], strict=True)
+        ]
         varying = [
             key for key in settings[0] if any(other.get(key) != settings[0][key] for other in settings)
         ]
-        for setting_id, plain in zip(own["setting_id"], settings, strict=True):
+        for setting_id, plain in zip(setting_rows["setting_id"], settings, strict=True):
             label = " ".join(
                 [f"{architecture}: {optimizer}", *(f"{key}={_short(plain.get(key))}" for key in varying)]
             )
@@ -104,40 +114,40 @@ def ensemble_cells(tables: Mapping[str, pd.DataFrame], labels: Mapping[str, str]
     runs = frame_of(tables, "runs", ("run_id", "setting_id"))
     rows = frame_of(tables, "predictions", PREDICTION_COLUMNS)
     rows = rows[rows["split"] == TEST].merge(runs, left_on="base_run", right_on="run_id")
-    for setting, own in rows.groupby("setting_id", sort=False):
-        yield _cell(labels[str(setting)], own)
+    for setting, setting_rows in rows.groupby("setting_id", sort=False):
+        yield _cell(labels[str(setting)], setting_rows)
 
 
 def _cell(label: str, rows: pd.DataFrame) -> EnsembleCell:
     ordered = rows.sort_values(["seed", "base_run"], kind="stable")
     base_runs = tuple(ordered["base_run"].unique())
     ensembles = sorted(set(zip(rows["method"], rows["nominal_budget"], strict=True)))
-    places = [
+    indices = [
         (ensembles.index((method, budget)), base_runs.index(run))
         for method, budget, run in zip(rows["method"], rows["nominal_budget"], rows["base_run"], strict=True)
     ]
     shape = (len(ensembles), len(base_runs))
-    scores = {metric: _placed(label, rows[metric].tolist(), places, shape) for metric in METRICS}
+    scores = {metric: _placed(label, rows[metric].tolist(), indices, shape) for metric in METRICS}
     return EnsembleCell(label=label, base_runs=base_runs, ensembles=tuple(ensembles), scores=scores)
 
 
 def _placed(
-    label: str, values: Sequence[object], places: Sequence[tuple[int, int]], shape: tuple[int, int]
+    label: str, values: Sequence[object], indices: Sequence[tuple[int, int]], shape: tuple[int, int]
 ) -> Array:
     """Lists [N] at their places, [*shape, N]; NaN where there is none."""
-    known = [
-        (place, np.asarray(own, dtype=np.float64))
-        for place, own in zip(places, values, strict=True)
-        if isinstance(own, list | tuple | np.ndarray) and len(own)
+    present = [
+        (index, np.asarray(scores, dtype=np.float64))
+        for index, scores in zip(indices, values, strict=True)
+        if isinstance(scores, list | tuple | np.ndarray) and len(scores)
     ]
-    sizes = sorted({len(own) for _, own in known})
+    sizes = sorted({len(scores) for _, scores in present})
     if len(sizes) > 1:
         raise DataError(
             f"table 'predictions': ensembles of {label!r} are scored on {sizes[0]} and on {sizes[-1]} test "
             "examples; all need one test split"
         )
     placed = np.full((*shape, sizes[0] if sizes else 1), np.nan)
-    for place, own in known:
-        if np.isfinite(own).all():
-            placed[place] = own
+    for index, scores in present:
+        if np.isfinite(scores).all():
+            placed[index] = scores
     return placed

@@ -82,16 +82,18 @@ def what_is_missing(cell: Cell) -> str | None:
     raw = cell.gauges["raw"]
     if raw.subspace != TOP:
         return f"v1 is not resolved in most runs, and what lies in {raw.subspace} need not lie in v1"
-    known = {name: int(np.isfinite(raw.of(name)).sum()) for name in judged}
-    few = [name for name, n in known.items() if n < 2]
+    resolved = {name: int(np.isfinite(raw.of(name)).sum()) for name in judged}
+    few = [name for name, n in resolved.items() if n < 2]
     if few:
         return f"fewer than two resolved S of {', '.join(few)}"
     # Seeds that nobody has at this level have no column in `raw`: the runs that were trained count.
     pairs = np.isfinite(raw.against_baseline(cell.adaptive)).sum(axis=-1)
-    known |= {name: int(n) for name, n in zip(cell.adaptive, pairs, strict=True)}
+    resolved |= {name: int(n) for name, n in zip(cell.adaptive, pairs, strict=True)}
     trained = {name: max(len(raw.seeds), cell.lost.get(name, (0, 0))[1]) for name in judged}
     few = [
-        f"{name} ({known[name]} of {n})" for name, n in trained.items() if known[name] < RESOLVED_SHARE * n
+        f"{name} ({resolved[name]} of {n})"
+        for name, n in trained.items()
+        if resolved[name] < RESOLVED_SHARE * n
     ]
     if few:
         return f"S is known, beside SGD's, of less than half of the seeds of {', '.join(few)}"
@@ -108,12 +110,12 @@ def gauge_evidence(cell: Cell, gauge: GaugeEnergies, settings: ClaimsSettings) -
     energies = np.array([gauge.of(name) for name in cell.adaptive])
     below, above = safe_mean_test(energies, math.log(settings.margin_energy))
     needed = max(2.0, RESOLVED_SHARE * len(cell.gauges["raw"].seeds))
-    known = (np.isfinite(energies).sum(axis=-1) >= needed) & (gauge.subspace == TOP)
+    resolved = (np.isfinite(energies).sum(axis=-1) >= needed) & (gauge.subspace == TOP)
     return GaugeEvidence(
         methods=cell.adaptive,
-        known=known,
-        below=np.where(known, below, 1.0),
-        above=np.where(known, above, 1.0),
+        resolved=resolved,
+        below=np.where(resolved, below, 1.0),
+        above=np.where(resolved, above, 1.0),
     )
 
 

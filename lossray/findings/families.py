@@ -39,9 +39,9 @@ def hommel(p_values: ArrayLike) -> Array:
     for size in range(m - 1, 1, -1):  # intersections of so many statements
         first, rest = ordered[..., : m - size + 1], ordered[..., m - size + 1 :]
         largest = (size * rest / np.arange(2, size + 1)).min(axis=-1, keepdims=True)
-        own = np.minimum(size * first, largest)
+        candidates = np.minimum(size * first, largest)
         adjusted = np.maximum(
-            adjusted, np.concatenate([own, np.repeat(own[..., -1:], size - 1, axis=-1)], -1)
+            adjusted, np.concatenate([candidates, np.repeat(candidates[..., -1:], size - 1, axis=-1)], -1)
         )
     result = np.empty_like(p)
     np.put_along_axis(result, order, np.minimum(adjusted, 1.0), axis=-1)

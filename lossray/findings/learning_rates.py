@@ -28,10 +28,12 @@ def edges(runs: pd.DataFrame) -> pd.DataFrame:
     grids = rates.agg(lowest="min", highest="max", tried="nunique").reset_index()
     choice = chosen_settings(runs)
     best = choice.loc[choice["rule"] == BEST, ["architecture", "optimizer", "setting_id"]]
-    found = best.merge(tried[["setting_id", "lr", "others"]], on="setting_id").merge(grids, on=GRID)
-    found["inside"] = (found["lowest"] < found["lr"]) & (found["lr"] < found["highest"])
+    best_rates = best.merge(tried[["setting_id", "lr", "others"]], on="setting_id").merge(grids, on=GRID)
+    best_rates["inside"] = (best_rates["lowest"] < best_rates["lr"]) & (
+        best_rates["lr"] < best_rates["highest"]
+    )
     columns = [*GRID[:2], "setting_id", "lr", "lowest", "highest", "tried", "inside"]
-    return found.sort_values(GRID[:2], kind="stable")[columns].reset_index(drop=True)
+    return best_rates.sort_values(GRID[:2], kind="stable")[columns].reset_index(drop=True)
 
 
 def edge_notes(runs: pd.DataFrame) -> dict[str, str]:
@@ -39,12 +41,14 @@ def edge_notes(runs: pd.DataFrame) -> dict[str, str]:
 
     Of the optimizers that a verdict compares, where any was tried with several rates.
     """
-    found = edges(runs)
+    best_rates = edges(runs)
     judged = dict(zip(runs["optimizer"], runs["adaptive"], strict=True)) | {BASELINE: True}
-    outside = found[~found["inside"] & (found["tried"] > 1) & found["optimizer"].map(judged).astype(bool)]
+    outside = best_rates[
+        ~best_rates["inside"] & (best_rates["tried"] > 1) & best_rates["optimizer"].map(judged).astype(bool)
+    ]
     notes = {}
-    for architecture, own in outside.groupby("architecture", sort=False):
-        whose = ", ".join(_where(row) for _, row in own.iterrows())
+    for architecture, rows in outside.groupby("architecture", sort=False):
+        whose = ", ".join(_where(row) for _, row in rows.iterrows())
         notes[str(architecture)] = f"; the best learning rate is at the edge of those tried: {whose}"
     return notes
 

@@ -58,9 +58,13 @@ def described_runs(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         {"name": name} | texts.get(text, {})
         for name, text in zip(runs["model"], runs["model_settings"], strict=True)
     ]
-    distinct = list({json.dumps(own, sort_keys=True): own for own in settings}.values())
-    runs["architecture"] = [_label(own, distinct) for own in settings]
-    runs["family"] = [json.dumps(_without_size(own), sort_keys=True) for own in settings]
+    distinct = list(
+        {json.dumps(model_settings, sort_keys=True): model_settings for model_settings in settings}.values()
+    )
+    runs["architecture"] = [_label(model_settings, distinct) for model_settings in settings]
+    runs["family"] = [
+        json.dumps(_without_size(model_settings), sort_keys=True) for model_settings in settings
+    ]
     runs["adaptive"] = (runs["adaptive"] == True).astype(bool)  # noqa: E712 - null is not adaptive
     return runs
 
@@ -70,17 +74,17 @@ def _settings(text: str) -> dict[str, Any]:
     return {key: value for key, value in plain.items() if key not in NOT_OF_THE_MODEL}
 
 
-def _without_size(own: Mapping[str, Any]) -> dict[str, Any]:
+def _without_size(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a model but for its sizes; of lists of sizes their length, the depth, stays."""
-    depths = {key: len(own[key]) for key in SIZES if isinstance(own.get(key), list)}
-    return {key: value for key, value in own.items() if key not in SIZES} | depths
+    depths = {key: len(settings[key]) for key in SIZES if isinstance(settings.get(key), list)}
+    return {key: value for key, value in settings.items() if key not in SIZES} | depths
 
 
-def _label(own: Mapping[str, Any], distinct: list[dict[str, Any]]) -> str:
+def _label(settings: Mapping[str, Any], distinct: list[dict[str, Any]]) -> str:
     """The model's name, and those of its settings in which models of that name differ."""
-    namesakes = [other for other in distinct if other["name"] == own["name"]]
-    varying = [key for key in own if any(other.get(key) != own[key] for other in namesakes)]
-    return " ".join([str(own["name"]), *(f"{key}={_short(own[key])}" for key in varying)])
+    namesakes = [other for other in distinct if other["name"] == settings["name"]]
+    varying = [key for key in settings if any(other.get(key) != settings[key] for other in namesakes)]
+    return " ".join([str(settings["name"]), *(f"{key}={_short(settings[key])}" for key in varying)])
 
 
 def _short(value: Any) -> str:
@@ -143,8 +147,8 @@ def matched_points(
         reference, mismatch (|ln train_loss/reference|, null at the last checkpoint).
     """
     kept = runs[(runs["status"] == "finished") & runs["seed"].notna()]
-    own = ["run_id", "setting_id", "architecture", "optimizer", "adaptive", "seed", "n_params"]
-    rows = kept[own].merge(choice, on=["architecture", "optimizer", "setting_id"])
+    columns = ["run_id", "setting_id", "architecture", "optimizer", "adaptive", "seed", "n_params"]
+    rows = kept[columns].merge(choice, on=["architecture", "optimizer", "setting_id"])
     rows = rows.drop(columns="setting_id").merge(checkpoints[["run_id", "step", "train_loss"]], on="run_id")
     rows = rows[(rows["train_loss"] > 0) & np.isfinite(rows["train_loss"])]
     references = _references(rows, levels)
@@ -197,11 +201,11 @@ def lost_runs(runs: pd.DataFrame, choice: pd.DataFrame) -> pd.DataFrame:
     keys = ["architecture", "optimizer"]
     grouped = runs.assign(lost=runs["status"] != "finished").groupby([*keys, "setting_id"], as_index=False)
     counts = grouped.agg(adaptive=("adaptive", "any"), lost=("lost", "sum"), total=("lost", "size"))
-    known = counts.merge(choice, on=[*keys, "setting_id"])
+    chosen = counts.merge(choice, on=[*keys, "setting_id"])
     # An optimizer without any finished run has no chosen setting.
     finished = (counts["total"] - counts["lost"]).groupby([counts[key] for key in keys]).transform("sum")
     gone = counts[finished == 0]
     gone = gone.sort_values("total", ascending=False, kind="stable").drop_duplicates(keys)
     rules = choice[["architecture", "rule"]].drop_duplicates()
-    lost: pd.DataFrame = pd.concat([known, gone.merge(rules, on="architecture")], ignore_index=True)
+    lost: pd.DataFrame = pd.concat([chosen, gone.merge(rules, on="architecture")], ignore_index=True)
     return lost.drop(columns="setting_id")

@@ -17,13 +17,21 @@ class MeanTest:
 
     `low` and `high` are one-sided bounds of level alpha each. With fewer than two runs nothing can be
     rejected: p = 1 and the bounds are NaN.
+
+    Attributes:
+        mean: of the finite values.
+        low: lower bound of the mean.
+        high: upper bound of the mean.
+        p_less: of "the mean is not below the bound".
+        p_greater: of "the mean is not above the bound".
+        n: number of finite values, int64.
     """
 
     mean: Array
     low: Array
     high: Array
-    p_less: Array  # of "the mean is not below the bound"
-    p_greater: Array  # of "the mean is not above the bound"
+    p_less: Array
+    p_greater: Array
     n: NDArray[np.int64]
 
 
@@ -41,13 +49,13 @@ def mean_test(values: ArrayLike, bound: float, *, alpha: float) -> MeanTest:
     t = t_statistic(mean, stderr, bound)
     with np.errstate(invalid="ignore"):
         reach = special.stdtrit(df, 1 - alpha) * stderr
-    known = n >= 2
+    enough = n >= 2
     return MeanTest(
         mean=mean,
-        low=np.where(known, mean - reach, np.nan),
-        high=np.where(known, mean + reach, np.nan),
-        p_less=np.where(known & ~np.isnan(t), special.stdtr(df, t), 1.0),
-        p_greater=np.where(known & ~np.isnan(t), special.stdtr(df, -t), 1.0),
+        low=np.where(enough, mean - reach, np.nan),
+        high=np.where(enough, mean + reach, np.nan),
+        p_less=np.where(enough & ~np.isnan(t), special.stdtr(df, t), 1.0),
+        p_greater=np.where(enough & ~np.isnan(t), special.stdtr(df, -t), 1.0),
         n=n,
     )
 

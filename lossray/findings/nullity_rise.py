@@ -24,8 +24,8 @@ def rise_rows(points: pd.DataFrame, settings: ClaimsSettings) -> Iterator[ClaimR
             optimizer, step, dim, nullity, structural_nullity.
         settings: the level.
     """
-    for architecture, own in points.groupby("architecture", sort=False):
-        ends = _ends(own)
+    for architecture, architecture_points in points.groupby("architecture", sort=False):
+        ends = _ends(architecture_points)
         for optimizer, runs in ends.groupby("optimizer", sort=False):
             yield from _rises(f"{architecture}: {optimizer}", runs, settings)
         yield from _contrasts(str(architecture), ends, settings)
@@ -53,9 +53,9 @@ def _rises(subject: str, runs: pd.DataFrame, settings: ClaimsSettings) -> Iterat
         f"{mean['nullity_last']:.4g} of {runs['dim'].median():.6g}, mean over seeds"
     )
     share = f"; {mean['forced'] / mean['rise']:.0%} of the rise {FORCED}" if mean["rise"] > 0 else ""
-    known = bool(by_seed["forced"].notna().any())
-    yield _rise_row(subject, "nullity", by_seed["rise"], text + (share if known else ""), settings)
-    if known:
+    has_forced = bool(by_seed["forced"].notna().any())
+    yield _rise_row(subject, "nullity", by_seed["rise"], text + (share if has_forced else ""), settings)
+    if has_forced:
         yield _rise_row(subject, "structural_nullity", by_seed["forced"], f"the part that {FORCED}", settings)
 
 

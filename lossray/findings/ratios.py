@@ -16,17 +16,25 @@ from lossray.findings.bootstrap import Array, covariance_parts, t_tail
 
 @dataclass(frozen=True)
 class RatioInterval:
-    """A ratio with its two-sided interval; NaN where the data set no bounds, as where b might be 0."""
+    """A ratio with its two-sided interval; NaN where the data set no bounds, as where b might be 0.
+
+    Attributes:
+        estimate: the ratio.
+        low: lower end.
+        high: upper end.
+        stderr: of the ratio linearised around its estimate.
+        floor: the part of stderr**2, the test split's, that more runs do not reduce.
+        freedom: degrees of freedom.
+        covariance: of the two means, in units of the second's: variance, covariance, variance.
+    """
 
     estimate: float
     low: float
     high: float
-    stderr: float  # of the ratio linearised around its estimate
-    floor: float  # the part of stderr**2, the test split's, that more runs do not reduce
+    stderr: float
+    floor: float
     freedom: int
-    covariance: tuple[
-        float, float, float
-    ]  # of the two means, in units of the second's: variance, both, variance
+    covariance: tuple[float, float, float]
 
     def p_above(self, bound: float) -> float:
         """One-sided P value of "the ratio is at most ``bound``"; 1 where nothing is known."""

@@ -22,32 +22,56 @@ NONE: Array = np.empty(0)
 
 @dataclass(frozen=True)
 class GaugeEvidence:
-    """Tests against the margin in one gauge, by adaptive method, [m]; p = 1 where data are missing."""
+    """Tests against the margin in one gauge, by adaptive method, [m]; p = 1 where data are missing.
+
+    Attributes:
+        methods: the m adaptive methods.
+        resolved: whether there are enough runs of the method, with v1 resolved.
+        below: p value of "S of the method is not below ln(margin)".
+        above: p value of "S of the method is not above ln(margin)".
+    """
 
     methods: tuple[str, ...]
-    known: NDArray[np.bool_]  # whether there are enough runs of the method, with v1 resolved
-    below: Array  # p value of "S of the method is not below ln(margin)"
-    above: Array  # p value of "S of the method is not above ln(margin)"
+    resolved: NDArray[np.bool_]
+    below: Array
+    above: Array
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """All that one direction's verdict at one architecture and moment rests on; [m] is by adaptive method."""
+    """All that one direction's verdict at one architecture and moment rests on; [m] is by adaptive method.
 
-    missing: str | None = None  # what the tables lack, if anything; then there are no tests
+    Attributes:
+        missing: what the tables lack, if anything; then there are no tests.
+        methods: the m adaptive methods.
+        least_p: smallest adjusted p value that the contrasts' design can give.
+        seeds_needed: with fewer the contrasts cannot be significant.
+        chance: p value of "some optimizer's S is not within a factor 3 of random windows'".
+        signs: the same of its own directions with random signs.
+        sgd_below: p value of "SGD's S is not below ln(margin)", raw gauge.
+        sgd_above: p value of "SGD's S is not above ln(margin)", raw gauge.
+        sgd_above_chance: p value of "SGD's S is not more than a factor 3 above random windows'".
+        contrast: p values of "less than a factor 2 below SGD", [m].
+        no_contrast: p values of "at least a factor 2 below SGD", [m].
+        gauges: by name; "raw" is there unless something is missing.
+        required: gauges in which perpendicularity must survive.
+        lost: whose runs are left out.
+    """
+
+    missing: str | None = None
     methods: tuple[str, ...] = ()
-    least_p: float = 1.0  # smallest adjusted p value that the contrasts' design can give
+    least_p: float = 1.0
     seeds_needed: int = 0
-    chance: float = 1.0  # p value of "some optimizer's S is not within a factor 3 of random windows'"
-    signs: float = 1.0  # the same of its own directions with random signs
-    sgd_below: float = 1.0  # p values of SGD's S against ln(margin), raw gauge
+    chance: float = 1.0
+    signs: float = 1.0
+    sgd_below: float = 1.0
     sgd_above: float = 1.0
-    sgd_above_chance: float = 1.0  # p value of "SGD's S is not more than a factor 3 above random windows'"
-    contrast: Array = field(default_factory=NONE.copy)  # p value of "less than a factor 2 below SGD"
-    no_contrast: Array = field(default_factory=NONE.copy)  # p value of "at least a factor 2 below SGD"
-    gauges: Mapping[str, GaugeEvidence] = field(default_factory=dict)  # "raw" unless something is missing
-    required: tuple[str, ...] = ()  # gauges in which perpendicularity must survive
-    lost: str | None = None  # whose runs are left out
+    sgd_above_chance: float = 1.0
+    contrast: Array = field(default_factory=NONE.copy)
+    no_contrast: Array = field(default_factory=NONE.copy)
+    gauges: Mapping[str, GaugeEvidence] = field(default_factory=dict)
+    required: tuple[str, ...] = ()
+    lost: str | None = None
 
     def limited(self, alpha: float) -> str | None:
         """Why no outcome of the tests could decide; None if some could."""
@@ -63,23 +87,36 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Decision:
-    """A verdict and why, as the end of a sentence."""
+    """A verdict and why, as the end of a sentence.
+
+    Attributes:
+        verdict: the word for it.
+        reason: why.
+        judged: whether the data could have decided.
+        where: at which levels of loss, where it is a verdict on several.
+        lost: whose runs are left out.
+    """
 
     verdict: str
     reason: str
-    judged: bool = True  # whether the data could have decided
-    where: str = ""  # at which levels of loss, where it is a verdict on several
-    lost: str | None = None  # whose runs are left out
+    judged: bool = True
+    where: str = ""
+    lost: str | None = None
 
 
 @dataclass(frozen=True)
 class Refutations:
-    """What would contradict the claim: one p value for each, [tests], and what each says."""
+    """What would contradict the claim: one p value for each, [tests], and what each says.
 
-    reasons: tuple[tuple[str, str], ...]  # what, and of whom
+    Attributes:
+        reasons: what, and of whom.
+        p_values: [tests].
+    """
+
+    reasons: tuple[tuple[str, str], ...]
     p_values: Array
 
-    def found(self, adjusted: Array, alpha: float) -> list[str]:
+    def significant(self, adjusted: Array, alpha: float) -> list[str]:
         """The significant ones, in words: each reason once, with all whom it concerns."""
         by_reason: dict[str, list[str]] = {}
         for (what, whom), p in zip(self.reasons, adjusted, strict=True):
@@ -112,17 +149,17 @@ def decide_together(evidence: Sequence[Evidence], *, alpha: float) -> list[Decis
     Statements on "every method" are intersection-union tests and need no adjustment; the refutations by some
     method (3, and separately 5) are adjusted over methods, reasons, gauges and cells (Hommel).
     """
-    open_ones = [own for own in evidence if own.limited(alpha) is None]
-    refuted = _adjusted_together([_refutations(own) for own in open_ones], alpha)
-    reversed_ = _adjusted_together([_reversals(own) for own in open_ones], alpha)
-    found = iter(zip(open_ones, refuted, reversed_, strict=True))
+    open_ones = [cell_evidence for cell_evidence in evidence if cell_evidence.limited(alpha) is None]
+    refuted = _adjusted_together([_refutations(cell_evidence) for cell_evidence in open_ones], alpha)
+    reversed_ = _adjusted_together([_reversals(cell_evidence) for cell_evidence in open_ones], alpha)
+    judged_cells = iter(zip(open_ones, refuted, reversed_, strict=True))
     decisions = []
-    for own in evidence:
-        limit = own.limited(alpha)
+    for cell_evidence in evidence:
+        limit = cell_evidence.limited(alpha)
         if limit is not None:
             decisions.append(Decision(UNDECIDED, limit, judged=False))
         else:
-            decisions.append(_with_losses(_decide(*next(found), alpha), own))
+            decisions.append(_with_losses(_decide(*next(judged_cells), alpha), cell_evidence))
     return decisions
 
 
@@ -194,21 +231,24 @@ def _adjusted_together(several: Sequence[Refutations], alpha: float) -> list[lis
     """The significant refutations of each cell, adjusted over all of them."""
     if not several:
         return []
-    adjusted = hommel(np.concatenate([own.p_values for own in several]))
-    ends = np.cumsum([len(own.p_values) for own in several])[:-1]
-    return [own.found(part, alpha) for own, part in zip(several, np.split(adjusted, ends), strict=True)]
+    adjusted = hommel(np.concatenate([refutations.p_values for refutations in several]))
+    ends = np.cumsum([len(refutations.p_values) for refutations in several])[:-1]
+    return [
+        refutations.significant(part, alpha)
+        for refutations, part in zip(several, np.split(adjusted, ends), strict=True)
+    ]
 
 
 def _doubts(evidence: Evidence, alpha: float) -> list[str]:
     """What is neither refuted nor established in the raw gauge."""
-    raw, found = evidence.gauges["raw"], []
+    raw, doubts = evidence.gauges["raw"], []
     if intersection_union(raw.below) > alpha:
-        found.append(f"not shown to be below the margin: {_names(raw, raw.below > alpha)}")
+        doubts.append(f"not shown to be below the margin: {_names(raw, raw.below > alpha)}")
     if evidence.sgd_above > alpha:
-        found.append(f"SGD is not shown to be above the margin (p = {evidence.sgd_above:.2g})")
+        doubts.append(f"SGD is not shown to be above the margin (p = {evidence.sgd_above:.2g})")
     if intersection_union(evidence.contrast) > alpha:
-        found.append(f"not shown to be a factor 2 below SGD: {_names(raw, evidence.contrast > alpha)}")
-    return found
+        doubts.append(f"not shown to be a factor 2 below SGD: {_names(raw, evidence.contrast > alpha)}")
+    return doubts
 
 
 def _across_gauges(evidence: Evidence, alpha: float) -> Decision:
@@ -216,7 +256,7 @@ def _across_gauges(evidence: Evidence, alpha: float) -> Decision:
     lacking = [
         name
         for name in dict.fromkeys((*evidence.required, "preconditioned"))
-        if name not in evidence.gauges or not evidence.gauges[name].known.all()
+        if name not in evidence.gauges or not evidence.gauges[name].resolved.all()
     ]
     if lacking:
         return Decision(
@@ -247,27 +287,29 @@ def across_moments(by_moment: Mapping[str, Decision]) -> Decision:
     The claim is on training as a whole: what refutes it at one level refutes it; it holds if it holds at
     every level that could be judged. Levels that lack data are named, and do not count.
     """
-    judged = {moment: own for moment, own in by_moment.items() if own.judged}
+    judged = {moment: decision for moment, decision in by_moment.items() if decision.judged}
     if not judged:
         return Decision(UNDECIDED, _reasons(by_moment) or "no rows of compared runs", judged=False)
-    verdict = overall({moment: own.verdict for moment, own in judged.items()})
+    verdict = overall({moment: decision.verdict for moment, decision in judged.items()})
     parts = [
-        f"{word} at {', '.join(moment for moment, own in judged.items() if own.verdict == word)}"
-        for word in dict.fromkeys(own.verdict for own in judged.values())
+        f"{word} at {', '.join(moment for moment, decision in judged.items() if decision.verdict == word)}"
+        for word in dict.fromkeys(decision.verdict for decision in judged.values())
     ]
     lacking = [moment for moment in by_moment if moment not in judged]
     if lacking:
         parts.append(f"not judged at {', '.join(lacking)}")
-    deciding = {moment: own for moment, own in judged.items() if own.verdict == verdict}
-    where = "; ".join([*parts, *dict.fromkeys(own.lost for own in judged.values() if own.lost)])
+    deciding = {moment: decision for moment, decision in judged.items() if decision.verdict == verdict}
+    where = "; ".join(
+        [*parts, *dict.fromkeys(decision.lost for decision in judged.values() if decision.lost)]
+    )
     return Decision(verdict, f"{where} ({_reasons(deciding)})" if deciding else where, where=where)
 
 
 def _reasons(by_moment: Mapping[str, Decision]) -> str:
     """Each reason once, with the levels at which it holds."""
     return "; ".join(
-        f"{reason} (at {', '.join(moment for moment, own in by_moment.items() if own.reason == reason)})"
-        for reason in dict.fromkeys(own.reason for own in by_moment.values())
+        f"{reason} (at {', '.join(moment for moment, one in by_moment.items() if one.reason == reason)})"
+        for reason in dict.fromkeys(decision.reason for decision in by_moment.values())
     )
 
 
@@ -277,11 +319,11 @@ def overall(verdicts: Mapping[str, str]) -> str:
     The refutations are to be adjusted over all of them (`decide_together`). An artefact of dimension, or of
     signs, is one only where all agree on it.
     """
-    found = set(verdicts.values())
+    distinct = set(verdicts.values())
     for verdict in (NOT_SUPPORTED, METRIC_ARTEFACT):
-        if verdict in found:
+        if verdict in distinct:
             return verdict
-    return found.pop() if len(found) == 1 else UNDECIDED
+    return distinct.pop() if len(distinct) == 1 else UNDECIDED
 
 
 def _names(gauge: GaugeEvidence, which: NDArray[np.bool_]) -> str:

@@ -34,17 +34,29 @@ NAMED = 5  # base runs that a sentence names
 
 @dataclass(frozen=True)
 class VariantEvidence:
-    """All that the verdict on one variant in one setting rests on. P values are two-sided and adjusted."""
+    """All that the verdict on one variant in one setting rests on. P values are two-sided and adjusted.
+
+    Attributes:
+        variant: its method.
+        missing: methods without test predictions.
+        lost: base runs without scores, by "METHOD at budget BUDGET", if any.
+        base_runs: number of base runs of the setting.
+        contrasts: by budget, ascending: of the NLL, with each control.
+        better: by budget, of "not better than both controls"; Hommel over the setting's.
+        equivalent: of "differs by the margin at some budget"; Hommel over the setting's variants.
+        short: of "better than both controls by the margin at some budget".
+        identical: whether it is the same as its learning-rate control to rounding at every budget.
+    """
 
     variant: str
-    missing: tuple[str, ...]  # methods without test predictions
-    lost: Mapping[str, tuple[str, ...]]  # base runs without scores, by "METHOD at budget BUDGET", if any
-    base_runs: int  # of the setting
-    contrasts: Mapping[float, tuple[Contrast, ...]]  # by budget, ascending; of the NLL, with each control
-    better: Mapping[float, float]  # by budget, of "not better than both controls"; Hommel over the setting's
-    equivalent: float  # of "differs by the margin at some budget"; Hommel over the setting's variants
-    short: float  # of "better than both controls by the margin at some budget"
-    identical: bool  # the same as its learning-rate control to rounding at every budget
+    missing: tuple[str, ...]
+    lost: Mapping[str, tuple[str, ...]]
+    base_runs: int
+    contrasts: Mapping[float, tuple[Contrast, ...]]
+    better: Mapping[float, float]
+    equivalent: float
+    short: float
+    identical: bool
 
 
 # ---- P values, doubled: half of alpha is the reserve for runs whose differences are skewed
@@ -55,7 +67,8 @@ def p_better(contrasts: Sequence[Contrast]) -> float:
     if len(contrasts) < 2:
         return 1.0
     return max(
-        1.0 if own.same or own.n < LEAST_RUNS else _doubled(own.relative.p_above(0)) for own in contrasts
+        1.0 if contrast.same or contrast.n < LEAST_RUNS else _doubled(contrast.relative.p_above(0))
+        for contrast in contrasts
     )
 
 
@@ -67,27 +80,29 @@ def p_short(contrasts: Mapping[float, Sequence[Contrast]], margin: float) -> flo
     """
     if not contrasts:
         return 1.0
-    return max(float(hommel([_p_below(one, margin) for one in own]).min()) for own in contrasts.values())
+    return max(
+        float(hommel([_p_below(one, margin) for one in several]).min()) for several in contrasts.values()
+    )
 
 
 def p_equivalent(contrasts: Mapping[float, Sequence[Contrast]], control: str, margin: float) -> float:
     """Of "at some budget it differs from ``control`` by ``margin``": two one-sided tests at every budget."""
-    own = [one for several in contrasts.values() for one in several if one.control == control]
-    if not own or len(own) < len(contrasts):
+    with_control = [one for several in contrasts.values() for one in several if one.control == control]
+    if not with_control or len(with_control) < len(contrasts):
         return 1.0
-    return max(max(_p_below(one, margin), _p_above(one, -margin)) for one in own)
+    return max(max(_p_below(one, margin), _p_above(one, -margin)) for one in with_control)
 
 
-def _p_below(own: Contrast, bound: float) -> float:
-    if own.n < LEAST_RUNS:
+def _p_below(contrast: Contrast, bound: float) -> float:
+    if contrast.n < LEAST_RUNS:
         return 1.0
-    return 0.0 if own.same else _doubled(own.relative.p_below(bound))
+    return 0.0 if contrast.same else _doubled(contrast.relative.p_below(bound))
 
 
-def _p_above(own: Contrast, bound: float) -> float:
-    if own.n < LEAST_RUNS:
+def _p_above(contrast: Contrast, bound: float) -> float:
+    if contrast.n < LEAST_RUNS:
         return 1.0
-    return 0.0 if own.same else _doubled(own.relative.p_above(bound))
+    return 0.0 if contrast.same else _doubled(contrast.relative.p_above(bound))
 
 
 def _doubled(p: float) -> float:
@@ -96,8 +111,8 @@ def _doubled(p: float) -> float:
 
 def identical(contrasts: Mapping[float, Sequence[Contrast]], control: str) -> bool:
     """Whether the variant is the same as the control to rounding at every budget."""
-    own = [one for several in contrasts.values() for one in several if one.control == control]
-    return len(own) == len(contrasts) > 0 and all(one.same for one in own)
+    with_control = [one for several in contrasts.values() for one in several if one.control == control]
+    return len(with_control) == len(contrasts) > 0 and all(one.same for one in with_control)
 
 
 # ---- verdicts
@@ -140,7 +155,7 @@ def decide_variant(evidence: VariantEvidence, *, margin: float, alpha: float) ->
     if evidence.short < alpha:
         text = f"at every budget its improvement over one of the controls is below {percent(margin)}"
         return Decision(NOT_SUPPORTED, f"{text} (p = {evidence.short:.2g})")
-    fewest = min(one.n for own in evidence.contrasts.values() for one in own)
+    fewest = min(one.n for several in evidence.contrasts.values() for one in several)
     if fewest < LEAST_RUNS:
         return Decision(UNDECIDED, f"at least {LEAST_RUNS} seeds are needed, the fewest pairs are {fewest}")
     return Decision(
@@ -156,12 +171,12 @@ def mostly_lost(evidence: VariantEvidence) -> list[str]:
 
 
 def _identity(evidence: VariantEvidence) -> str:
-    own = [one for several in evidence.contrasts.values() for one in several if one.same]
-    largest = max(one.spread for one in own)
+    alike = [one for several in evidence.contrasts.values() for one in several if one.same]
+    largest = max(one.spread for one in alike)
     how = (
         f"to rounding (mean |difference| at most {largest:.1g} nats)" if largest else "without any difference"
     )
-    return f"the same as {own[-1].control}, example by example, at every budget, {how}"
+    return f"the same as {alike[-1].control}, example by example, at every budget, {how}"
 
 
 def _won(evidence: VariantEvidence, won: Sequence[float], *, margin: float, alpha: float) -> str:
@@ -174,12 +189,14 @@ def _won(evidence: VariantEvidence, won: Sequence[float], *, margin: float, alph
 def worth(evidence: VariantEvidence) -> str:
     """What a change of learning rates that rescaling amounts to does to the schedule, at every budget."""
     schedule = CONTROLS[evidence.variant][0]
-    own = over_schedule(evidence)
+    contrasts = over_schedule(evidence)
     rates = "rescaling " + ("is" if evidence.identical else "does what") + " a change of learning rates"
     rates += "" if evidence.identical else " does"
-    if not own:
+    if not contrasts:
         return f"{rates}; no {schedule} tells what that change is worth"
-    gains = ", ".join(f"{'nothing' if one.same else _share(one)} at budget {one.budget:g}" for one in own)
+    gains = ", ".join(
+        f"{'nothing' if one.same else _share(one)} at budget {one.budget:g}" for one in contrasts
+    )
     return f"{rates}, and that change is worth {gains} over {schedule}, the schedule without it"
 
 
@@ -193,9 +210,9 @@ def _what_would_decide(evidence: VariantEvidence, *, margin: float, alpha: float
     """The base runs with which one of the rules would probably apply, if the estimates are right."""
     support, refute = [], []
     level = alpha / len(evidence.contrasts)
-    for own in evidence.contrasts.values():
-        better = [runs_needed(one, one.relative.estimate, level=level) for one in own]
-        short = [runs_needed(one, margin - one.relative.estimate, level=alpha / 2) for one in own]
+    for several in evidence.contrasts.values():
+        better = [runs_needed(one, one.relative.estimate, level=level) for one in several]
+        short = [runs_needed(one, margin - one.relative.estimate, level=alpha / 2) for one in several]
         support.append(max(better) if len(better) > 1 else MOST_RUNS + 1)
         refute.append(min(short))
     runs = min(*support, max(refute))
@@ -204,7 +221,7 @@ def _what_would_decide(evidence: VariantEvidence, *, margin: float, alpha: float
     return f"about {runs} seeds would decide it with probability {POWER:.0%} if the estimates are right"
 
 
-def runs_needed(own: Contrast, distance: float, *, level: float) -> int:
+def runs_needed(contrast: Contrast, distance: float, *, level: float) -> int:
     """Base runs with which the interval's end would lie within ``distance`` of the estimate with POWER.
 
     More runs reduce the variance of the relative improvement but for the part that is the test split's.
@@ -212,8 +229,8 @@ def runs_needed(own: Contrast, distance: float, *, level: float) -> int:
     Returns:
         MOST_RUNS + 1 where that many would not be enough.
     """
-    floor = own.relative.floor
-    of_runs = max(own.relative.stderr**2 - floor, 0.0) * own.n
+    floor = contrast.relative.floor
+    of_runs = max(contrast.relative.stderr**2 - floor, 0.0) * contrast.n
 
     def enough(runs: int) -> bool:
         quantiles = float(special.stdtrit(runs - 1, 1 - level / 2) + special.ndtri(POWER))
@@ -260,15 +277,15 @@ def decide_overall(by_setting: Mapping[str, str], without: Sequence[str]) -> Dec
     """
     if not by_setting:
         return Decision(UNDECIDED, "no ensembles ([ensembles] of the study switches them on)")
-    found = set(by_setting.values())
+    distinct = set(by_setting.values())
     text = "; ".join(f"{setting}: {verdict}" for setting, verdict in by_setting.items())
-    if EQUIVALENT in found:
+    if EQUIVALENT in distinct:
         text += "; what the change of learning rates is worth stands in the verdict on each"
     if without:
         text += f"; no ensembles of {', '.join(without)}"
-    if found == {EQUIVALENT, NOT_SUPPORTED}:
+    if distinct == {EQUIVALENT, NOT_SUPPORTED}:
         return Decision(NOT_SUPPORTED, text)
-    return Decision(found.pop() if len(found) == 1 else UNDECIDED, text)
+    return Decision(distinct.pop() if len(distinct) == 1 else UNDECIDED, text)
 
 
 # ---- the numbers in sentences
@@ -279,10 +296,11 @@ def in_numbers(evidence: VariantEvidence, *, alpha: float) -> str:
     text = ""
     if evidence.contrasts:
         parts = [
-            f"at budget {budget:g} " + " and ".join(f"{_share(own)} over {own.control}" for own in several)
+            f"at budget {budget:g} "
+            + " and ".join(f"{_share(contrast)} over {contrast.control}" for contrast in several)
             for budget, several in evidence.contrasts.items()
         ]
-        runs = sorted({own.n for several in evidence.contrasts.values() for own in several})
+        runs = sorted({contrast.n for several in evidence.contrasts.values() for contrast in several})
         improvements = "" if evidence.identical else f" Improvement of the test NLL: {'; '.join(parts)}."
         counts = f"{runs[0]}" if len(runs) == 1 else f"{runs[0]} to {runs[-1]}"
         text = f"{improvements} Intervals of level {percent(1 - alpha)} each, {counts} base runs."
@@ -291,11 +309,11 @@ def in_numbers(evidence: VariantEvidence, *, alpha: float) -> str:
     return text
 
 
-def _share(own: Contrast) -> str:
+def _share(contrast: Contrast) -> str:
     """The improvement in percent with its interval, or that it is rounding."""
-    if own.same:
+    if contrast.same:
         return "the same to rounding"
-    share = own.relative
+    share = contrast.relative
     if not math.isfinite(share.low):
         return f"{100 * share.estimate:+.3g}% (no interval)"
     return f"{100 * share.estimate:+.3g}% ({100 * share.low:+.3g} to {100 * share.high:+.3g})"
