@@ -14,6 +14,7 @@ ABSENT = re.compile(
 )  # pages that are no part of the repository
 SECTION = r"\d+(?:\.\d+|[A-Z])?"
 CITATION = re.compile(rf"\b[Tt]heory\s+(?:# )?({SECTION}(?:(?:, | and | to ){SECTION})*)")
+NAMED_FILE = re.compile(r"`((?:\w+/)*\w+\.(?:py|toml|cff|md))`")
 LINK = re.compile(r"\[[^\]]*\]\(([^()\s]+)\)")
 
 FILES = sorted(
@@ -101,3 +102,11 @@ def test_links_lead_to_files_and_headings(page):
         if not there.exists() or (anchor and anchor not in anchors(there)):
             broken.append(target)
     assert broken == []
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=name_of)
+def test_every_file_that_a_page_names_exists(page):
+    """By its path in the repository, or in lossray/."""
+    named = {name for name in NAMED_FILE.findall(page.read_text()) if "/" in name}
+    missing = [name for name in named if not any((top / name).exists() for top in (ROOT, ROOT / "lossray"))]
+    assert missing == []
