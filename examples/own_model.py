@@ -66,7 +66,7 @@ def main(out: str = "out/own_model", overrides: Sequence[str] = ()) -> pd.DataFr
     ends = runs.merge(curvature.groupby("run_id").last(), on="run_id")  # rows are sorted by step
     print(ends.drop(columns="run_id").round(3).to_string(index=False), "\n")
 
-    # What this says on the paper's claims, and what it would take to say more: two seeds decide nothing.
+    # What this says on the paper's claims, and what it would take to say more: two seeds decide little.
     claims = study.table("claims").dropna(subset="verdict")
     for row in claims[~claims["claim"].str.contains("/")].itertuples():
         print(f"{row.claim}, {row.subject}: {row.verdict}\n  {row.text}")
