@@ -23,23 +23,41 @@ SINGLE = ("alive", "diverged_at", "initial_loss")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A pack of R runs at one step: all that training needs to go on bit by bit, and what it measured."""
+    """A pack of R runs at one step: all that training needs to go on bit by bit, and what it measured.
+
+    Attributes:
+        pack_id: the pack.
+        step: steps taken.
+        seeds: of the R runs.
+        parameters: name -> [R, *shape].
+        buffers: name -> [R, *shape].
+        optimizer: the state of the PackedOptimizer.
+        alive: [R] bool.
+        diverged_at: [R] int64, -1 where alive.
+        initial_loss: [R] float64.
+        evaluation: "train_loss", "test_accuracy", ... -> [R] float64; NaN where diverged.
+        log: since the checkpoint before: "step" [n] int64, "lr" [n], others [n, R] float64.
+        seconds: training time of this segment; the one thing that differs between two executions.
+        shadow: "<optimizer>/<entry>" -> its state.
+        training_key: key of the training; None: recorded, or from before they carried it.
+        versions: of lossray and torch, where it has a key.
+    """
 
     pack_id: str
     step: int
-    seeds: tuple[int, ...]  # [R]
-    parameters: dict[str, Tensor]  # name -> [R, *shape]
-    buffers: dict[str, Tensor]  # name -> [R, *shape]
-    optimizer: dict[str, Tensor]  # the state of the PackedOptimizer
-    alive: Tensor  # [R] bool
-    diverged_at: Tensor  # [R] int64, -1 where alive
-    initial_loss: Tensor  # [R] float64
-    evaluation: dict[str, Tensor]  # "train_loss", "test_accuracy", ... -> [R] float64; NaN where diverged
-    log: dict[str, Tensor]  # since the checkpoint before: "step" [n] int64, "lr" [n], others [n, R] float64
-    seconds: float  # training time of this segment; the one thing that differs between two executions
-    shadow: dict[str, Tensor] = field(default_factory=dict)  # "<optimizer>/<entry>" -> its state
-    training_key: str | None = None  # key of the training; None: recorded, or from before they carried it
-    versions: Mapping[str, str] = field(default_factory=dict)  # of lossray and torch, where it has a key
+    seeds: tuple[int, ...]
+    parameters: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    alive: Tensor
+    diverged_at: Tensor
+    initial_loss: Tensor
+    evaluation: dict[str, Tensor]
+    log: dict[str, Tensor]
+    seconds: float
+    shadow: dict[str, Tensor] = field(default_factory=dict)
+    training_key: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
 
 
 def dumps(checkpoint: Checkpoint) -> bytes:

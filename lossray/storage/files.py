@@ -82,14 +82,14 @@ class LocalFiles:
 
     def names(self, folder: str) -> list[str]:
         """See Files."""
-        found = []
+        paths = []
         # os.walk needs no stat of the files, so one that is renamed or removed meanwhile does no harm.
         for here, folders, names in os.walk(self.absolute(folder), onerror=_raise_unless_missing):
             folders[:] = [name for name in folders if not name.startswith(".")]
             relative = os.path.relpath(here, self.root).replace(os.sep, "/")
             prefix = "" if relative == "." else f"{relative}/"
-            found += [prefix + name for name in names if not name.startswith(".")]
-        return sorted(found)
+            paths += [prefix + name for name in names if not name.startswith(".")]
+        return sorted(paths)
 
     def exists(self, path: str) -> bool:
         """See Files."""
@@ -132,10 +132,10 @@ class ObjectFiles:
         # A bucket is listed by prefix, and "parts/runs" is also a prefix of "parts/runs-old".
         prefix = f"{self.root}/{folder}/" if folder else f"{self.root}/"
         try:
-            found = self.filesystem.find(prefix.rstrip("/"))
+            full_paths = self.filesystem.find(prefix.rstrip("/"))
         except FileNotFoundError:
             return []
-        relative = [path[len(self.root) + 1 :] for path in found if path.startswith(prefix)]
+        relative = [path[len(self.root) + 1 :] for path in full_paths if path.startswith(prefix)]
         return sorted(path for path in relative if not _hidden(path))
 
     def exists(self, path: str) -> bool:

@@ -36,15 +36,25 @@ SETTLE_SECONDS = 1.0  # on an object store: longer than the time between another
 
 @dataclasses.dataclass(frozen=True)
 class Holder:
-    """Who holds a lease."""
+    """Who holds a lease.
+
+    Attributes:
+        host: name of the machine.
+        boot_id: tells machines of one name apart; empty where the system has none.
+        pid: process id.
+        process_started: seconds since the epoch: a process id may be used again.
+        token: of this lease, not of its process: one process may want two.
+        since: seconds since the epoch.
+        heartbeat: the last one, in seconds since the epoch.
+    """
 
     host: str
-    boot_id: str  # tells machines of one name apart; empty where the system has none
+    boot_id: str
     pid: int
-    process_started: float  # seconds since the epoch: a process id may be used again
-    token: str  # of this lease, not of its process: one process may want two
-    since: float  # seconds since the epoch
-    heartbeat: float  # seconds since the epoch
+    process_started: float
+    token: str
+    since: float
+    heartbeat: float
 
     def __str__(self) -> str:
         since = datetime.datetime.fromtimestamp(self.since, datetime.UTC)

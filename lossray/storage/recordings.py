@@ -22,19 +22,33 @@ READABLE = ("recording/1", FORMAT)  # the first had no `kind`, `exact`, `adaptiv
 
 @dataclass(frozen=True)
 class Recording:
-    """What the checkpoints of one recorded run have in common."""
+    """What the checkpoints of one recorded run have in common.
 
-    run: str  # its name, which is its run_id
-    parameters: Mapping[str, list[int]]  # shapes of the trainable parameters, in the order of a stack
-    buffers: Mapping[str, list[int]]  # of the buffers and the frozen parameters
-    optimizer: str | None  # its name, or that of its class where lossray does not know it; None: not given
-    settings: Mapping[str, Any] | None  # what decides its step but for rate and schedule, if known
-    lr: float | None  # learning rate before any schedule, at the first checkpoint; None where groups differ
-    steps: Mapping[int, str] = field(default_factory=dict)  # step -> sha256 of the checkpoint's content
-    kind: str | None = None  # the optimizer's class
-    exact: bool = True  # whether `settings` are those of an optimizer that a study file can name
-    adaptive: bool | None = None  # see `OptimizerEntry`
-    notes: tuple[str, ...] = ()  # what of the optimizer is not known, one line each
+    Attributes:
+        run: its name, which is its run_id.
+        parameters: shapes of the trainable parameters, in the order of a stack.
+        buffers: shapes of the buffers and the frozen parameters.
+        optimizer: its name, or that of its class where lossray does not know it; None: not given.
+        settings: what decides its step but for rate and schedule, if known.
+        lr: learning rate before any schedule, at the first checkpoint; None where groups differ.
+        steps: step -> sha256 of the checkpoint's content.
+        kind: the optimizer's class.
+        exact: whether `settings` are those of an optimizer that a study file can name.
+        adaptive: see `OptimizerEntry`.
+        notes: what of the optimizer is not known, one line each.
+    """
+
+    run: str
+    parameters: Mapping[str, list[int]]
+    buffers: Mapping[str, list[int]]
+    optimizer: str | None
+    settings: Mapping[str, Any] | None
+    lr: float | None
+    steps: Mapping[int, str] = field(default_factory=dict)
+    kind: str | None = None
+    exact: bool = True
+    adaptive: bool | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def seed(self) -> int:
@@ -43,9 +57,9 @@ class Recording:
 
     def plain(self) -> dict[str, Any]:
         """As JSON-compatible values, without the steps."""
-        own = dataclasses.asdict(self)
-        del own["steps"]
-        return {"format": FORMAT, **own}
+        fields = dataclasses.asdict(self)
+        del fields["steps"]
+        return {"format": FORMAT, **fields}
 
 
 def recording_path(run: str) -> str:
@@ -66,8 +80,8 @@ def read_recording(store: Store, run: str) -> Recording | None:
     if not isinstance(plain, dict) or plain.get("format") not in READABLE:
         raise StoreError(f"{where} is no recording of this version of lossray, {FORMAT}: record the run anew")
     try:
-        own = {key: value for key, value in plain.items() if key != "format"}
-        return Recording(**own | {"notes": tuple(own.get("notes", ()))})
+        fields = {key: value for key, value in plain.items() if key != "format"}
+        return Recording(**fields | {"notes": tuple(fields.get("notes", ()))})
     except TypeError as error:
         raise StoreError(f"{where} is damaged: {error}; record the run anew") from error
 
@@ -78,10 +92,10 @@ def read_recordings(store: Store) -> tuple[Recording, ...]:
     Raises:
         StoreError: a description is damaged.
     """
-    found = [read_recording(store, run) for run in sorted(keyed(store.paths(FOLDER)))]
+    descriptions = [read_recording(store, run) for run in sorted(keyed(store.paths(FOLDER)))]
     complete = [
         dataclasses.replace(recording, steps=_content(store, recording.run))
-        for recording in found
+        for recording in descriptions
         if recording
     ]
     return tuple(recording for recording in complete if recording.steps)

@@ -94,7 +94,9 @@ def _as_declared(name: str, file: pq.ParquetFile, fields: Sequence[pa.Field]) ->
     return pa.Table.from_arrays(arrays, schema=pa.schema(fields, metadata=arrow_schema(name).metadata))
 
 
-def _check_schema(name: str, label: str, found: pa.Schema, fields: Sequence[pa.Field], where: str) -> None:
+def _check_schema(
+    name: str, label: str, file_schema: pa.Schema, fields: Sequence[pa.Field], where: str
+) -> None:
     """Refuse the file of another table, of a later schema, or without a key.
 
     Columns that are added do not raise a schema's version, so an unknown one is a later version's too.
@@ -105,8 +107,8 @@ def _check_schema(name: str, label: str, found: pa.Schema, fields: Sequence[pa.F
         raise StoreError(
             f"{where} holds {label}, this lossray needs {declared.label}: delete it and run the study again"
         )
-    known = {column.name for column in declared.columns}
-    unknown = [column for column in found.names if column not in known]
+    declared_names = {column.name for column in declared.columns}
+    unknown = [column for column in file_schema.names if column not in declared_names]
     if int(version) > declared.version or (int(version) == declared.version and unknown):
         more = f" with {', '.join(unknown)}" if unknown else ""
         raise StoreError(
@@ -115,12 +117,12 @@ def _check_schema(name: str, label: str, found: pa.Schema, fields: Sequence[pa.F
             "later version"
         )
     for field in fields:
-        if field.name not in found.names and not field.nullable:
+        if field.name not in file_schema.names and not field.nullable:
             raise StoreError(
                 f"{where} holds {label} without the key {field.name!r} of {declared.label}: run the study "
                 "again, which makes it anew"
             )
-        there = found.field(field.name).type if field.name in found.names else field.type
+        there = file_schema.field(field.name).type if field.name in file_schema.names else field.type
         if there != field.type and int(version) == declared.version:
             raise StoreError(
                 f"{where} is damaged: its column {field.name!r} is {there}, not {field.type}; delete it and "
@@ -195,22 +197,22 @@ def _array(name: str, column: Column, values: Any, length: int) -> pa.Array:
     return array
 
 
-def _fits(found: pa.DataType, wanted: pa.DataType) -> bool:
+def _fits(given: pa.DataType, declared: pa.DataType) -> bool:
     """Whether values of one type are meant where another is declared: integers are numbers, flags are not."""
     types = pa.types
-    if types.is_null(found):
+    if types.is_null(given):
         return True
-    if types.is_floating(wanted):
-        return bool(types.is_floating(found) or types.is_integer(found))
-    if types.is_integer(wanted):
-        return bool(types.is_integer(found))
-    if types.is_list(wanted):
-        return bool(types.is_list(found) and _fits(found.value_type, wanted.value_type))
-    if types.is_string(wanted):
-        return bool(types.is_string(found) or types.is_large_string(found))
-    if types.is_timestamp(wanted):
-        return bool(types.is_timestamp(found) and found.tz is not None)
-    return bool(found == wanted)
+    if types.is_floating(declared):
+        return bool(types.is_floating(given) or types.is_integer(given))
+    if types.is_integer(declared):
+        return bool(types.is_integer(given))
+    if types.is_list(declared):
+        return bool(types.is_list(given) and _fits(given.value_type, declared.value_type))
+    if types.is_string(declared):
+        return bool(types.is_string(given) or types.is_large_string(given))
+    if types.is_timestamp(declared):
+        return bool(types.is_timestamp(given) and given.tz is not None)
+    return bool(given == declared)
 
 
 def _equals_row_above(table: pa.Table, columns: list[str]) -> np.ndarray[Any, np.dtype[np.bool_]]:

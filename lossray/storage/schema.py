@@ -10,14 +10,23 @@ TIME = pa.timestamp("us", tz="UTC")
 
 @dataclass(frozen=True)
 class Column:
-    """One column. Numeric columns have a unit, "1" where they are dimensionless."""
+    """One column. Numeric columns have a unit, "1" where they are dimensionless.
+
+    Attributes:
+        name: unique in its table.
+        type: of its values.
+        unit: such as "s" or "loss"; "1" for a number without one, "" for what is no number.
+        description: what it means.
+        key: whether it identifies the row, together with the table's other keys; never null then.
+        volatile: whether it may differ when the same study is run again: times, places, memory.
+    """
 
     name: str
     type: pa.DataType
     unit: str
     description: str
-    key: bool = False  # identifies the row, together with the table's other keys; never null
-    volatile: bool = False  # may differ when the same study is run again: times, places, memory
+    key: bool = False
+    volatile: bool = False
 
 
 @dataclass(frozen=True)
@@ -26,11 +35,17 @@ class TableSchema:
 
     Its version goes up when a column is removed or comes to mean something else. A column that is added is
     null in the rows that are older, and raises no version.
+
+    Attributes:
+        name: of the table and its file.
+        version: counts from 1.
+        row: what one row stands for.
+        columns: in the file's order.
     """
 
     name: str
     version: int
-    row: str  # what one row stands for
+    row: str
     columns: tuple[Column, ...]
 
     @property

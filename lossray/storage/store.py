@@ -196,9 +196,9 @@ class Store:
         schema_of(table)
         # Parts are listed after the commits: a task commits last, so its parts are in this listing.
         visible = self.committed_keys() | self._failures_with(table)
-        wanted = visible if keys is None else visible & set(keys)
+        selected = visible if keys is None else visible & set(keys)
         parts = keyed(self.paths(f"parts/{table}"))
-        return self._read_all(table, [path for key, path in parts.items() if key in wanted])
+        return self._read_all(table, [path for key, path in parts.items() if key in selected])
 
     def _failures_with(self, table: str) -> set[str]:
         """The keys of the failed tasks whose record came with rows of a table."""

@@ -45,8 +45,8 @@ def loads(data: bytes, format: str, *, name: str, remedy: str) -> tuple[dict[str
     except (SafetensorError, ValueError) as error:
         raise StoreError(f"{name} is damaged: {error}; {remedy}") from error
     if header.get("format") != format:
-        kind, found = format.partition("/")[0], header.get("format")
-        raise StoreError(f"{name} is no lossray {kind} file: it says {found}, not {format}; {remedy}")
+        kind, stored_format = format.partition("/")[0], header.get("format")
+        raise StoreError(f"{name} is no lossray {kind} file: it says {stored_format}, not {format}; {remedy}")
     return tensors, header
 
 
