@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lossray.connectivity.align import align
     from lossray.connectivity.connect import connect
     from lossray.measures.angles import angles
+    from lossray.measures.sharpness import sharpness
     from lossray.networks.balance import balance
     from lossray.networks.rescale import rescale
     from lossray.nullity.degeneracy import degeneracy
@@ -49,6 +50,7 @@ _HOMES = {
     "open_study": "lossray.results",
     "record": "lossray.training.record",
     "rescale": "lossray.networks.rescale",
+    "sharpness": "lossray.measures.sharpness",
     "spectral_density": "lossray.spectra.spectral_density",
     "structural_floor": "lossray.nullity.structural_floor",
     "trace": "lossray.spectra.trace",
@@ -73,6 +75,7 @@ __all__ = [
     "open_study",
     "record",
     "rescale",
+    "sharpness",
     "spectral_density",
     "structural_floor",
     "trace",

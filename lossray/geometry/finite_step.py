@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lossray.geometry.gauges import COVECTORS
 from lossray.geometry.rounding import rounding_error, shaken_spread
-from lossray.operators.objectives import PackedObjective, mean_losses
+from lossray.operators.objectives import Objective, mean_losses
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ def real_steps(directions: Mapping[str, Tensor], lr: float) -> dict[str, Tensor]
     return {name: rates.get(name, 1.0) * u.double() for name, u in directions.items()}
 
 
-def finite_steps(objective: PackedObjective, steps: Mapping[str, Tensor]) -> dict[str, FiniteStep]:
+def finite_steps(objective: Objective, steps: Mapping[str, Tensor]) -> dict[str, FiniteStep]:
     """The curvature along steps [R, d] by name, from two forward passes each and a few at the point.
 
     Args:

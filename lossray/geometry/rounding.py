@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lossray.networks.losses import mse
-from lossray.operators.objectives import PackedObjective, mean_losses
+from lossray.operators.objectives import Objective, mean_losses
 from lossray.seeds import generator
 
 EPS = torch.finfo(torch.float64).eps
@@ -13,7 +13,7 @@ SHAKES = 4  # of the parameters' last bits
 DEVIATIONS = 5  # standard deviations that an error may have: four losses give theirs roughly
 
 
-def shaken_spread(exact: PackedObjective, theta: Tensor) -> Tensor:
+def shaken_spread(exact: Objective, theta: Tensor) -> Tensor:
     """Standard deviation [R] of the losses when the parameters' last bits are shaken.
 
     Where the loss is small (a fit that interpolates, or a saturated softmax), the rounding of the outputs
@@ -30,7 +30,7 @@ def shaken_spread(exact: PackedObjective, theta: Tensor) -> Tensor:
     return torch.stack(losses).std(dim=0)
 
 
-def rounding_error(exact: PackedObjective, losses: Tensor, here: Tensor, spread: Tensor) -> Tensor:
+def rounding_error(exact: Objective, losses: Tensor, here: Tensor, spread: Tensor) -> Tensor:
     """An estimate, on the safe side, of the error of losses near the point where the spread was taken.
 
     A rounding of the outputs changes the loss by its slope in them, which for a smooth loss that is nowhere

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lossray.geometry.rounding import rounding_error, shaken_spread
-from lossray.operators.objectives import PackedObjective, mean_losses
+from lossray.operators.objectives import Objective, mean_losses
 from lossray.operators.packed import PackedHessian
 from lossray.spectra.estimates import PackedEstimate, jackknife
 
@@ -14,7 +14,7 @@ LARGEST_FACTOR, SMALLEST_FACTOR = 1e6, 1e-6  # of the learning rate, between whi
 HALVINGS = 12  # of the bracket, a factor 2 wide: a relative precision of 2e-4
 
 
-def batch_sharpness(batches: Iterable[PackedObjective], *, mode: str, full: bool) -> PackedEstimate:
+def batch_sharpness(batches: Iterable[Objective], *, mode: str, full: bool) -> PackedEstimate:
     """E_B[g_B' H_B g_B] / E_B |g_B|^2, arXiv 2412.20553, with its standard error over the batches.
 
     Args:
@@ -33,7 +33,7 @@ def batch_sharpness(batches: Iterable[PackedObjective], *, mode: str, full: bool
     return jackknife(torch.stack(samples, dim=1), lambda means: means[..., 0] / means[..., 1], exact=full)
 
 
-def critical_sharpness(objective: PackedObjective, update: Tensor, lr: float) -> Tensor:
+def critical_sharpness(objective: Objective, update: Tensor, lr: float) -> Tensor:
     """2 / lr_c, with lr_c the smallest learning rate at which the next update raises the loss (2601.16979).
 
     On a quadratic along delta = -g this is g'Hg / |g|^2, in general -delta'H delta / g'delta. Forward passes

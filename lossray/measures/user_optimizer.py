@@ -35,15 +35,15 @@ class UserOptimizer:
     notes: tuple[str, ...]
 
     @property
-    def lr(self) -> float:
-        """The rate to which the preconditioner belongs: the largest where the parameter groups differ."""
-        known = self.state.rate
-        return max(float(group["lr"]) for group in self.optimizer.param_groups) if known is None else known
+    def lr(self) -> float | None:
+        """The rate to which the preconditioner belongs: the groups' largest; None if they have none."""
+        rates = [float(group["lr"]) for group in self.optimizer.param_groups if "lr" in group]
+        return max(rates, default=None) if self.state.rate is None else self.state.rate
 
     @property
     def has_one_rate(self) -> bool:
         """Whether all parameter groups have the same."""
-        return rate(self.optimizer) is not None
+        return self.lr is not None and rate(self.optimizer) is not None
 
     def virtual_update(self, gradient: Tensor) -> Tensor | str:
         """The change [1, d] that the next step would make at a gradient [1, d]; a note where that fails.

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from lossray.networks.losses import (
     one_logit,
 )
 from lossray.networks.weight_norm import twice_differentiable
-from lossray.operators.example_mean import require_example_mean
+from lossray.operators.example_mean import is_example_mean, require_example_mean
 from lossray.operators.finite import require_finite_inputs, require_finite_loss
 from lossray.operators.model_outputs import Outputs, calling, remedy
 from lossray.operators.objectives import Batch, converted, example_losses
@@ -89,7 +89,7 @@ class ModuleObjective:
         self.dead = torch.zeros(1, dtype=torch.bool, device=self.device)
         self.may_diverge = False
         self._model = model
-        self._selected = outputs is not None
+        self._outputs = outputs
         self._called = _Called(model, closure or calling(outputs))
         self._derivatives = twice_differentiable(model)
         self._state = {
@@ -109,7 +109,7 @@ class ModuleObjective:
 
         None with a closure, in train mode, or where the loss gets a part of what the model returns.
         """
-        if self._loss is None or self.train or self._selected:
+        if self._loss is None or self.train or self._outputs is not None:
             return None
         return self._model, self._loss, self._data
 
@@ -121,6 +121,23 @@ class ModuleObjective:
     def live_parameters(self) -> list[nn.Parameter]:
         """The trainable parameters of the module as they are now, in order."""
         return [self._model.get_parameter(name) for name in self.layout.names]
+
+    def over(self, data: Any) -> "ModuleObjective":
+        """The same loss over other data, at the weights that the module has now."""
+        return ModuleObjective(
+            self._model,
+            self.loss,
+            data,
+            closure=self.closure,
+            train=self.train,
+            dtype=self.dtype,
+            outputs=self._outputs,
+        )
+
+    @cached_property
+    def divisible(self) -> bool:
+        """Whether the loss of a batch is the mean over its parts; False where that is open."""
+        return self.closure is None and not self.coupled and is_example_mean(self)
 
     def some_inputs(self) -> Any:
         """Inputs of the model as data, (inputs, None); None with a closure, whose batches may be anything."""

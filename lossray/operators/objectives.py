@@ -86,6 +86,14 @@ class Objective(Protocol):
     names: Mapping[str, str]  # for messages: "model" and "loss"
 
     @property
+    def loss(self) -> Loss | None:
+        """Of outputs and targets; None with a closure."""
+
+    @property
+    def divisible(self) -> bool:
+        """Whether the loss of a batch is the mean over its parts."""
+
+    @property
     def sizes(self) -> Sequence[int | None]:
         """Examples in each batch; None where that is not known."""
 
@@ -182,6 +190,11 @@ class PackedObjective:
         other._convert(self.dtype)
         return other
 
+    @property
+    def divisible(self) -> bool:
+        """A study's loss is a mean over examples, which is checked when it is planned."""
+        return True
+
     def moved(self, theta: Tensor) -> "PackedObjective":
         """The same members at other parameters [R, d]."""
         other = copy.copy(self)
@@ -248,12 +261,13 @@ class PackedObjective:
         return buffer.to(dtype, copy=True).masked_fill_(dead, 1)
 
 
-def mean_losses(objective: PackedObjective, theta: Tensor) -> Tensor:
+def mean_losses(objective: Objective, theta: Tensor) -> Tensor:
     """Mean losses [R], float64, at any parameters [R, d], without a graph; of dead members anything."""
     total = torch.zeros(theta.shape[0], dtype=torch.float64, device=theta.device)
     with torch.no_grad():
         for batch in objective.batches():
-            for part in batch.split(EXAMPLES_AT_ONCE):
+            large = (batch.size or 0) > EXAMPLES_AT_ONCE
+            for part in batch.split(EXAMPLES_AT_ONCE if large and objective.divisible else None):
                 total += part.share * objective.losses(theta, part).double()
     return total
 
