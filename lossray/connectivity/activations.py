@@ -37,7 +37,7 @@ def activation_matching(
     Raises:
         ModelError: the architectures differ.
     """
-    twins = [double_copy(own) for own in (model, to)]
+    twins = [double_copy(original) for original in (model, to)]
     for twin in twins:
         twin.to(next(twins[0].parameters()).device)
     graphs = [graph_of(twin) for twin in twins]
@@ -51,9 +51,9 @@ def activation_matching(
             for part in _parts(batch):
                 _observe(symmetry, (graphs[0], graphs[1]), part, moments)
     gains = {g: torch.zeros(count, count, dtype=torch.float64) for g, count in symmetry.groups.items()}
-    for node, place in symmetry.places.items():
+    for node, position in symmetry.places.items():
         if node in moments:
-            gains[place.group] += moments[node].correlation().cpu()
+            gains[position.group] += moments[node].correlation().cpu()
     return {group: assignment(gain) for group, gain in gains.items()}
 
 
@@ -108,10 +108,10 @@ def _observe(
 ) -> None:
     """Add one batch to the moments, by name of the node."""
     for (node, value), (_, other) in zip(*(values_of(graph, inputs) for graph in graphs), strict=True):
-        place = symmetry.places.get(node.name)
-        if place is None or place.axis not in ("channel", "last") or node.kind not in KINDS:
+        position = symmetry.places.get(node.name)
+        if position is None or position.axis not in ("channel", "last") or node.kind not in KINDS:
             continue
-        new = Moments.of(_by_channel(value, place), _by_channel(other, place))
+        new = Moments.of(_by_channel(value, position), _by_channel(other, position))
         moments[node.name] = moments[node.name].merged(new) if node.name in moments else new
 
 
@@ -120,8 +120,8 @@ def _parts(inputs: Any) -> Iterator[Any]:
     size = next(len(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
     for start in range(0, size, EXAMPLES_AT_ONCE):
         rows = slice(start, start + EXAMPLES_AT_ONCE)
-        yield tree_map(lambda leaf, own=rows: leaf[own] if isinstance(leaf, Tensor) else leaf, inputs)
+        yield tree_map(lambda leaf, rows=rows: leaf[rows] if isinstance(leaf, Tensor) else leaf, inputs)
 
 
-def _by_channel(value: Tensor, place: ChannelPlace) -> Tensor:
-    return (value.movedim(1, -1) if place.axis == "channel" else value).flatten(0, -2)
+def _by_channel(value: Tensor, position: ChannelPlace) -> Tensor:
+    return (value.movedim(1, -1) if position.axis == "channel" else value).flatten(0, -2)

@@ -111,14 +111,14 @@ def aligned(
     if matching == "activations" and not inputs:
         raise DataError(f"align, matching 'activations': found no data; {INPUTS}")
     task = _Task.of(model, to, kind, inputs[0] if inputs else None)
-    found = min((task.placed(p) for p in _candidates(task, inputs, matching)), key=lambda one: one.distance)
+    best = min((task.placed(p) for p in _candidates(task, inputs, matching)), key=lambda one: one.distance)
     before = _distance(model, to)
-    new = task.changed(model, found)
+    new = task.changed(model, best)
     distance = _distance(new, to)
     if distance > before:  # by the rounding of the weights
-        found, new, distance = task.unmoved, copied(model), before
-    change = task.function_change(found, inputs)
-    return Alignment(new, found.permutations, found.factors, before, distance, change if inputs else None)
+        best, new, distance = task.unmoved, copied(model), before
+    change = task.function_change(best, inputs)
+    return Alignment(new, best.permutations, best.factors, before, distance, change if inputs else None)
 
 
 @dataclass(frozen=True)
@@ -193,16 +193,18 @@ class _Task:
             thetas = thetas * self.units.diagonal(self.units.balance_factors(thetas))
             yield self.layout.split(thetas[0]), self.layout.split(thetas[1])
 
-    def changed(self, model: nn.Module, found: _Candidate) -> nn.Module:
+    def changed(self, model: nn.Module, candidate: _Candidate) -> nn.Module:
         """The model, or its copy in another dtype, after a candidate."""
         new = model
         if self.channels is not None:
-            new = permuted(new, self.channels, found.permutations)
+            new = permuted(new, self.channels, candidate.permutations)
         if self.units is not None:
-            new = rescaled(new, self.units, torch.cat([found.factors[name] for name in self.units.groups]))
+            new = rescaled(
+                new, self.units, torch.cat([candidate.factors[name] for name in self.units.groups])
+            )
         return new
 
-    def function_change(self, found: _Candidate, inputs: Sequence[Any]) -> float:
+    def function_change(self, candidate: _Candidate, inputs: Sequence[Any]) -> float:
         """Largest |f - f'| over largest |f|, in eval mode and float64; without inputs on made-up ones.
 
         Raises:
@@ -212,7 +214,7 @@ class _Task:
         assert symmetry is not None
         seen = symmetry.seen
         double = double_copy(self.model)
-        other = self.changed(double, found)
+        other = self.changed(double, candidate)
         try:
             return require_kept(double, other, inputs or seen.batches, eps=seen.eps)
         except ModelError as error:
@@ -256,15 +258,15 @@ def _part(inputs: Any, rows: slice, device: torch.device) -> Any:
 
 
 def _require_same_architecture(model: nn.Module, to: nn.Module) -> None:
-    for own in (model, to):
-        require_module(own)
+    for module in (model, to):
+        require_module(module)
     one, other = _tensors(uncompiled(model)), _tensors(uncompiled(to))
     for name in [*one, *other]:
-        shapes = [str(own[name]) if name in own else "nothing" for own in (one, other)]
+        shapes = [str(side[name]) if name in side else "nothing" for side in (one, other)]
         if shapes[0] != shapes[1]:
             raise ModelError(f"align: {name!r} is {shapes[0]} in model and {shapes[1]} in to; {NEEDED}")
-    for what, own in (("model", model), ("to", to)):
-        if not bool(_flat(uncompiled(own)).isfinite().all()):
+    for what, module in (("model", model), ("to", to)):
+        if not bool(_flat(uncompiled(module)).isfinite().all()):
             raise ModelError(f"align: {what} has weights that are not finite")
 
 

@@ -42,19 +42,19 @@ def barriers(ts: Sequence[float], lengths: Tensor, evaluation: Mapping[str, Tens
     Raises:
         ValueError: the places do not increase from 0 to 1.
     """
-    places = torch.tensor(ts, dtype=torch.float64)
-    if len(ts) < 2 or ts[0] != 0 or ts[-1] != 1 or not bool((places.diff() > 0).all()):
+    times = torch.tensor(ts, dtype=torch.float64)
+    if len(ts) < 2 or ts[0] != 0 or ts[-1] != 1 or not bool((times.diff() > 0).all()):
         raise ValueError(f"ts: found {list(ts)}; allowed: numbers that increase from 0 to 1")
     names = ("train_loss", "test_loss", "train_accuracy", "test_accuracy")
     train, test, train_accuracy, test_accuracy = (evaluation[name].double().cpu() for name in names)
     return Barrier(
-        barrier=above_chord(places, train),
-        barrier_test=above_chord(places, test),
+        barrier=above_chord(times, train),
+        barrier_test=above_chord(times, test),
         barrier_frankle=_above_mean(1 - test_accuracy),
         barrier_frankle_train=_above_mean(1 - train_accuracy),
         max_loss=float(train.max()),
-        max_loss_t=float(places[train.argmax()]) if bool(train.isfinite().all()) else torch.nan,
-        mean_loss=_mean(places, lengths.double().cpu(), train),
+        max_loss_t=float(times[train.argmax()]) if bool(train.isfinite().all()) else torch.nan,
+        mean_loss=_mean(times, lengths.double().cpu(), train),
     )
 
 

@@ -73,8 +73,8 @@ class Connection:
         theta, buffers = next(self._points([t]))
         tensors = self._stack.layout.split(theta) | buffers
         with torch.no_grad():
-            for name, own in (*model.named_parameters(), *model.named_buffers()):
-                own.copy_(tensors[f"model.{name}"][0])
+            for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+                tensor.copy_(tensors[f"model.{name}"][0])
         return model
 
     def evaluate(self, points: int = POINTS) -> pd.DataFrame:
@@ -243,7 +243,10 @@ def _start(
         copies, executor="loop", dtype=objective.dtype, device=objective.device
     )
     a, b = theta.split(1)
-    sides = ({n: own[:1] for n, own in buffers.items()}, {n: own[1:] for n, own in buffers.items()})
+    sides = (
+        {n: tensor[:1] for n, tensor in buffers.items()},
+        {n: tensor[1:] for n, tensor in buffers.items()},
+    )
     straights = {"line": straight, "geometric": geometric}
     path = straights[kind](a, b) if kind in straights else bent(kind, a, b, bends)
     return Connection(path, ends, stack, sides, examples, examples.loss(in_dtype_of_outputs(loss)))
@@ -276,22 +279,22 @@ def _require_same_architecture(model_a: nn.Module, model_b: nn.Module) -> None:
     for model in (model_a, model_b):
         require_module(model)
     a, b = uncompiled(model_a), uncompiled(model_b)
-    for (name_a, own_a), (name_b, own_b) in zip(_shapes(a), _shapes(b), strict=False):
+    for (name_a, shape_a), (name_b, shape_b) in zip(_shapes(a), _shapes(b), strict=False):
         if name_a != name_b:
             raise ModelError(f"connect: model_a has {name_a} where model_b has {name_b}; {NEEDED}")
-        if own_a != own_b:
-            raise ModelError(f"connect: {name_a} is {own_a} in model_a and {own_b} in model_b; {NEEDED}")
+        if shape_a != shape_b:
+            raise ModelError(f"connect: {name_a} is {shape_a} in model_a and {shape_b} in model_b; {NEEDED}")
     sides = {"model_a": _shapes(a), "model_b": _shapes(b)}
     (less, few), (more, many) = sorted(sides.items(), key=lambda side: len(side[1]))
     if len(few) < len(many):
         raise ModelError(f"connect: {more} has {many[len(few)][0]} and {less} has not; {NEEDED}")
     for side, model in (("model_a", a), ("model_b", b)):
-        for name, own in model.named_parameters():
-            if not bool(own.isfinite().all()):
+        for name, parameter in model.named_parameters():
+            if not bool(parameter.isfinite().all()):
                 raise ModelError(f"connect: parameter {name!r} of {side} has values that are not finite")
-    frozen = {name: own for name, own in b.named_parameters() if not own.requires_grad}
-    for name, own in a.named_parameters():
-        if name in frozen and not torch.equal(own.cpu(), frozen[name].cpu()):
+    frozen = {name: parameter for name, parameter in b.named_parameters() if not parameter.requires_grad}
+    for name, parameter in a.named_parameters():
+        if name in frozen and not torch.equal(parameter.cpu(), frozen[name].cpu()):
             raise ModelError(
                 f"connect: the frozen parameter {name!r} differs between the models, and a path moves those "
                 "alone that are trainable: let it require a gradient, or make it the same"
@@ -301,21 +304,24 @@ def _require_same_architecture(model_a: nn.Module, model_b: nn.Module) -> None:
 def _shapes(model: nn.Module) -> list[tuple[str, str]]:
     """What has to be the same in both: parameters, then buffers, by name."""
     parameters = [
-        (f"parameter {name!r}", f"{list(own.shape)}{'' if own.requires_grad else ' (frozen)'}")
-        for name, own in model.named_parameters()
+        (f"parameter {name!r}", f"{list(parameter.shape)}{'' if parameter.requires_grad else ' (frozen)'}")
+        for name, parameter in model.named_parameters()
     ]
-    return parameters + [(f"buffer {name!r}", f"{list(own.shape)}") for name, own in model.named_buffers()]
+    return parameters + [
+        (f"buffer {name!r}", f"{list(buffer.shape)}") for name, buffer in model.named_buffers()
+    ]
 
 
 def _require_same_function(start: Connection, objective: ModuleObjective) -> None:
     """Refuse a model_b that computes something else with its weights than model_a's architecture would."""
-    own = _loss_of(objective)
-    found = float(start.losses([1.0]))
-    if abs(found - own) <= SAME_LOSS * max(abs(own), abs(found)) or _same_outputs(start, objective):
+    loss_b = _loss_of(objective)
+    loss_in_a = float(start.losses([1.0]))
+    alike = abs(loss_in_a - loss_b) <= SAME_LOSS * max(abs(loss_b), abs(loss_in_a))
+    if alike or _same_outputs(start, objective):
         return
     raise ModelError(
-        f"connect: model_b has a loss of {own:.6g}, and its weights in model_a's architecture one of "
-        f"{found:.6g}; {NEEDED}"
+        f"connect: model_b has a loss of {loss_b:.6g}, and its weights in model_a's architecture one of "
+        f"{loss_in_a:.6g}; {NEEDED}"
     )
 
 
@@ -338,11 +344,11 @@ def _same_outputs(start: Connection, objective: ModuleObjective) -> bool:
     with torch.no_grad():
         for batch, chunk in zip(objective.batches(), start._examples.chunks(), strict=True):
             try:
-                own = objective.outputs(objective.theta, batch)
+                outputs_b = objective.outputs(objective.theta, batch)
             except ModelError:  # no single tensor
                 return False
-            found = start._stack.outputs(theta, buffers, chunk)
-            if not bool((found - own).abs().amax() <= SAME_LOSS * own.abs().amax()):
+            outputs_in_a = start._stack.outputs(theta, buffers, chunk)
+            if not bool((outputs_in_a - outputs_b).abs().amax() <= SAME_LOSS * outputs_b.abs().amax()):
                 return False
     return True
 

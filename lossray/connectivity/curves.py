@@ -31,11 +31,11 @@ class Curves:
 
     Attributes:
         path: with the same ends. The bends of a member that diverged are its last finite ones.
-        alive: whether a member has not diverged.
+        alive: [R] bool, whether a member has not diverged.
     """
 
     path: Path
-    alive: Tensor  # [R] bool
+    alive: Tensor
 
 
 def train_curves(task: TrainingTask, path: Path, buffers: Members, *, initial_loss: Tensor) -> Curves:
@@ -60,13 +60,13 @@ def train_curves(task: TrainingTask, path: Path, buffers: Members, *, initial_lo
     if path.kind not in CURVES:
         raise ValueError(f"found a path of kind {path.kind!r}; allowed: {', '.join(CURVES)}")
     curve = Path(path.kind, path.points.detach().clone())
-    own = {name: tensor.detach().clone() for name, tensor in buffers.items()}
+    buffer_copies = {name: tensor.detach().clone() for name, tensor in buffers.items()}
     bends = curve.bends.flatten(0, 1)  # a view [bends * R, d]: optimizers treat them as members of one stack
     optimizer = PackedOptimizer(task.optimizer, bends, task.stack.layout)
     members, initial_loss = len(task.seeds), initial_loss.to(bends.device)
     alive = torch.ones(members, dtype=torch.bool, device=bends.device)
     for step in range(task.training.steps):
-        losses, gradient = _gradient(task, curve, own, step)
+        losses, gradient = _gradient(task, curve, buffer_copies, step)
         bounded = below_limit(losses, initial_loss, task.training.diverged_above, losses.dtype)
         alive = alive & bounded & all_finite(gradient).view(-1, members).all(dim=0)
         if not bool(alive.any()):
@@ -129,12 +129,12 @@ def evaluate_path(
         METRICS of lossray.training.evaluation by name, [R, T] float64.
     """
     members = path.points.shape[1]
-    found: dict[str, list[Tensor]] = {name: [] for name in METRICS}
+    collected: dict[str, list[Tensor]] = {name: [] for name in METRICS}
     inputs = dataset.train.inputs
     for theta, buffers in points_along(path, stack, buffers_a, buffers_b, inputs, ts, alike=alike):
         for name, values in evaluate(stack, theta, buffers, loss, dataset).items():
-            found[name].append(values.view(-1, members))
-    return {name: torch.cat(values).T.contiguous() for name, values in found.items()}
+            collected[name].append(values.view(-1, members))
+    return {name: torch.cat(values).T.contiguous() for name, values in collected.items()}
 
 
 def points_along(
@@ -154,17 +154,17 @@ def points_along(
     members, dim = path.points.shape[1:]
     at_once = max(1, min(MEMBERS_AT_ONCE // members, PARAMETERS_AT_ONCE // (members * dim)))
     for start in range(0, len(ts), at_once):
-        places = ts[start : start + at_once]
-        theta = torch.cat([path.at(t) for t in places])
-        sides = [buffers_b if t == 1 else buffers_a for t in places]
+        times = ts[start : start + at_once]
+        theta = torch.cat([path.at(t) for t in times])
+        sides = [buffers_b if t == 1 else buffers_a for t in times]
         buffers = {name: torch.cat([side[name] for side in sides]) for name in buffers_a}
-        inner = torch.tensor([alike or 0 < t < 1 for t in places], device=theta.device).repeat_interleave(
+        inner = torch.tensor([alike or 0 < t < 1 for t in times], device=theta.device).repeat_interleave(
             members
         )
         if has_statistics(stack.template) and bool(inner.any()):
             refreshed = refresh_statistics(stack, theta, buffers, inputs)
             buffers = {
-                name: torch.where(inner.view(-1, *[1] * (own.ndim - 1)), refreshed[name], own)
-                for name, own in buffers.items()
+                name: torch.where(inner.view(-1, *[1] * (tensor.ndim - 1)), refreshed[name], tensor)
+                for name, tensor in buffers.items()
             }
         yield theta, buffers

@@ -24,8 +24,8 @@ def differing(stack: Stack, buffers_a: Members, buffers_b: Members) -> list[str]
     normal = statistics_of(stack.template)
     return [
         name
-        for name, own in buffers_a.items()
-        if name not in normal and not torch.equal(own, buffers_b[name].to(own))
+        for name, tensor in buffers_a.items()
+        if name not in normal and not torch.equal(tensor, buffers_b[name].to(tensor))
     ]
 
 
@@ -44,7 +44,7 @@ def jumps(
     """
     if not differing(stack, buffers_a, buffers_b):
         return torch.zeros(len(theta), dtype=torch.bool, device=theta.device)
-    sides = [refresh_statistics(stack, theta, own, inputs) for own in (buffers_a, buffers_b)]
-    one, other = (losses(theta, own).double() for own in sides)
+    sides = [refresh_statistics(stack, theta, buffers, inputs) for buffers in (buffers_a, buffers_b)]
+    one, other = (losses(theta, buffers).double() for buffers in sides)
     rounding = ROUNDINGS * torch.finfo(theta.dtype).eps * torch.maximum(one.abs(), other.abs())
     return (one - other).abs() > rounding

@@ -54,11 +54,11 @@ def packed_align(
     buffers = [{name: tensor[r] for name, tensor in members[1].items()} for r in range(len(rows))]
     changes = torch.full((len(rows),), torch.nan, dtype=torch.float64)
     for r in torch.nonzero(alive)[:, 0].tolist():
-        own = stack.module(rows[r], buffers[r])
+        member = stack.module(rows[r], buffers[r])
         other = stack.module(to[0][r], {name: tensor[r] for name, tensor in to[1].items()})
-        found = aligned(own, other, inputs, kind=kind, matching=matching)
-        parameters, buffers[r] = tensors_of(found.model)
+        alignment = aligned(member, other, inputs, kind=kind, matching=matching)
+        parameters, buffers[r] = tensors_of(alignment.model)
         rows[r] = torch.cat([tensor.reshape(-1) for tensor in parameters.values()])
-        changes[r] = torch.nan if found.function_change is None else found.function_change
-    stacked = {name: torch.stack([own[name] for own in buffers]) for name in members[1]}
+        changes[r] = torch.nan if alignment.function_change is None else alignment.function_change
+    stacked = {name: torch.stack([member_buffers[name] for member_buffers in buffers]) for name in members[1]}
     return PackedAlignment(torch.stack(rows), stacked, changes.to(rows[0].device))

@@ -30,11 +30,11 @@ class Path:
     Attributes:
         kind: polychain: straight pieces that take equal times; bezier: the Bernstein polynomial of degree
             K - 1; geometric: sign(a) |a|^(1 - t) |b|^t in each coordinate.
-        points: control points, the ends first and last; K = 2 for line and geometric.
+        points: [K, R, d], the control points, the ends first and last; K = 2 for line and geometric.
     """
 
     kind: Kind
-    points: Tensor  # [K, R, d]
+    points: Tensor
 
     @property
     def bends(self) -> Tensor:
@@ -161,11 +161,12 @@ def geometric(a: Tensor, b: Tensor) -> Path:
     """
     differ = (a.sign() != b.sign()) & a.isfinite() & b.isfinite()
     if bool(differ.any()):
-        member, place = differ.nonzero()[0].tolist()
+        member, coordinate = differ.nonzero()[0].tolist()
         raise ModelError(
             "a geometric path needs ends with the same signs, b = D a with D > 0, as lossray.rescale makes: "
-            f"found {float(a[member, place]):.4g} and {float(b[member, place]):.4g} in coordinate {place} "
-            f"of member {member} ({int(differ.sum())} differ); take the kind 'line' or a curve"
+            f"found {float(a[member, coordinate]):.4g} and {float(b[member, coordinate]):.4g} in "
+            f"coordinate {coordinate} of member {member} ({int(differ.sum())} differ); take the kind 'line' "
+            "or a curve"
         )
     return Path("geometric", torch.stack([a.detach(), b.detach()]))
 

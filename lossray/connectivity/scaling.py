@@ -76,7 +76,7 @@ def _best(w: Tensor, v: Tensor, alpha: Tensor, block: slice) -> Tensor:
 
     At the minimum a x^4 - p x^3 + q x - c = 0; in units of (c / a)^(1/4) both ends have the coefficient 1.
     """
-    own = alpha[block]
+    current = alpha[block]
     a, p = w[block] @ alpha.pow(-2), v[block] @ alpha.reciprocal()
     c, q = w[:, block].T @ alpha.square(), v[:, block].T @ alpha
     free = (a > 0) & (c > 0)
@@ -87,7 +87,7 @@ def _best(w: Tensor, v: Tensor, alpha: Tensor, block: slice) -> Tensor:
     roots = _positive_roots(p, q)
     heights = roots**2 - 2 * p[:, None] * roots + roots**-2 - 2 * q[:, None] / roots
     best = roots.gather(1, heights.argmin(dim=1, keepdim=True))[:, 0]
-    return torch.where(free, best * scale, own)
+    return torch.where(free, best * scale, current)
 
 
 def _positive_roots(p: Tensor, q: Tensor) -> Tensor:

@@ -65,8 +65,8 @@ def _descended(
     draw: torch.Generator,
 ) -> Permutations:
     """Coordinate descent over the groups, until a sweep improves none of them."""
-    found = dict(start)
-    moved = symmetry.apply(source, found)
+    permutations = dict(start)
+    moved = symmetry.apply(source, permutations)
     names = list(symmetry.groups)
     for _ in range(SWEEPS):
         improved = False
@@ -75,11 +75,11 @@ def _descended(
             better = _better(symmetry, group, moved, target)
             if better is not None:
                 step, moved = better
-                found[group] = found[group][step]
+                permutations[group] = permutations[group][step]
                 improved = True
         if not improved:
             break
-    return found
+    return permutations
 
 
 def _better(
@@ -119,11 +119,11 @@ def _successive(symmetry: PermutationSymmetry, source: Weights, target: Weights)
     """
     waiting = Counter(use.tensor for uses in symmetry.uses.values() for use in uses)
     moved = dict(source)
-    found = {}
+    permutations = {}
     for group, count in symmetry.groups.items():
         uses = [use for use in symmetry.uses[group] if use.tensor in target]
-        known = [use for use in uses if waiting[use.tensor] == 1]
-        found[group] = assignment(_gain(known, moved, target, count))
-        moved = symmetry.apply(moved, {group: found[group]})
+        anchored = [use for use in uses if waiting[use.tensor] == 1]
+        permutations[group] = assignment(_gain(anchored, moved, target, count))
+        moved = symmetry.apply(moved, {group: permutations[group]})
         waiting.subtract(use.tensor for use in symmetry.uses[group])
-    return found
+    return permutations
