@@ -27,6 +27,7 @@ from lossray.operators.transforms import (
     PackedScaled,
     PointOperator,
 )
+from lossray.spectra.operator import packed_of
 
 Vectors = TypeVar("Vectors", Tensor, NDArray[Any])
 
@@ -258,6 +259,7 @@ class Scaled(CurvatureMatrix):
 
     Raises:
         ValueError: another shape, or values that are not finite.
+        StudyError: no matrix of lossray's.
 
     Example:
         Zeros and ones pick coordinates; other numbers measure the weights in other units.
@@ -272,7 +274,7 @@ class Scaled(CurvatureMatrix):
     """
 
     def __init__(self, matrix: CurvatureMatrix, scale: Tensor | NDArray[Any]) -> None:
-        super().__init__(PackedScaled(matrix.packed, _diagonal(scale)))
+        super().__init__(PackedScaled(_packed(matrix), _diagonal(scale)))
 
 
 class Preconditioned(CurvatureMatrix):
@@ -284,6 +286,7 @@ class Preconditioned(CurvatureMatrix):
 
     Raises:
         ValueError: another shape, or values that are not finite and above zero.
+        StudyError: no matrix of lossray's.
 
     Example:
         A preconditioner that equals the curvature makes the surface round.
@@ -298,7 +301,7 @@ class Preconditioned(CurvatureMatrix):
     """
 
     def __init__(self, matrix: CurvatureMatrix, scale: Tensor | NDArray[Any]) -> None:
-        super().__init__(PackedPreconditioned(matrix.packed, _diagonal(scale)))
+        super().__init__(PackedPreconditioned(_packed(matrix), _diagonal(scale)))
 
 
 class Restricted(CurvatureMatrix):
@@ -310,6 +313,7 @@ class Restricted(CurvatureMatrix):
 
     Raises:
         ModelError: a name or glob that no parameter matches.
+        StudyError: no matrix of lossray's.
 
     Example:
         >>> import lossray, torch
@@ -324,7 +328,7 @@ class Restricted(CurvatureMatrix):
     """
 
     def __init__(self, matrix: CurvatureMatrix, names: Iterable[str]) -> None:
-        super().__init__(PackedRestricted(matrix.packed, names))
+        super().__init__(PackedRestricted(_packed(matrix), names))
 
 
 def _diagonal(scale: Any) -> Tensor:
@@ -332,3 +336,13 @@ def _diagonal(scale: Any) -> Tensor:
         return torch.as_tensor(scale)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"scale: found {type(scale).__name__}; allowed: a tensor or an array [d]") from error
+
+
+def _packed(matrix: CurvatureMatrix) -> PointOperator:
+    """The matrix as a pack of one member.
+
+    Raises:
+        StudyError: it is none of lossray's.
+    """
+    packed_of(matrix)  # which says what is allowed
+    return matrix.packed

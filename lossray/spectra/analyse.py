@@ -1,5 +1,6 @@
 """Pairs, density, trace and what follows from them, of one operator: `lossray.analyse`."""
 
+from lossray.errors import StudyError
 from lossray.spectra.analysis import Analysis, packed_analysis
 from lossray.spectra.operator import SingleOperator, packed_of
 
@@ -44,6 +45,8 @@ def analyse(
         >>> round(report.trace.value, 4), round(report.negative_mass.value, 4)  # 6 - 2, and 2 / (6 + 2)
         (4.0, 0.25)
     """
+    if type(top) is not int or top < 1:
+        raise StudyError(f"top: found {top!r}; allowed: a whole number from 1")
     return packed_analysis(
         packed_of(operator), top=top, tolerance=tol, probes=probes, steps=steps, seeds=[seed], block=block
     ).member(0)

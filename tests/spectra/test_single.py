@@ -1,6 +1,7 @@
 """`lossray.eigenpairs`, `spectral_density`, `trace` and `analyse` on a model of the user's."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -162,6 +163,18 @@ def test_more_pairs_than_there_are(case) -> None:
 def test_impossible_arguments(case, arguments: dict[str, object], message: str) -> None:
     with pytest.raises(StudyError, match=message):
         lossray.eigenpairs(case[0], **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("top", [0, 2.0, True])
+def test_the_number_of_pairs_is_named_as_it_is_given(top: object) -> None:
+    with pytest.raises(StudyError, match=f"top: found {top}; allowed"):
+        lossray.analyse(None, top=top)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("make", [lossray.Scaled, lossray.Preconditioned, lossray.Restricted])
+def test_what_is_no_matrix_is_not_transformed(make: Callable[..., object]) -> None:
+    with pytest.raises(StudyError, match=r"operator: found int; allowed: lossray.Hessian"):
+        make(3, torch.ones(2))
 
 
 def test_anything_else_than_an_operator_is_refused() -> None:
