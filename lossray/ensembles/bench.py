@@ -36,11 +36,17 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class PackedWeights:
-    """One set of weights for each base run."""
+    """One set of weights for each base run.
 
-    theta: Tensor  # [R, d]
-    buffers: Buffers  # name -> [R, *shape]
-    alive: Tensor  # [R] bool; the weights of the others mean nothing
+    Attributes:
+        theta: [R, d].
+        buffers: name -> [R, *shape].
+        alive: [R] bool; the weights of the others mean nothing.
+    """
+
+    theta: Tensor
+    buffers: Buffers
+    alive: Tensor
 
     def where(self, healthy: Tensor) -> "PackedWeights":
         """The same, with those that are not ``healthy`` [R] marked as dead."""
@@ -85,11 +91,17 @@ class BaseRuns:
 
 @dataclass
 class Bench:
-    """What a method works with, and what it has taken so far for each base run, in gradients of examples."""
+    """What a method works with, and what it has taken so far for each base run, in gradients of examples.
+
+    Attributes:
+        problem: the base runs.
+        budget: what the method may spend.
+        bends: control points of a curve between its ends.
+    """
 
     problem: BaseRuns
     budget: Budget
-    bends: int = 1  # of a curve
+    bends: int = 1
 
     def __post_init__(self) -> None:
         """Nothing is spent yet."""
@@ -105,13 +117,13 @@ class Bench:
     def base(self) -> PackedWeights:
         """The base runs after those steps of their own training that the budget has for them."""
         steps = self.budget.base_steps
-        problem, found = self.problem, self.problem.checkpoint(steps)
+        problem, checkpoint = self.problem, self.problem.checkpoint(steps)
         task = self._task(problem.training, problem.optimizer, problem.seeds)
         device = problem.dataset.train.targets.device
         like = torch.empty(0, dtype=getattr(torch, problem.training.dtype), device=device)
-        pack = resumed(task, like, found)
+        pack = resumed(task, like, checkpoint)
         self._initial_loss = pack.initial_loss
-        self._advance(task, pack, range(found.step, steps))
+        self._advance(task, pack, range(checkpoint.step, steps))
         self.pay(steps * problem.batch)
         return _point(pack)
 
@@ -189,11 +201,11 @@ class Bench:
             rate=self.cosine(steps),
         )
         path = bent("bezier", a.theta, b.theta, self.bends)
-        found = train_curves(task, path, a.buffers, initial_loss=self.initial_loss())
+        curves = train_curves(task, path, a.buffers, initial_loss=self.initial_loss())
         self.pay(steps * problem.batch)
-        healthy = found.alive & a.alive & b.alive
-        inner = found.path.points.masked_fill(~healthy[:, None], torch.nan)
-        return replace(found.path, points=inner)
+        healthy = curves.alive & a.alive & b.alive
+        inner = curves.path.points.masked_fill(~healthy[:, None], torch.nan)
+        return replace(curves.path, points=inner)
 
     def on_path(self, path: Path, a: PackedWeights, b: PackedWeights, t: float) -> PackedWeights:
         """The point at t of a path from a to b, batch-norm statistics recomputed between the ends."""

@@ -9,11 +9,16 @@ class Budget:
 
     Half of it goes into the base run, which takes no more than its own training; the rest is divided into
     cycles of retraining. Nothing is without a step, so that the smallest budgets are exceeded.
+
+    Attributes:
+        trainings: how many, the base run included.
+        run_steps: steps of one training.
+        cycle: steps that one retraining is to have.
     """
 
     trainings: float
-    run_steps: int  # of one training
-    cycle: int  # wanted steps of one retraining
+    run_steps: int
+    cycle: int
 
     @property
     def base_steps(self) -> int:

@@ -56,8 +56,8 @@ def fge(bench: Bench, options: Options) -> EnsembleMembers:
     period = max(1, 2 * half)  # a cycle of one step has no triangle
 
     def rate(step: int) -> float:
-        place = abs((step % period) / half - 1) if half else 1.0  # 1 at the ends of a cycle, 0 in its middle
-        return high * (LOWEST_RATE + (1 - LOWEST_RATE) * place)
+        height = abs((step % period) / half - 1) if half else 1.0  # 1 at the ends of a cycle, 0 in its middle
+        return high * (LOWEST_RATE + (1 - LOWEST_RATE) * height)
 
     # The step at the lowest rate is made.
     captures = [half + 1 + period * k for k in range(bench.budget.cycles)]
@@ -115,11 +115,11 @@ def swag(bench: Bench, options: Options) -> EnsembleMembers:
     """Draws from SWA-Gaussian (1902.02476)."""
     points = _iterates(bench)
     drawn = gaussian_samples(points, bench.problem.seeds, bench.budget.size)
-    found, costs = [], []
+    members, costs = [], []
     for point in drawn:
-        found.append(bench.refreshed(point))
+        members.append(bench.refreshed(point))
         costs.append(bench.spent)
-    return EnsembleMembers(tuple(found), tuple(costs))
+    return EnsembleMembers(tuple(members), tuple(costs))
 
 
 def simplex(bench: Bench, options: Options) -> EnsembleMembers:

@@ -11,10 +11,15 @@ BLOCK = 2**20  # numbers that are worked on at once: 8 MiB in float64
 
 
 class Diversity(NamedTuple):
-    """Differences of the members' predictions: symmetric, 0 on the diagonal, NaN where a member diverged."""
+    """Differences of the members' predictions: symmetric, 0 on the diagonal, NaN where a member diverged.
 
-    disagreement: Array  # [K, K], share of the examples whose predicted classes differ
-    kl: Array  # [K, K], (KL(p_i || p_j) + KL(p_j || p_i)) / 2, mean over the examples, nats
+    Attributes:
+        disagreement: [K, K], share of the examples whose predicted classes differ.
+        kl: [K, K], (KL(p_i || p_j) + KL(p_j || p_i)) / 2, mean over the examples, nats.
+    """
+
+    disagreement: Array
+    kl: Array
 
 
 def pairwise(logits: Logits) -> Diversity:
@@ -46,8 +51,8 @@ def _of_finite(logits: Logits, members: NDArray[np.intp]) -> Diversity:
         logs = log_softmax(logits[members, start : start + size])
         differing += _differing(logs)
         products += _products(logs)
-    own = products.diagonal()
-    divergence = (own[:, None] + own - (products + products.T)) / 2
+    diagonal = products.diagonal()
+    divergence = (diagonal[:, None] + diagonal - (products + products.T)) / 2
     return Diversity(differing / examples, np.maximum(divergence, 0) / examples)  # rounding may lead below
 
 
@@ -55,8 +60,8 @@ def _differing(logs: Array) -> Array:
     """How many predicted classes differ, [k, k]."""
     predicted = logs.argmax(axis=2)
     counts = np.zeros((len(logs), len(logs)))
-    for i, own in enumerate(predicted):
-        counts[i, i + 1 :] = np.count_nonzero(predicted[i + 1 :] != own, axis=1)
+    for i, classes in enumerate(predicted):
+        counts[i, i + 1 :] = np.count_nonzero(predicted[i + 1 :] != classes, axis=1)
     return counts + counts.T
 
 

@@ -18,14 +18,14 @@ def check_logits(logits: Logits, dimensions: tuple[str, ...] = ("members", "exam
     Raises:
         DataError: another number of dimensions, one of length 0, or no real numbers.
     """
-    found = np.asarray(logits)
-    if found.dtype.kind not in "fiu":
-        raise DataError(f"logits: found {found.dtype}; allowed: real numbers")
-    if found.ndim != len(dimensions):
-        raise DataError(f"logits: found shape {_shape(found)}; allowed: [{', '.join(dimensions)}]")
-    if 0 in found.shape:
-        raise DataError(f"logits: found shape {_shape(found)}, without {dimensions[found.shape.index(0)]}")
-    return found
+    array = np.asarray(logits)
+    if array.dtype.kind not in "fiu":
+        raise DataError(f"logits: found {array.dtype}; allowed: real numbers")
+    if array.ndim != len(dimensions):
+        raise DataError(f"logits: found shape {_shape(array)}; allowed: [{', '.join(dimensions)}]")
+    if 0 in array.shape:
+        raise DataError(f"logits: found shape {_shape(array)}, without {dimensions[array.shape.index(0)]}")
+    return array
 
 
 def check_targets(targets: Targets, shape: tuple[int, int]) -> Targets:
@@ -34,16 +34,16 @@ def check_targets(targets: Targets, shape: tuple[int, int]) -> Targets:
     Raises:
         DataError: another shape, no integers, or a class that does not exist.
     """
-    found = np.asarray(targets)
+    array = np.asarray(targets)
     examples, classes = shape
-    if found.shape != (examples,):
-        raise DataError(f"targets: found shape {_shape(found)}; allowed: [{examples}], as the logits have it")
-    if found.dtype.kind not in "iu":
-        raise DataError(f"targets: found {found.dtype}; allowed: integers, the classes")
-    if found.min() < 0 or found.max() >= classes:
-        wrong = found[(found < 0) | (found >= classes)][0]
+    if array.shape != (examples,):
+        raise DataError(f"targets: found shape {_shape(array)}; allowed: [{examples}], as the logits have it")
+    if array.dtype.kind not in "iu":
+        raise DataError(f"targets: found {array.dtype}; allowed: integers, the classes")
+    if array.min() < 0 or array.max() >= classes:
+        wrong = array[(array < 0) | (array >= classes)][0]
         raise DataError(f"targets: found class {wrong}; allowed: 0 to {classes - 1}, as the logits have it")
-    return found
+    return array
 
 
 def check_predictions(confidence: Array, correct: NDArray[np.bool_]) -> tuple[Array, NDArray[np.bool_]]:
@@ -54,8 +54,8 @@ def check_predictions(confidence: Array, correct: NDArray[np.bool_]) -> tuple[Ar
     """
     confidence, correct = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.bool_)
     if confidence.ndim != 1 or confidence.shape != correct.shape or not confidence.size:
-        found = f"{_shape(confidence)} and {_shape(correct)}"
-        raise DataError(f"confidence and correct: found shapes {found}; allowed: [examples] both")
+        shapes = f"{_shape(confidence)} and {_shape(correct)}"
+        raise DataError(f"confidence and correct: found shapes {shapes}; allowed: [examples] both")
     return confidence, correct
 
 

@@ -29,7 +29,12 @@ class EnsembleMembers:
 
 @dataclass(frozen=True)
 class Options:
-    """What of [ensembles] the methods read."""
+    """What of [ensembles] the methods read.
+
+    Attributes:
+        sigma: standard deviation of the logarithm of the units' factors.
+        powers_of_two: whether factors are rounded to powers of two.
+    """
 
     sigma: float
     powers_of_two: bool

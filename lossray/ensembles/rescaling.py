@@ -41,16 +41,27 @@ BY_BOTH = ("radam",)  # D^-1 each: its first steps go by the gradient, the other
 
 @dataclass(frozen=True)
 class Rescaling:
-    """One gauge D for each base run, and what it does; all but the first [R] float64."""
+    """One gauge D for each base run, and what it does; all but the first [R] float64.
 
-    diagonal: Tensor  # [R, d], in the dtype of theta
+    Attributes:
+        diagonal: D [R, d], in the dtype of theta.
+        sigma: standard deviation of ln(factor) of the hidden units, after halvings.
+        lambda_max_before: largest Hessian eigenvalue at theta: a lower bound, by Lanczos.
+        lambda_max_after: the same at D theta.
+        function_change: max |f(D theta) - f(theta)| / max |f(theta)| on the training examples.
+        distance: |D theta - theta|.
+        line_barrier: of the training loss on the straight line from theta to D theta.
+        dead_units: [R] int64, hidden units that no training example makes active.
+    """
+
+    diagonal: Tensor
     sigma: Tensor
     lambda_max_before: Tensor
     lambda_max_after: Tensor
-    function_change: Tensor  # max |f(D theta) - f(theta)| / max |f(theta)| on the training examples
-    distance: Tensor  # |D theta - theta|
+    function_change: Tensor
+    distance: Tensor
     line_barrier: Tensor
-    dead_units: Tensor  # int64
+    dead_units: Tensor
 
     def apply(self, point: PackedWeights) -> PackedWeights:
         """D theta: the same functions."""
@@ -105,7 +116,7 @@ class Gauges:
                 break
             sigma = torch.where(torch.from_numpy(trying), sigma / 2, sigma)
         self._require_kept(point, exact)
-        found = Rescaling(
+        rescaling = Rescaling(
             diagonal,
             sigma,
             before,
@@ -115,8 +126,8 @@ class Gauges:
             line_barrier(bench.problem, point, scaled, train),
             dead.sum(dim=1),
         )
-        self.drawn.append(found)
-        return found
+        self.drawn.append(rescaling)
+        return rescaling
 
     def _require_kept(self, point: PackedWeights, diagonal: Tensor) -> None:
         """Refuse a rescaling that changes the function of a run by more than rounding."""
@@ -206,9 +217,13 @@ def dead_units(bench: Bench, symmetry: RescalingSymmetry, point: PackedWeights) 
     ).to(point.theta)
     size = _at_once(point)
     active = torch.zeros(len(point.theta), symmetry.units, dtype=torch.bool, device=point.theta.device)
-    for some, own in zip(chunks(inputs, size), weights.split(size), strict=True):
+    for some, some_weights in zip(chunks(inputs, size), weights.split(size), strict=True):
         _, gradient = problem.stack.gradients(
-            point.theta, point.buffers, some, own, lambda outputs, targets: (outputs * targets).mean()
+            point.theta,
+            point.buffers,
+            some,
+            some_weights,
+            lambda outputs, targets: (outputs * targets).mean(),
         )
         active |= symmetry.outgoing_sums(gradient.abs()) != 0
     bench.pay(problem.examples)

@@ -30,36 +30,66 @@ class Scores:
 
     "Scaled" is after temperature scaling: pool, then calibrate, p ~ exp(log(pbar) / T). Only these are NaN
     where T is.
+
+    Attributes:
+        error: share of wrong predictions; predicted is the most probable class, the first of equals.
+        nll: negative log-likelihood, nats.
+        brier: sum over the classes of (p - one-hot)^2, mean over examples: 0 to 2.
+        ece: expected calibration error, 15 bins of equal width.
+        adaptive_ece: the same with 15 bins of equal mass.
+        aurc: area under the risk-coverage curve, confidence = largest probability.
+        nll_scaled: ``nll`` after temperature scaling.
+        brier_scaled: ``brier`` after it.
+        ece_scaled: ``ece`` after it.
+        adaptive_ece_scaled: ``adaptive_ece`` after it.
+        temperature: T.
+        member_error: mean of the members' errors.
+        member_nll: mean of the members' nll.
+        disagreement: share of examples whose predicted classes differ, mean over pairs of members; NaN for
+            one member.
+        kl: symmetrised divergence, nats, mean over pairs; NaN for one member.
     """
 
-    error: float  # share of wrong predictions; predicted is the most probable class, the first of equals
-    nll: float  # nats
-    brier: float  # sum over the classes of (p - one-hot)^2, mean over examples: 0 to 2
-    ece: float  # 15 bins of equal width
-    adaptive_ece: float  # 15 bins of equal mass
-    aurc: float  # area under the risk-coverage curve, confidence = largest probability
+    error: float
+    nll: float
+    brier: float
+    ece: float
+    adaptive_ece: float
+    aurc: float
     nll_scaled: float
     brier_scaled: float
     ece_scaled: float
     adaptive_ece_scaled: float
     temperature: float
-    member_error: float  # mean of the members'
+    member_error: float
     member_nll: float
-    disagreement: float  # mean over pairs of members; NaN for one member
-    kl: float  # symmetrised, mean over pairs; NaN for one member
+    disagreement: float
+    kl: float
 
 
 @dataclass(frozen=True)
 class ExampleScores:
-    """The scores of every example; all NaN where a member diverged."""
+    """The scores of every example; all NaN where a member diverged.
 
-    nll: Array  # [N], nats
-    nll_scaled: Array  # [N], after temperature scaling
-    error: Array  # [N], 1 where the prediction is wrong, 0 elsewhere
+    Attributes:
+        nll: [N], nats.
+        nll_scaled: [N], after temperature scaling.
+        error: [N], 1 where the prediction is wrong, 0 elsewhere.
+    """
+
+    nll: Array
+    nll_scaled: Array
+    error: Array
 
 
 class PrefixScores(NamedTuple):
-    """Scores of the first members of an ensemble."""
+    """Scores of the first members of an ensemble.
+
+    Attributes:
+        members: how many of the first.
+        validation: their scores on the validation split.
+        test: those on the test split.
+    """
 
     members: int
     validation: Scores
@@ -114,9 +144,12 @@ def prefix_scores(
     """
     validation_logits, validation_targets = _checked(validation_logits, validation_targets)
     logits, targets = _checked(logits, targets)
-    ours, theirs = (shape[::2] for shape in (logits.shape, validation_logits.shape))
-    if ours != theirs:
-        raise DataError(f"test logits: found {_counts(*ours)}; allowed: {_counts(*theirs)}, as in validation")
+    test_shape, validation_shape = (shape[::2] for shape in (logits.shape, validation_logits.shape))
+    if test_shape != validation_shape:
+        raise DataError(
+            f"test logits: found {_counts(*test_shape)}; allowed: {_counts(*validation_shape)}, as in "
+            "validation"
+        )
     both = zip(_prefixes(validation_logits, validation_targets), _prefixes(logits, targets), strict=True)
     rows = []
     for count, (validation, test) in enumerate(both, 1):
@@ -145,9 +178,9 @@ def _prefixes(logits: Logits, targets: Targets) -> Iterator[_Prefix]:
     """The first 1, 2, ..., K members."""
     disagreement, kl = (_pair_means(pairs) for pairs in pairwise(logits))
     error, nll = 0.0, 0.0
-    for i, (own, pooled) in enumerate(_running_means(logits)):
-        error += float(np.mean(_wrong(own, targets)))
-        nll += float(np.mean(_nll(own, targets)))
+    for i, (logs, pooled) in enumerate(_running_means(logits)):
+        error += float(np.mean(_wrong(logs, targets)))
+        nll += float(np.mean(_nll(logs, targets)))
         members = {"member_error": error / (i + 1), "member_nll": nll / (i + 1)}
         yield _Prefix(pooled, {**members, "disagreement": float(disagreement[i]), "kl": float(kl[i])})
 
@@ -161,9 +194,9 @@ def _running_means(logits: Logits) -> Iterator[tuple[Array, Array]]:
     total: Array = np.array(-np.inf)
     healthy = np.logical_and.accumulate(finite_members(logits))
     for i, member in enumerate(logits):
-        own = log_softmax(member) if healthy[i] else np.full(member.shape, np.nan)
-        total = np.logaddexp(total, own) if healthy[i] else own
-        yield own, np.minimum(total - math.log(i + 1), 0)  # rounding may lead above
+        logs = log_softmax(member) if healthy[i] else np.full(member.shape, np.nan)
+        total = np.logaddexp(total, logs) if healthy[i] else logs
+        yield logs, np.minimum(total - math.log(i + 1), 0)  # rounding may lead above
 
 
 def _pair_means(pairs: Array) -> Array:

@@ -100,11 +100,11 @@ def _retrained(
 def _aligned(bench: Bench, points: PackedWeights, to: PackedWeights) -> PackedWeights:
     """Permutation and scale of each run's point to another; the same functions."""
     problem = bench.problem
-    found = packed_align(
+    alignment = packed_align(
         problem.stack,
         (points.theta, points.buffers),
         (to.theta, to.buffers),
         problem.dataset.train.inputs,
         alive=points.alive & to.alive,
     )
-    return PackedWeights(found.theta, found.buffers, points.alive)
+    return PackedWeights(alignment.theta, alignment.buffers, points.alive)
