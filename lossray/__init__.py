@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lossray.connectivity.connect import connect
     from lossray.measures.angles import angles
     from lossray.measures.sharpness import sharpness
+    from lossray.measures.trajectory import trajectory
     from lossray.networks.balance import balance
     from lossray.networks.rescale import rescale
     from lossray.nullity.degeneracy import degeneracy
@@ -54,6 +55,7 @@ _HOMES = {
     "spectral_density": "lossray.spectra.spectral_density",
     "structural_floor": "lossray.nullity.structural_floor",
     "trace": "lossray.spectra.trace",
+    "trajectory": "lossray.measures.trajectory",
 }
 
 __all__ = [
@@ -79,6 +81,7 @@ __all__ = [
     "spectral_density",
     "structural_floor",
     "trace",
+    "trajectory",
 ]
 
 
