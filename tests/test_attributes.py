@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("lossray/connectivity", "lossray/ensembles", "lossray/findings", "lossray/storage")
+ROOMS = (
+    "lossray/connectivity",
+    "lossray/ensembles",
+    "lossray/findings",
+    "lossray/nullity",
+    "lossray/storage",
+)
 
 
 def dataclasses(path: Path) -> Iterator[ast.ClassDef]:

@@ -86,24 +86,24 @@ def chain_of(model: nn.Module, inputs: Tensor, outputs: Tensor) -> list[Layer] |
     if layers is None or sum(p.numel() for p in _parameters(layers)) != layout_of(uncompiled(model)).dim:
         return None
     try:
-        own = _run(layers, inputs, Pattern())
+        chain_outputs = _run(layers, inputs, Pattern())
     except RuntimeError:  # a linear layer along one of several axes
         return None
-    same = own.shape == outputs.shape
-    same = same and bool((own - outputs).abs().max() <= SAME_OUTPUTS * outputs.abs().max())
+    same = chain_outputs.shape == outputs.shape
+    same = same and bool((chain_outputs - outputs).abs().max() <= SAME_OUTPUTS * outputs.abs().max())
     return layers if same else None
 
 
 def _layers(nodes: Sequence[Node]) -> list[Layer] | None:
     layers: list[list[Any]] = []
-    places = places_of(nodes)
+    uses = uses_of(nodes)
     previous = None
     for node in nodes:
         if previous is not None and node.inputs != (previous,):
             return None
         previous = node.name
         if node.kind in ("linear", "conv"):
-            if not _is_plain(node, places):
+            if not _is_plain(node, uses):
                 return None
             layers.append([node, [], []])
         elif node.kind in ("input", "output", "dropout") or isinstance(node.module, nn.Identity):
@@ -120,11 +120,11 @@ def _layers(nodes: Sequence[Node]) -> list[Layer] | None:
                 return None  # something on the inputs
         else:
             return None
-    found = [Layer(node, node.module, tuple(after), tuple(rest)) for node, after, rest in layers]
-    ordered = all(len([n for n in layer.channelwise if n.kind != "pool"]) <= 1 for layer in found)
-    plain = all(node.kind == "flatten" for layer in found for node in layer.reshaping)
-    ends = bool(found) and found[-1].node.kind == "linear" and not found[-1].channelwise
-    return found if ordered and plain and ends else None
+    chain = [Layer(node, node.module, tuple(after), tuple(rest)) for node, after, rest in layers]
+    ordered = all(len([n for n in layer.channelwise if n.kind != "pool"]) <= 1 for layer in chain)
+    plain = all(node.kind == "flatten" for layer in chain for node in layer.reshaping)
+    ends = bool(chain) and chain[-1].node.kind == "linear" and not chain[-1].channelwise
+    return chain if ordered and plain and ends else None
 
 
 def _bends(node: Node) -> bool:
@@ -138,12 +138,12 @@ def _bends(node: Node) -> bool:
     return not bool((straight[1:] & straight[:-1]).any())
 
 
-def _is_plain(node: Node, places: Counter[int]) -> bool:
+def _is_plain(node: Node, uses: Counter[int]) -> bool:
     """A layer whose weights act once, on zero-padded inputs, and are all trained."""
     module = node.module
     if not is_bare(module):
         return False
-    if not all(p.requires_grad and places[id(p)] == 1 for p in module.parameters()):  # type: ignore[union-attr]
+    if not all(p.requires_grad and uses[id(p)] == 1 for p in module.parameters()):  # type: ignore[union-attr]
         return False
     if node.kind == "linear":
         return True
@@ -160,15 +160,15 @@ def is_bare(module: nn.Module | None) -> bool:
     } and "weight" in module._parameters
 
 
-def places_of(nodes: Sequence[Node]) -> Counter[int]:
+def uses_of(nodes: Sequence[Node]) -> Counter[int]:
     """In how many places each parameter acts, by its id: tied weights, and layers that are called twice."""
-    places: Counter[int] = Counter()
+    uses: Counter[int] = Counter()
     for node in nodes:
         if node.module is not None:
-            places.update(id(p) for p in node.module.parameters())
+            uses.update(id(p) for p in node.module.parameters())
         elif node.kind == "other" and not node.inputs:
-            places[id(node.function())] += 1  # a parameter that a function is given
-    return places
+            uses[id(node.function())] += 1  # a parameter that a function is given
+    return uses
 
 
 def _parameters(layers: Sequence[Layer]) -> list[nn.Parameter]:
@@ -203,8 +203,8 @@ def _run(layers: Sequence[Layer], inputs: Tensor, pattern: Pattern) -> Tensor:
 def _terms(layer: Layer, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
     """The sums of the sizes of what is added up to the layer's results."""
     sizes = {name: weight.abs() for name, weight in weights.items()}
-    found: Tensor = call_with(layer.module, sizes, shaped(layer, x.abs()))
-    return found
+    sums: Tensor = call_with(layer.module, sizes, shaped(layer, x.abs()))
+    return sums
 
 
 def _slope(node: Node, z: Tensor) -> Tensor:

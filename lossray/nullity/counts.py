@@ -198,17 +198,17 @@ def quadrature_counts(
         alive: [R] members that take part.
     """
     dim = operator.shape[1]
-    found = packed_density(operator, probes=probes, steps=steps, seeds=seeds, alive=alive)
+    density = packed_density(operator, probes=probes, steps=steps, seeds=seeds, alive=alive)
     members: list[list[Count]] = []
     for r in range(operator.shape[0]):
-        nodes, weights = found.nodes[r].abs(), found.weights[r]
+        nodes, weights = density.nodes[r].abs(), density.weights[r]
         if not bool(torch.isfinite(nodes).all()):
             members.append([])
             continue
         scale = float(nodes[weights > 0].max()) if scales is None else scales[r]
         members.append(
             [
-                _quadrature_count(nodes, weights, tau, scale, dim, found.exact, operator.dtype)
+                _quadrature_count(nodes, weights, tau, scale, dim, density.exact, operator.dtype)
                 for tau in QUADRATURE_GRID
             ]
         )

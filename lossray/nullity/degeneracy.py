@@ -140,8 +140,8 @@ def degeneracy(operator: SingleOperator, floor: StructuralFloor | int | None = N
             "GaussNewton, EmpiricalFisher, or one of these Restricted, Scaled or Preconditioned"
         )
     _check_floor(floor, packed.shape[1])
-    known, vectors, note = _forced(packed)
-    forced = StructuralFloor(floor, {}, True) if isinstance(floor, int) else floor or known
+    derived, vectors, note = _forced(packed)
+    forced = StructuralFloor(floor, {}, True) if isinstance(floor, int) else floor or derived
     (matrix,) = dense_matrices(packed)
     spectrum = spectrum_of(matrix, packed.dtype, vectors)
     if spectrum is None:
@@ -167,9 +167,9 @@ def degeneracy(operator: SingleOperator, floor: StructuralFloor | int | None = N
 def _check_floor(floor: object, dim: int) -> None:
     if floor is None or isinstance(floor, StructuralFloor) or (type(floor) is int and 0 <= floor <= dim):
         return
-    found = floor if isinstance(floor, int | float | str) else type(floor).__name__
+    shown = floor if isinstance(floor, int | float | str) else type(floor).__name__
     raise StudyError(
-        f"floor: found {found!r}; allowed: what lossray.structural_floor gives, or an integer from 0 to {dim}"
+        f"floor: found {shown!r}; allowed: what lossray.structural_floor gives, or an integer from 0 to {dim}"
     )
 
 

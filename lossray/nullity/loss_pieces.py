@@ -17,7 +17,7 @@ SMALLEST = 1e-8  # share of the largest example's slope and curvature that is to
 NEAR, STEADY = 1e-6, 1e-9  # a step, and the share by which the curvature of a quadratic may change on it
 
 
-def in_one_piece(own: OutputLoss, start: Tensor, end: Tensor) -> bool:
+def in_one_piece(output_loss: OutputLoss, start: Tensor, end: Tensor) -> bool:
     """Whether gradient and curvature of the loss are continuous on the way between two outputs.
 
     The largest change of each example between neighbouring points is halved again and again: a smooth one
@@ -31,8 +31,8 @@ def in_one_piece(own: OutputLoss, start: Tensor, end: Tensor) -> bool:
         times = times.view(-1, *[1] * (start.ndim - 1))
         shrunk = start * ratio ** (2 * times).clamp(max=1)
         outputs = torch.lerp(shrunk, end, (2 * times - 1).clamp(min=0))
-        found = own.product(outputs, direction) if which else own.gradient(outputs)
-        return found.flatten(1)
+        values = output_loss.product(outputs, direction) if which else output_loss.gradient(outputs)
+        return values.flatten(1)
 
     try:
         return all(_is_continuous(partial(field, which), len(start), start.device) for which in (0, 1))
@@ -101,28 +101,32 @@ class TaylorLoss:
         return TaylorLoss(torch.cat([self.targets[..., :1], scaled], dim=2), self.quadratic)
 
 
-def taylor_loss(own: OutputLoss, outputs: Tensor) -> TaylorLoss | None:
+def taylor_loss(output_loss: OutputLoss, outputs: Tensor) -> TaylorLoss | None:
     """The quadratic of the loss at ``outputs`` [N, C]; None where it couples examples."""
     n, classes = outputs.shape
-    if classes > MOST_OUTPUTS or _couples(own, outputs):
+    if classes > MOST_OUTPUTS or _couples(output_loss, outputs):
         return None
-    parts = [outputs[..., None], n * own.gradient(outputs)[..., None], n * own.blocks(outputs)]
-    return TaylorLoss(torch.cat(parts, dim=2), _is_quadratic(own, outputs))
+    parts = [
+        outputs[..., None],
+        n * output_loss.gradient(outputs)[..., None],
+        n * output_loss.blocks(outputs),
+    ]
+    return TaylorLoss(torch.cat(parts, dim=2), _is_quadratic(output_loss, outputs))
 
 
-def _couples(own: OutputLoss, outputs: Tensor) -> bool:
+def _couples(output_loss: OutputLoss, outputs: Tensor) -> bool:
     """Whether the curvature joins the outputs of different examples."""
     half = noise_like(outputs, 3)
     half[::2] = 0
-    image = own.product(outputs, half)
+    image = output_loss.product(outputs, half)
     return norm(image[::2]) > 1e-12 * norm(image)
 
 
-def _is_quadratic(own: OutputLoss, outputs: Tensor) -> bool:
+def _is_quadratic(output_loss: OutputLoss, outputs: Tensor) -> bool:
     """Whether the curvature stays the same on a small step, but for examples that change their piece."""
     direction = noise_like(outputs, 4)
-    before = own.product(outputs, direction)
+    before = output_loss.product(outputs, direction)
     size = float(outputs.abs().mean()) or 1.0
-    after = own.product(outputs + NEAR * size * noise_like(outputs, 5), direction)
+    after = output_loss.product(outputs + NEAR * size * noise_like(outputs, 5), direction)
     change, scale = (after - before).abs(), before.abs().max()
     return not bool(((change > STEADY * scale) & (change < JUMP * scale)).any())

@@ -83,14 +83,20 @@ class FrozenNetwork(nn.Module):
         for i in range(len(self.chain)):
             z = self._linear(i, x)
             size = float(z.square().mean().sqrt()) or 1.0
-            wanted = scale if i == len(self.chain) - 1 else 1.0
+            target = scale if i == len(self.chain) - 1 else 1.0
             for parameter in [self.first] if i == 0 else self.layers[i - 1].parameters():
-                parameter.mul_(wanted / size)
-            x = self._after(i, z * (wanted / size), index)
+                parameter.mul_(target / size)
+            x = self._after(i, z * (target / size), index)
 
 
 def generic_nullity(
-    layers: Sequence[Layer], pattern: Pattern, basis: Tensor, own: OutputLoss, *, scale: float, at_least: int
+    layers: Sequence[Layer],
+    pattern: Pattern,
+    basis: Tensor,
+    output_loss: OutputLoss,
+    *,
+    scale: float,
+    at_least: int,
 ) -> int | None:
     """The nullity of a generic point; None where no draw has a gap that supports one.
 
@@ -98,7 +104,7 @@ def generic_nullity(
         layers: the chain.
         pattern: its gates on the data.
         basis: see `FrozenNetwork`; what the first layer's weights have beside it is null as well.
-        own: the loss, analytic in the outputs.
+        output_loss: the loss, analytic in the outputs.
         scale: size of the outputs.
         at_least: what is known to be null: less is a spectrum that cannot be trusted.
 
@@ -106,14 +112,14 @@ def generic_nullity(
         ResourceError: the matrix does not fit the memory.
     """
     index = torch.arange(len(basis), device=basis.device)
-    batch = ({"basis": basis, "index": index}, own.targets)
-    data = batch if own.weights is None else (*batch, own.weights)
+    batch = ({"basis": basis, "index": index}, output_loss.targets)
+    data = batch if output_loss.weights is None else (*batch, output_loss.weights)
     blind = len(layers[0].module.weight) * (layers[0].columns - basis.shape[1])
     if basis.shape[1] == 0:
         return None
     for draw in range(DRAWS):
         network = FrozenNetwork(layers, pattern, basis, scale=scale, draw=draw)
-        objective = ModuleObjective(network, own.loss, data, dtype=torch.float64)
+        objective = ModuleObjective(network, output_loss.loss, data, dtype=torch.float64)
         (matrix,) = dense_matrices(PackedHessian(objective, mode="retained"))
         spectrum = spectrum_of(matrix, torch.float64)
         count = counts_of(spectrum)[-1] if spectrum is not None else None

@@ -74,8 +74,8 @@ class OutputLoss:
             leaf, slope = self._slope(outputs)
             if not slope.requires_grad:
                 return torch.zeros_like(outputs)  # it is linear
-            (found,) = torch.autograd.grad((slope * vectors).sum(), leaf, materialize_grads=True)
-            return found.detach()
+            (product,) = torch.autograd.grad((slope * vectors).sum(), leaf, materialize_grads=True)
+            return product.detach()
 
     def blocks(self, outputs: Tensor) -> Tensor:
         """The second derivative of each example's part, [N, C, C] for outputs [N, C]."""
@@ -106,20 +106,20 @@ def _differentiating() -> Iterator[None]:
         raise ModelError(f"the loss cannot be differentiated twice: {failure(error)}") from error
 
 
-def random_outputs(own: OutputLoss, like: Tensor, *, draw: int = 0) -> Tensor:
+def random_outputs(output_loss: OutputLoss, like: Tensor, *, draw: int = 0) -> Tensor:
     """Outputs of the shape of ``like`` at which slope and curvature of the loss are of one size."""
-    return natural_scale(own, like) * noise_like(like, draw)
+    return natural_scale(output_loss, like) * noise_like(like, draw)
 
 
-def natural_scale(own: OutputLoss, like: Tensor) -> float:
+def natural_scale(output_loss: OutputLoss, like: Tensor) -> float:
     """Size of outputs at which the loss is far from saturated: 1, or that of the targets of a regression."""
     zero, direction = torch.zeros_like(like), noise_like(like, 0)
     try:
-        bent = norm(own.product(zero, direction))
-        scale = norm(own.gradient(zero)) / bent if bent > 0 else 1.0
+        bent = norm(output_loss.product(zero, direction))
+        scale = norm(output_loss.gradient(zero)) / bent if bent > 0 else 1.0
         if not (0 < scale < math.inf) or 1 / ALIKE <= scale <= ALIKE:
             return 1.0
-        there = norm(own.product(scale * direction, direction))
+        there = norm(output_loss.product(scale * direction, direction))
     except ModelError:  # it takes no such outputs, as one of probabilities
         return 1.0
     return scale if bent / 10 < there < 10 * bent else 1.0
@@ -147,7 +147,7 @@ class Ignored:
         return int(bool(len(directions)) and norm(rest) <= 1e-6 * norm(ones))
 
 
-def ignored_directions(own: OutputLoss, outputs: Tensor) -> Ignored:
+def ignored_directions(output_loss: OutputLoss, outputs: Tensor) -> Ignored:
     """What the loss ignores of the outputs [N, ..., C], measured.
 
     Along such a direction every gradient vanishes, wherever it is taken: those at random outputs of several
@@ -158,8 +158,8 @@ def ignored_directions(own: OutputLoss, outputs: Tensor) -> Ignored:
     if outputs.ndim < 2 or not outputs.is_floating_point():
         return Ignored(nothing, nothing)
     try:
-        bases = _bases(own, outputs)
-        slopes = [own.gradient(base) for base in bases]
+        bases = _bases(output_loss, outputs)
+        slopes = [output_loss.gradient(base) for base in bases]
     except ModelError:  # it takes no random outputs, as one of probabilities
         return Ignored(nothing, nothing)
     if not all(bool(torch.isfinite(slope).all()) for slope in slopes):
@@ -168,20 +168,23 @@ def ignored_directions(own: OutputLoss, outputs: Tensor) -> Ignored:
     sums = [slope.reshape(len(slope), -1, classes).sum(dim=1) for slope in slopes]
     common = each if outputs.ndim == 2 else _null_space(sums, [_sizes(slope) for slope in slopes])
     noise = noise_like(outputs[..., :1], 1)
-    kept = each if _stays(own, bases, [noise * u for u in each]) else nothing
-    same = common if _stays(own, bases, [torch.ones_like(noise) * u for u in common]) else nothing
+    kept = each if _stays(output_loss, bases, [noise * u for u in each]) else nothing
+    same = common if _stays(output_loss, bases, [torch.ones_like(noise) * u for u in common]) else nothing
     return Ignored(kept, same if len(same) >= len(kept) else kept)
 
 
-def _bases(own: OutputLoss, outputs: Tensor) -> list[Tensor]:
+def _bases(output_loss: OutputLoss, outputs: Tensor) -> list[Tensor]:
     """The model's outputs, and random ones of their size and of the loss's own."""
     size = float(outputs.abs().mean())
     rows = max(outputs.numel() // outputs.shape[-1], 1)
     classes = min(outputs.shape[-1], MOST_OUTPUTS)
-    scale = natural_scale(own, outputs)
+    scale = natural_scale(output_loss, outputs)
     more = [scale * noise_like(outputs, i) for i in range(BASES + 2 * classes // rows)]
     wide = size * noise_like(outputs, len(more))
-    return [*more, *(base for base in (outputs, wide) if bool(torch.isfinite(own.gradient(base)).all()))]
+    return [
+        *more,
+        *(base for base in (outputs, wide) if bool(torch.isfinite(output_loss.gradient(base)).all())),
+    ]
 
 
 def _null_space(parts: Sequence[Tensor], sizes: Sequence[Tensor] | None = None) -> Tensor:
@@ -192,7 +195,7 @@ def _null_space(parts: Sequence[Tensor], sizes: Sequence[Tensor] | None = None) 
         sizes: [rows] each, by which the rows are weighed; by default their lengths.
     """
     sizes = [_sizes(rows) for rows in parts] if sizes is None else sizes
-    used = [_scaled(rows, own) for rows, own in zip(parts, sizes, strict=True)]
+    used = [_scaled(rows, row_sizes) for rows, row_sizes in zip(parts, sizes, strict=True)]
     some, classes = parts[0], parts[0].shape[1]
     if classes > MOST_OUTPUTS:
         ones = torch.full((1, classes), classes**-0.5, dtype=some.dtype, device=some.device)
@@ -213,7 +216,7 @@ def _scaled(rows: Tensor, sizes: Tensor) -> Tensor:
     return rows[large] / sizes[large, None]
 
 
-def _stays(own: OutputLoss, bases: Sequence[Tensor], shifts: Sequence[Tensor]) -> bool:
+def _stays(output_loss: OutputLoss, bases: Sequence[Tensor], shifts: Sequence[Tensor]) -> bool:
     """Whether the gradient is the same after finite shifts, next to what other changes of that size do."""
     if not shifts:
         return True
@@ -223,10 +226,12 @@ def _stays(own: OutputLoss, bases: Sequence[Tensor], shifts: Sequence[Tensor]) -
     random = noise_like(bases[0], 6)
     random *= norm(shift) / norm(random)
     for base in bases:
-        before, size = own.gradient(base), float(base.abs().mean()) or 1.0
+        before, size = output_loss.gradient(base), float(base.abs().mean()) or 1.0
         rounding = torch.finfo(torch.float64).eps * float(base.abs().max())
         for step in STEPS:
-            change, other = (norm(own.gradient(base + step * size * way) - before) for way in (shift, random))
+            change, other = (
+                norm(output_loss.gradient(base + step * size * way) - before) for way in (shift, random)
+            )
             if not change <= (IGNORED + rounding) * max(norm(before), other):
                 return False
     return True

@@ -33,8 +33,8 @@ def polish(objective: PackedObjective) -> Tensor:
         no such point, or is dead.
     """
     exact = objective.to(torch.float64)
-    found = [_polished(exact.member(r)) for r in range(len(exact.theta))]
-    return torch.stack(found)
+    polished = [_polished(exact.member(r)) for r in range(len(exact.theta))]
+    return torch.stack(polished)
 
 
 def _polished(objective: PackedObjective) -> Tensor:

@@ -29,7 +29,7 @@ from lossray.networks.ambient import seeded
 from lossray.networks.architecture import Node, graph_of
 from lossray.networks.functional import call_with
 from lossray.networks.losses import Loss
-from lossray.nullity.chains import Layer, chain_of, is_bare, pattern_of, places_of
+from lossray.nullity.chains import Layer, chain_of, is_bare, pattern_of, uses_of
 from lossray.nullity.counts import Count
 from lossray.nullity.loss_pieces import in_one_piece, taylor_loss
 from lossray.nullity.mixing import generic_nullity
@@ -91,8 +91,8 @@ class StructuralFloor(Summarised):
 
     def excess(self, nullity: float) -> float | None:
         """What a nullity has beyond the floor; None where more might be forced, or less than it was found."""
-        found = nullity - self.dimension
-        return found if found == 0 or (self.complete and found > 0) else None
+        beyond = nullity - self.dimension
+        return beyond if beyond == 0 or (self.complete and beyond > 0) else None
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,10 @@ def beside(floor: StructuralFloor | None, count: Count, note: str | None = None)
     if count.rank is None:
         return BesideFloor(floor.dimension, None, None, None)
     if count.nullity < floor.dimension:
-        found = f"{floor.dimension} null directions were derived and {count.nullity:.0f} found: one is wrong"
-        return BesideFloor(None, None, None, found)
+        contradiction = (
+            f"{floor.dimension} null directions were derived and {count.nullity:.0f} found: one is wrong"
+        )
+        return BesideFloor(None, None, None, contradiction)
     excess = floor.excess(count.nullity)
     return BesideFloor(floor.dimension, None if excess is None else int(excess), count.rank, None)
 
@@ -163,34 +165,34 @@ def structural_floor(model: nn.Module, data: Any, loss: Loss, *, dense_up_to: in
         (4, 2, 2, True)
     """
     nodes = graph_of(model)
-    inputs, own = _examples(data, loss)
+    inputs, output_loss = _examples(data, loss)
     outputs = _outputs(model, inputs)
-    own.gradient(outputs)  # what fails here fails for every use
-    ignored = ignored_directions(own, outputs)
+    output_loss.gradient(outputs)  # what fails here fails for every use
+    ignored = ignored_directions(output_loss, outputs)
     layers = chain_of(model, inputs[:TESTED_EXAMPLES], outputs[:TESTED_EXAMPLES])
     pattern = None if layers is None else pattern_of(layers, inputs)
     if layers is None or pattern is None or not pattern.sharp:
         return _of_unknown(model, nodes, inputs, outputs, ignored)
     small = sum(layer.columns * len(layer.module.weight) for layer in layers) <= dense_up_to
     linear = _is_linear_network(layers)
-    smooth = (small or linear) and in_one_piece(own, outputs, random_outputs(own, outputs))
-    if linear and smooth and _is_full(own, outputs, ignored):
+    smooth = (small or linear) and in_one_piece(output_loss, outputs, random_outputs(output_loss, outputs))
+    if linear and smooth and _is_full(output_loss, outputs, ignored):
         return _of_linear_network(layers, inputs, ignored)
     nullities = [layer_nullity(layers, i, inputs, pattern) for i in range(len(layers))]
     causes = {"first layer": nullities[0][0], "later layers": sum(total for total, _ in nullities[1:])}
     causes |= _ignored_causes(ignored, features=nullities[-1][1], bias=False)
-    known = sum(causes.values())
+    forced = sum(causes.values())
     if not small:
-        return StructuralFloor(known, causes, False)
-    analytic, exact = (own, True) if smooth else _surrogate(own, outputs)
+        return StructuralFloor(forced, causes, False)
+    analytic, exact = (output_loss, True) if smooth else _surrogate(output_loss, outputs)
     if analytic is None:
-        return StructuralFloor(known, causes, False)
+        return StructuralFloor(forced, causes, False)
     basis, certain = first_basis(layers, inputs, pattern)
     scale = natural_scale(analytic, outputs)
-    whole = generic_nullity(layers, pattern, basis, analytic, scale=scale, at_least=known)
+    whole = generic_nullity(layers, pattern, basis, analytic, scale=scale, at_least=forced)
     if whole is None:
-        return StructuralFloor(known, causes, False)
-    return StructuralFloor(whole, causes | {"mixing": whole - known}, certain and exact)
+        return StructuralFloor(forced, causes, False)
+    return StructuralFloor(whole, causes | {"mixing": whole - forced}, certain and exact)
 
 
 def null_vectors(model: nn.Module, data: Any, loss: Loss) -> Tensor:
@@ -200,9 +202,9 @@ def null_vectors(model: nn.Module, data: Any, loss: Loss) -> Tensor:
     the last layer is no linear one, or the loss ignores nothing. Arguments and errors as for
     `structural_floor`.
     """
-    inputs, own = _examples(data, loss)
+    inputs, output_loss = _examples(data, loss)
     outputs = _outputs(model, inputs)
-    ignored = ignored_directions(own, outputs)
+    ignored = ignored_directions(output_loss, outputs)
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     dim = sum(p.numel() for _, p in trainable)
     last = _last_linear(graph_of(model))
@@ -212,13 +214,15 @@ def null_vectors(model: nn.Module, data: Any, loss: Loss) -> Tensor:
     start = 0
     for _, parameter in trainable:
         if parameter is last.bias:
-            found = ignored.common.cpu()
+            directions = ignored.common.cpu()
         elif parameter is last.weight:
             features = torch.eye(parameter.shape[1], dtype=torch.float64)
-            found = torch.einsum("uc,ij->uicj", ignored.each.cpu(), features).reshape(-1, parameter.numel())
+            directions = torch.einsum("uc,ij->uicj", ignored.each.cpu(), features).reshape(
+                -1, parameter.numel()
+            )
         else:
-            found = rows[0][:, : parameter.numel()]
-        rows.append(F.pad(found, (start, dim - start - parameter.numel())))
+            directions = rows[0][:, : parameter.numel()]
+        rows.append(F.pad(directions, (start, dim - start - parameter.numel())))
         start += parameter.numel()
     return torch.cat(rows)
 
@@ -233,8 +237,8 @@ def _last_linear(nodes: Sequence[Node]) -> nn.Linear | None:
         node = by_name[node.inputs[0]]
     if not isinstance(node.module, nn.Linear) or not is_bare(node.module):
         return None
-    places = places_of(nodes)
-    return node.module if all(places[id(p)] == 1 for p in node.module.parameters()) else None
+    uses = uses_of(nodes)
+    return node.module if all(uses[id(p)] == 1 for p in node.module.parameters()) else None
 
 
 def _gives(model: nn.Module, last: nn.Linear, inputs: Tensor, outputs: Tensor) -> bool:
@@ -248,8 +252,10 @@ def _gives(model: nn.Module, last: nn.Linear, inputs: Tensor, outputs: Tensor) -
     if len(seen) != 1 or some.shape[-1] != last.out_features:
         return False
     bias = None if last.bias is None else last.bias.detach().double()
-    own = F.linear(seen[0], last.weight.detach().double(), bias)
-    return own.shape == some.shape and bool((own - some).abs().max() <= SAME_OUTPUTS * some.abs().max())
+    layer_outputs = F.linear(seen[0], last.weight.detach().double(), bias)
+    return layer_outputs.shape == some.shape and bool(
+        (layer_outputs - some).abs().max() <= SAME_OUTPUTS * some.abs().max()
+    )
 
 
 # ---- special cases
@@ -272,13 +278,13 @@ def _ignored_causes(ignored: Ignored, *, features: int, bias: bool) -> dict[str,
     """Null directions of the last layer: a change of the outputs times a feature, and of the bias."""
     shift = features * ignored.equal_shift(ignored.each) + bias * ignored.equal_shift(ignored.common)
     total = features * len(ignored.each) + bias * len(ignored.common)
-    found = {"softmax shift": shift, "ignored outputs": total - shift}
-    return {cause: count for cause, count in found.items() if count}
+    causes = {"softmax shift": shift, "ignored outputs": total - shift}
+    return {cause: count for cause, count in causes.items() if count}
 
 
-def _surrogate(own: OutputLoss, outputs: Tensor) -> tuple[OutputLoss | None, bool]:
+def _surrogate(output_loss: OutputLoss, outputs: Tensor) -> tuple[OutputLoss | None, bool]:
     """The quadratic in place of a loss made of pieces, and whether the loss is that quadratic nearby."""
-    quadratic = taylor_loss(own, outputs)
+    quadratic = taylor_loss(output_loss, outputs)
     if quadratic is None:
         return None, False
     even = quadratic.evened()
@@ -290,12 +296,12 @@ def _is_linear_network(layers: Sequence[Layer]) -> bool:
     return matrices and len(layers) > 1 and not any(layer.channelwise for layer in layers)
 
 
-def _is_full(own: OutputLoss, outputs: Tensor, ignored: Ignored) -> bool:
+def _is_full(output_loss: OutputLoss, outputs: Tensor, ignored: Ignored) -> bool:
     """Whether every example curves the loss in all that it does not ignore, as the formula below takes it."""
     classes = outputs.shape[1]
     if classes > MOST_OUTPUTS:
         return False
-    values = torch.linalg.eigvalsh(own.blocks(random_outputs(own, outputs))).abs()
+    values = torch.linalg.eigvalsh(output_loss.blocks(random_outputs(output_loss, outputs))).abs()
     seen = values.sort(dim=1).values[:, len(ignored.each) :]
     return bool((seen > RANK_TOLERANCE * values.max()).all()) and seen.numel() > 0
 
@@ -325,13 +331,13 @@ def _examples(data: Any, loss: Loss) -> tuple[Tensor, OutputLoss]:
     if not sum(len(batch.inputs) for batch in batches):
         raise DataError("data: found no example; at least one is needed")
     kept = [slice(None) if batch.weights is None else batch.weights > 0 for batch in batches]
-    inputs = torch.cat([batch.inputs[own] for batch, own in zip(batches, kept, strict=True)])
-    targets = torch.cat([batch.targets[own] for batch, own in zip(batches, kept, strict=True)])
+    inputs = torch.cat([batch.inputs[rows] for batch, rows in zip(batches, kept, strict=True)])
+    targets = torch.cat([batch.targets[rows] for batch, rows in zip(batches, kept, strict=True)])
     targets = targets.double() if targets.is_floating_point() else targets
     weights = None
     if any(batch.weights is not None for batch in batches):
         each = [torch.ones(len(b.inputs)) if b.weights is None else b.weights for b in batches]
-        weights = torch.cat([w[own].to(inputs.device).double() for w, own in zip(each, kept, strict=True)])
+        weights = torch.cat([w[rows].to(inputs.device).double() for w, rows in zip(each, kept, strict=True)])
     alike = weights is None or bool((weights == weights[0]).all())
     inputs = inputs.double() if inputs.is_floating_point() else inputs
     return inputs, OutputLoss(loss, targets, None if alike else weights)

@@ -42,14 +42,14 @@ def _unit_rank(
 ) -> int:
     """Independent conditions on the incoming weights of one unit: draws, until one adds nothing."""
     index = torch.arange(len(inputs), device=inputs.device)
-    known, rank = torch.zeros(0, layers[i].columns, dtype=torch.float64, device=inputs.device), 0
+    conditions, rank = torch.zeros(0, layers[i].columns, dtype=torch.float64, device=inputs.device), 0
     for draw in range(layers[i].columns + 1):
-        own = pattern if draw == 0 else pattern.pick(index)
-        seen = first if draw == 0 else _seen(layers, i, inputs[index], own, draw)
-        rows, live = _rows(layers[i], unit, seen, own, last=i == len(layers) - 1)
+        live_pattern = pattern if draw == 0 else pattern.pick(index)
+        seen = first if draw == 0 else _seen(layers, i, inputs[index], live_pattern, draw)
+        rows, live = _rows(layers[i], unit, seen, live_pattern, last=i == len(layers) - 1)
         index = index[live]
-        known = _triangular(torch.cat([known, rows]))
-        before, rank = rank, _rank(known)
+        conditions = _triangular(torch.cat([conditions, rows]))
+        before, rank = rank, _rank(conditions)
         if i == 0 or rank == before:  # the first layer's inputs are the data, which no weight changes
             break
     return rank
