@@ -121,25 +121,45 @@ class Analysis(Summarised):
 
 @dataclass(frozen=True)
 class PackedAnalysis:
-    """One operator at one point, for R members; NaN in the rows of dead members."""
+    """One operator at one point, for R members; NaN in the rows of dead members.
 
-    pairs: PackedEigenPairs  # the largest, [R, top]
-    smallest: PackedEigenPairs  # the algebraically smallest, [R, 1]
-    ipr: Tensor  # [R, top] inverse participation ratios sum v_i^4 of the largest: 1/d spread, 1 localised
-    product_error: Tensor  # [R] |(H - H in float64) v|, v the top vector; NaN where float64 does not work
-    derivative_error: Tensor  # [R] of autograd against a finite difference, relative; NaN: cannot be told
+    Attributes:
+        pairs: the largest, [R, top].
+        smallest: the algebraically smallest, [R, 1].
+        ipr: [R, top] inverse participation ratios sum v_i^4 of the largest: 1/d spread, 1 localised.
+        product_error: [R] |(H - H in float64) v|, v the top vector; NaN where float64 does not work.
+        derivative_error: [R] of autograd against a finite difference, relative; NaN where it cannot be told.
+        density: the distribution of all eigenvalues.
+        trace: the sum of the eigenvalues.
+        frobenius: the Frobenius norm.
+        negative_mass: sum of |lambda| over negative eigenvalues, over the sum over all.
+        participation: (sum |lambda|)^2 / sum lambda^2.
+        effective_dimension: sum of lambda / (lambda + regulariser) over positive lambda.
+        regulariser: [R] a hundredth of |lambda|max.
+        matvecs: [R] int64, products with each member, all told.
+        losses: [R] float64, the mean losses.
+        gradient: [R, d] float64.
+        gradient_norm: [R] its length.
+        alive: [R] bool, the members that were analysed.
+    """
+
+    pairs: PackedEigenPairs
+    smallest: PackedEigenPairs
+    ipr: Tensor
+    product_error: Tensor
+    derivative_error: Tensor
     density: PackedDensity
     trace: PackedEstimate
-    frobenius: PackedEstimate  # Frobenius norm
-    negative_mass: PackedEstimate  # sum of |lambda| over negative eigenvalues, over the sum over all
-    participation: PackedEstimate  # (sum |lambda|)^2 / sum lambda^2
-    effective_dimension: PackedEstimate  # sum of lambda / (lambda + regulariser) over positive lambda
-    regulariser: Tensor  # [R] RESOLVED_SHARE of |lambda|max
-    matvecs: Tensor  # [R] int64, products with each member, all told
-    losses: Tensor  # [R] float64
-    gradient: Tensor  # [R, d] float64
-    gradient_norm: Tensor  # [R]
-    alive: Tensor  # [R] bool: members that were analysed
+    frobenius: PackedEstimate
+    negative_mass: PackedEstimate
+    participation: PackedEstimate
+    effective_dimension: PackedEstimate
+    regulariser: Tensor
+    matvecs: Tensor
+    losses: Tensor
+    gradient: Tensor
+    gradient_norm: Tensor
+    alive: Tensor
 
     def member(self, r: int) -> "Analysis":
         """The analysis of one member."""
@@ -202,33 +222,33 @@ def packed_analysis(
     check_density(probes, steps)
     finite = torch.isfinite(operator.losses) & torch.isfinite(operator.gradient).all(dim=1)
     analysed = finite if alive is None else finite & alive.to(finite.device)
-    wanted = (Wanted("largest", min(top, dim)), Wanted("smallest", 1, confirm=False))
-    least, largest_block = basis_size(wanted, block=max(block, probes)), max(block, probes)
+    ends = (Wanted("largest", min(top, dim)), Wanted("smallest", 1, confirm=False))
+    least, largest_block = basis_size(ends, block=max(block, probes)), max(block, probes)
     living = living_members(n_members, analysed)
-    if is_small(operator, wanted, least + largest_block):
+    if is_small(operator, ends, least + largest_block):
         spectra = dense_spectra(operator, living)
-        blocks = [spectra.blocks(end) for end in wanted]
+        blocks = [spectra.blocks(end) for end in ends]
         density = exact_densities(spectra)
         quadratures = None
     else:
         solver = KrylovPass(
             operator,
-            wanted,
+            ends,
             seeds=seeds,
             tolerance=tolerance,
             alive=living,
-            basis=min(max(least, 2 * steps), dim - capacity(wanted) - largest_block),
+            basis=min(max(least, 2 * steps), dim - capacity(ends) - largest_block),
             block=block,
-            max_matvecs=most_matvecs(wanted),
+            max_matvecs=most_matvecs(ends),
             probing=Probing(probes, steps, traces=max(FEWEST_TRACES, TRACES_PER_PROBE * probes)),
         )
         members = solver.run()
-        blocks = [solver.blocks(end) for end in wanted]
+        blocks = [solver.blocks(end) for end in ends]
         quadratures = [member.quadrature for member in members]
         density = bracketed_densities(quadratures, dim, operator.device)
-    largest = certify(operator, blocks[0], wanted[0], tolerance=tolerance)
-    own = [replace(block, matvecs=0) for block in blocks[1]]  # the pass is counted once
-    smallest = certify(operator, own, wanted[1], tolerance=tolerance)
+    largest = certify(operator, blocks[0], ends[0], tolerance=tolerance)
+    smallest_blocks = [replace(block, matvecs=0) for block in blocks[1]]  # the pass is counted once
+    smallest = certify(operator, smallest_blocks, ends[1], tolerance=tolerance)
     return _summary(operator, largest, smallest, density, quadratures, analysed)
 
 

@@ -24,8 +24,8 @@ LARGEST_SHIFT = 1e6  # of the last diagonal block, in |T|: more would drown the 
 
 def rules(quadrature: Quadrature) -> Iterator[Rule]:
     """The rule with a node at 0, then those with 0 amid two nodes; all nodes inside the spectrum."""
-    known = np.concatenate([quadrature.deflated, quadrature.nodes])
-    low, high = known.min() - quadrature.deflation_error, known.max() + quadrature.deflation_error
+    values = np.concatenate([quadrature.deflated, quadrature.nodes])
+    low, high = values.min() - quadrature.deflation_error, values.max() + quadrature.deflation_error
     for nodes, weights in _rules(quadrature.projected, quadrature.start):
         yield nodes.clip(low, high), weights
 

@@ -90,20 +90,31 @@ class PackedEigenPairs:
 
     Theory 2.15: an eigenvalue lies within its residual of each value; that no larger one was missed is what
     ``confirmed`` makes likely, not certain.
+
+    Attributes:
+        values: [R, k] float64, outermost first.
+        vectors: [R, k, d] float64, orthonormal rows; the largest component of each is positive.
+        residuals: [R, k] |H v - value v| of the returned vector, from fresh products.
+        converged: [R, k] bool, residual <= tolerance * scale, or * |value| where that was asked for.
+        confirmed: [R] bool, whether a search of the complement found nothing beyond the k-th value.
+        gaps: [R, k] distance to the nearest other Ritz value, ``complement`` included; inf if there is none.
+        complement: [R] leading Ritz value outside the pairs; -inf (smallest: inf) where nothing is outside,
+            NaN where it is not known.
+        scale: [R] |lambda|max as seen by the solve.
+        matvecs: [R] int64, products with each member.
+        orthogonality_loss: [R] max |V V' - I| over the bases of the solve and the returned vectors.
     """
 
-    values: Tensor  # [R, k] float64, outermost first
-    vectors: Tensor  # [R, k, d] float64, orthonormal rows; the largest component of each is positive
-    residuals: Tensor  # [R, k] |H v - value v| of the returned vector, from fresh products
-    converged: Tensor  # [R, k] bool: residual <= tolerance * scale, or * |value| where that was asked for
-    confirmed: Tensor  # [R] bool: a search of the complement found nothing beyond the k-th value
-    gaps: Tensor  # [R, k] distance to the nearest other Ritz value, `complement` included; inf if none
-    complement: (
-        Tensor  # [R] leading Ritz value outside the pairs; -inf (smallest: inf): nothing; NaN: unknown
-    )
-    scale: Tensor  # [R] |lambda|max as seen by the solve
-    matvecs: Tensor  # [R] int64, products with each member
-    orthogonality_loss: Tensor  # [R] max |V V' - I| over the bases of the solve and the returned vectors
+    values: Tensor
+    vectors: Tensor
+    residuals: Tensor
+    converged: Tensor
+    confirmed: Tensor
+    gaps: Tensor
+    complement: Tensor
+    scale: Tensor
+    matvecs: Tensor
+    orthogonality_loss: Tensor
 
     def __len__(self) -> int:
         """Number of pairs k of each member."""
@@ -128,11 +139,20 @@ class PackedEigenPairs:
 
 @dataclass(frozen=True)
 class Block:
-    """What a solver hands over for one member: approximate eigenvectors and what it knows about the rest."""
+    """What a solver hands over for one member: approximate eigenvectors and what it knows about the rest.
 
-    vectors: Tensor  # [n, d] float64, orthonormal rows; n = 0 where nothing was found
-    complement: float  # leading Ritz value outside the block: see `PackedEigenPairs`
-    scale: float  # estimate of |lambda|max
+    Attributes:
+        vectors: [n, d] float64, orthonormal rows; n = 0 where nothing was found.
+        complement: leading Ritz value outside the block, as in `PackedEigenPairs`.
+        scale: estimate of |lambda|max.
+        confirmed: whether a search of the complement found nothing beyond the block.
+        matvecs: products with the member so far.
+        orthogonality_loss: largest |V V' - I| over the bases of the solve.
+    """
+
+    vectors: Tensor
+    complement: float
+    scale: float
     confirmed: bool
     matvecs: int
     orthogonality_loss: float
@@ -141,7 +161,7 @@ class Block:
 def certify(
     operator: PackedOperator,
     blocks: Sequence[Block],
-    wanted: Wanted,
+    end: Wanted,
     *,
     tolerance: float,
     relative_to: RelativeTo = "largest",
@@ -151,7 +171,7 @@ def certify(
     Args:
         operator: R operators; gets one product for each vector of the longest block.
         blocks: one per member.
-        wanted: end and number of pairs to return; missing ones are NaN.
+        end: of the spectrum, and the number of pairs to return; missing ones are NaN.
         tolerance: largest residual of a converged pair, as a share of the scale.
         relative_to: "each" makes it a share of the pair's own |value|.
     """
@@ -159,7 +179,7 @@ def certify(
     members = []
     for block, image in zip(blocks, images, strict=True):
         allowed = partial(allowed_residuals, scale=block.scale, tolerance=tolerance, relative_to=relative_to)
-        members.append(_solve(block, image, wanted, allowed))
+        members.append(_solve(block, image, end, allowed))
     return PackedEigenPairs(*(torch.stack(tensors) for tensors in zip(*members, strict=True)))
 
 
@@ -191,25 +211,25 @@ def _images(operator: PackedOperator, blocks: Sequence[Tensor]) -> list[Tensor]:
         row[: len(block)] = block
     parts = [operator.apply(part) for part in rows.split(PRODUCTS_AT_ONCE, dim=1) if part.shape[1]]
     products = torch.cat(parts, dim=1) if parts else rows
-    return [own[: len(block)] for own, block in zip(products, blocks, strict=True)]
+    return [product[: len(block)] for product, block in zip(products, blocks, strict=True)]
 
 
 def _solve(
-    block: Block, image: Tensor, wanted: Wanted, allowed: Callable[[Tensor], Tensor]
+    block: Block, image: Tensor, end: Wanted, allowed: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, ...]:
     """One member's tensors in the order of `PackedEigenPairs`."""
-    n, k = len(image), wanted.k
+    n, k = len(image), end.k
     usable = n > 0 and bool(torch.isfinite(image).all())  # eigh raises on NaN
     m = n if usable else 0
     basis, image = block.vectors[:m], image[:m]
     small = image @ basis.T
     values, rotation = torch.linalg.eigh((small + small.T) / 2)
-    order = wanted.keys(values).argsort(descending=True, stable=True)
+    order = end.keys(values).argsort(descending=True, stable=True)
     values, rotation = values[order], rotation[:, order].T
     vectors = rotation @ basis
     residuals = row_norms(rotation @ image - values[:, None] * vectors)[:k]
     complement = block.complement
-    if m > k and not wanted.keys(values[k]) <= wanted.keys(values.new_tensor(complement)):
+    if m > k and not end.keys(values[k]) <= end.keys(values.new_tensor(complement)):
         complement = float("nan") if math.isnan(complement) else float(values[k])
     loss = max(block.orthogonality_loss, orthogonality_loss(vectors))
 
@@ -227,7 +247,7 @@ def _solve(
         padded(residuals),
         padded(residuals) <= allowed(padded(values)),  # NaN compares as False
         torch.tensor(block.confirmed and usable, device=image.device),
-        padded(_gaps(values[:k], complement, wanted)),
+        padded(_gaps(values[:k], complement, end)),
         scalar(complement),
         scalar(block.scale),
         torch.tensor(block.matvecs + n, device=image.device),
@@ -235,14 +255,14 @@ def _solve(
     )
 
 
-def _gaps(values: Tensor, complement: float, wanted: Wanted) -> Tensor:
+def _gaps(values: Tensor, complement: float, end: Wanted) -> Tensor:
     """Distance of each value to the nearest of the others and of what lies outside (left out where NaN).
 
     By magnitude the nearest value outside may lie on either side of zero: its distance is taken from below.
     """
     distances = (values[:, None] - values).abs()
     distances.fill_diagonal_(float("inf"))
-    outside = (wanted.keys(values) - wanted.keys(values.new_tensor(complement))).abs()
+    outside = (end.keys(values) - end.keys(values.new_tensor(complement))).abs()
     outside = outside.nan_to_num(nan=float("inf"), posinf=float("inf"))
     return torch.cat([distances, outside[:, None]], dim=1).amin(1)
 

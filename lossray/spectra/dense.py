@@ -13,28 +13,33 @@ from lossray.spectra.operator import PackedOperator
 
 @dataclass(frozen=True)
 class DenseSpectra:
-    """All eigenpairs of R operators, from d products with each."""
+    """All eigenpairs of R operators, from d products with each.
 
-    values: Tensor  # [R, d] float64, ascending; NaN for a member that is dead or not finite
-    vectors: Tensor  # [R, d, d] rows
+    Attributes:
+        values: [R, d] float64, ascending; NaN for a member that is dead or not finite.
+        vectors: [R, d, d] float64, the eigenvectors as rows.
+    """
 
-    def blocks(self, wanted: Wanted) -> list[Block]:
+    values: Tensor
+    vectors: Tensor
+
+    def blocks(self, end: Wanted) -> list[Block]:
         """The outermost pairs of every member, for `certify`."""
         return [
-            self._block(values, vectors, wanted)
+            self._block(values, vectors, end)
             for values, vectors in zip(self.values, self.vectors, strict=True)
         ]
 
-    def _block(self, values: Tensor, vectors: Tensor, wanted: Wanted) -> Block:
+    def _block(self, values: Tensor, vectors: Tensor, end: Wanted) -> Block:
         dim = len(values)
         if values.isnan().any():
             return Block(vectors[:0], float("nan"), float("nan"), False, dim, 0.0)
-        order = wanted.keys(values).argsort(descending=True, stable=True)
-        chosen = vectors[order[: wanted.k]]
-        if wanted.k < dim:
-            complement = float(values[order[wanted.k]])
+        order = end.keys(values).argsort(descending=True, stable=True)
+        chosen = vectors[order[: end.k]]
+        if end.k < dim:
+            complement = float(values[order[end.k]])
         else:
-            complement = {"largest": float("-inf"), "smallest": float("inf")}.get(wanted.end, float("nan"))
+            complement = {"largest": float("-inf"), "smallest": float("inf")}.get(end.which, float("nan"))
         return Block(chosen, complement, float(values.abs().max()), True, dim, orthogonality_loss(vectors))
 
 

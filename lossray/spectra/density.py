@@ -63,9 +63,9 @@ class SpectralDensity(Summarised):
         order = self.nodes.argsort(dim=1, stable=True)
         nodes, weights = self.nodes.gather(1, order), self.weights.gather(1, order)
         used = weights > 0  # padding has no weight
-        places = used.cumsum(dim=1) - 1
+        indices = used.cumsum(dim=1) - 1
         probes = torch.arange(len(nodes), device=nodes.device)[:, None].expand_as(nodes)
-        columns = {"probe": probes, "index": places, "node": nodes, "weight": weights}
+        columns = {"probe": probes, "index": indices, "node": nodes, "weight": weights}
         return pd.DataFrame({name: column[used].tolist() for name, column in columns.items()})
 
     def on_grid(self, points: Tensor, width: float) -> Tensor:
@@ -86,16 +86,24 @@ class SpectralDensity(Summarised):
 
 @dataclass(frozen=True)
 class PackedDensity:
-    """The eigenvalue distributions of R members of size d; NaN for a dead member."""
+    """The eigenvalue distributions of R members of size d; NaN for a dead member.
 
-    nodes: Tensor  # [R, probes, n] float64; padded by nodes of weight 0
-    weights: Tensor  # [R, probes, n], each row sums to 1
+    Attributes:
+        nodes: [R, probes, n] float64, padded by nodes of weight 0.
+        weights: [R, probes, n] float64, each row sums to 1.
+        dim: d, the number of eigenvalues.
+        exact: whether the nodes are all eigenvalues.
+        deflation_error: [R] bound of the sum of what the eigenvalues are off by, in the sense of
+            `Quadrature`.
+        others: from the same products by other rules (brackets.py); empty where there are none.
+    """
+
+    nodes: Tensor
+    weights: Tensor
     dim: int
     exact: bool
-    deflation_error: (
-        Tensor  # [R] bound of the sum of what the eigenvalues are off by, in `Quadrature`'s sense
-    )
-    others: tuple["PackedDensity", ...] = ()  # from the same products, by other rules: see brackets.py
+    deflation_error: Tensor
+    others: tuple["PackedDensity", ...] = ()
 
     def sums(self, *functions: Callable[[Tensor], Tensor]) -> Tensor:
         """Each probe's estimates of sum_i f(lambda_i), [R, probes, number of functions]."""
@@ -180,8 +188,10 @@ def packed_density(
         max_matvecs=steps,
         probing=Probing(1, steps),
     )
-    found = [member.quadrature for member in single.run()]
-    return densities([found[r * probes : (r + 1) * probes] for r in range(n_members)], dim, operator.device)
+    quadratures = [member.quadrature for member in single.run()]
+    return densities(
+        [quadratures[r * probes : (r + 1) * probes] for r in range(n_members)], dim, operator.device
+    )
 
 
 def check_density(probes: int, steps: int) -> None:
@@ -213,20 +223,20 @@ def densities(
         dim: size of the operators.
         device: where the result is to live.
     """
-    own = [[None if q is None else (q, q.nodes, q.weights) for q in member] for member in quadratures]
-    return _densities(own, dim, device)
+    members = [[None if q is None else (q, q.nodes, q.weights) for q in member] for member in quadratures]
+    return _densities(members, dim, device)
 
 
 def bracketed_densities(
     quadratures: Sequence[Quadrature | None], dim: int, device: torch.device
 ) -> PackedDensity:
     """The densities of one block of probes for each member, with the other rules that its products allow."""
-    found = [[] if q is None else list(rules(q)) for q in quadratures]
+    extra_rules = [[] if q is None else list(rules(q)) for q in quadratures]
     others = []
     for i in range(MOST_RULES):
         members = [
-            [None if q is None else (q, *(own[i] if i < len(own) else (q.nodes, q.weights)))]
-            for q, own in zip(quadratures, found, strict=True)
+            [None if q is None else (q, *(extra[i] if i < len(extra) else (q.nodes, q.weights)))]
+            for q, extra in zip(quadratures, extra_rules, strict=True)
         ]
         others.append(_densities(members, dim, device))
     return replace(densities([[q] for q in quadratures], dim, device), others=tuple(others))
@@ -234,15 +244,15 @@ def bracketed_densities(
 
 def _densities(members: Sequence[Sequence[_Rule | None]], dim: int, device: torch.device) -> PackedDensity:
     """Of every member one rule, or several with the same vectors locked."""
-    measures = [_measure(own, dim) for own in members]
-    known = [nodes for nodes, _ in measures if nodes is not None]
+    measures = [_measure(member, dim) for member in members]
+    living = [nodes for nodes, _ in measures if nodes is not None]
     shape = (
-        max((len(nodes) for nodes in known), default=1),
-        max((nodes.shape[1] for nodes in known), default=1),
+        max((len(nodes) for nodes in living), default=1),
+        max((nodes.shape[1] for nodes in living), default=1),
     )
     rows = [_padded(nodes, weights, shape) for nodes, weights in measures]
     nodes, weights = (torch.stack(tensors).to(device) for tensors in zip(*rows, strict=True))
-    errors = [float("nan") if own[0] is None else own[0][0].deflation_error for own in members]
+    errors = [float("nan") if member[0] is None else member[0][0].deflation_error for member in members]
     deflation_error = torch.tensor(errors, dtype=torch.float64, device=device)
     return PackedDensity(nodes, weights, dim, exact=False, deflation_error=deflation_error)
 
@@ -254,22 +264,24 @@ def trace_estimate(quadratures: Sequence[Quadrature | None], unit: Tensor) -> Pa
         quadratures: one per member.
         unit: [R] in which the estimates neither overflow nor vanish.
     """
-    samples = _samples([None if own is None else own.traces for own in quadratures]).to(unit.device)
+    samples = _samples([None if q is None else q.traces for q in quadratures]).to(unit.device)
     return jackknife((samples / unit[:, None])[:, :, None]).times(unit)
 
 
 def frobenius_estimate(quadratures: Sequence[Quadrature | None], dim: int, unit: Tensor) -> PackedEstimate:
     """The Frobenius norms; arguments as in `trace_estimate`, and the size of the operators."""
     rows: list[Array | None] = []
-    for own, size in zip(quadratures, unit.tolist(), strict=True):
-        if own is None:
+    for quadrature, size in zip(quadratures, unit.tolist(), strict=True):
+        if quadrature is None:
             rows.append(None)
             continue
-        known = np.square(own.deflated / size).sum()
-        rows.append(known + (dim - len(own.deflated)) * own.squares * (own.unit / size) ** 2)
+        deflated = np.square(quadrature.deflated / size).sum()
+        rows.append(
+            deflated + (dim - len(quadrature.deflated)) * quadrature.squares * (quadrature.unit / size) ** 2
+        )
     estimate = jackknife(_samples(rows).to(unit.device)[:, :, None], lambda means: means[..., 0].sqrt())
     # At most 2 |lambda|max times what the eigenvalues are off by, in the squares.
-    errors = [float("nan") if own is None else own.deflation_error for own in quadratures]
+    errors = [float("nan") if q is None else q.deflation_error for q in quadratures]
     off = 2 * torch.tensor(errors, dtype=torch.float64, device=unit.device) / unit
     bound = off / (2 * estimate.value).masked_fill(estimate.value == 0, 1)
     return replace(estimate, bound=bound).times(unit)
@@ -292,11 +304,11 @@ def _measure(rules: Sequence[_Rule | None], dim: int) -> tuple[Tensor | None, Te
     for rule in rules:
         if rule is None:
             return None, None
-        known = torch.from_numpy(rule[0].deflated)
-        rest = (dim - len(known)) / dim
+        deflated = torch.from_numpy(rule[0].deflated)
+        rest = (dim - len(deflated)) / dim
         for weights in torch.from_numpy(rule[2]):
-            nodes = torch.cat([known, torch.from_numpy(rule[1])])
-            rows.append((nodes, torch.cat([torch.full_like(known, 1 / dim), rest * weights])))
+            nodes = torch.cat([deflated, torch.from_numpy(rule[1])])
+            rows.append((nodes, torch.cat([torch.full_like(deflated, 1 / dim), rest * weights])))
     longest = max(len(nodes) for nodes, _ in rows)
     padded = [_padded(nodes[None], weights[None], (1, longest)) for nodes, weights in rows]
     return torch.cat([nodes for nodes, _ in padded]), torch.cat([weights for _, weights in padded])

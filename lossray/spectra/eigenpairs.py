@@ -60,10 +60,10 @@ def eigenpairs(
         >>> bool((pairs.residuals < 1e-4).all())  # an eigenvalue lies as near as that to each value
         True
     """
-    packed, wanted = packed_of(operator), wanted_pairs(end, k)
-    ends = packed_eigenpairs(
+    packed, ends = packed_of(operator), wanted_pairs(end, k)
+    results = packed_eigenpairs(
         packed,
-        wanted,
+        ends,
         seeds=[seed],
         tolerance=tol,
         block=block,
@@ -73,8 +73,8 @@ def eigenpairs(
     )
     error = float(packed.derivative_error[0])
     parts = [
-        replace(pairs.member(0, side.end), derivative_error=error)
-        for pairs, side in zip(ends, wanted, strict=True)
+        replace(pairs.member(0, side.which), derivative_error=error)
+        for pairs, side in zip(results, ends, strict=True)
     ]
     return parts[0] if len(parts) == 1 else _joined(*parts)
 

@@ -17,7 +17,7 @@ SMALLEST_BASIS = 64  # vectors of a basis before it is compressed
 
 def packed_eigenpairs(
     operator: PackedOperator,
-    wanted: Sequence[Wanted],
+    ends: Sequence[Wanted],
     *,
     seeds: Sequence[int],
     tolerance: float = 1e-3,
@@ -32,7 +32,7 @@ def packed_eigenpairs(
 
     Args:
         operator: R symmetric operators of size d.
-        wanted: the ends, each with its number of pairs; min(k, d) are returned.
+        ends: of the spectrum, each with its number of pairs; min(k, d) are returned.
         seeds: one seed per member, for its random vectors.
         tolerance: largest residual of a converged pair, as a share of |lambda|max.
         alive: [R] bool; the other members are skipped and come out as NaN. All by default. A member whose
@@ -49,32 +49,32 @@ def packed_eigenpairs(
         ResourceError: the basis would not fit the memory.
     """
     n_members, dim = operator.shape
-    wanted = [replace(end, k=min(end.k, dim)) for end in wanted]
+    ends = [replace(end, k=min(end.k, dim)) for end in ends]
     check_solve(n_members, seeds=seeds, tolerance=tolerance, block=block, max_matvecs=max_matvecs)
     n_guesses = 0 if guesses is None else guesses.shape[1]
-    width = basis_size(wanted, block=max(block, n_guesses + 1), asked=basis)
+    width = basis_size(ends, block=max(block, n_guesses + 1), asked=basis)
     living = living_members(n_members, alive)
-    if is_small(operator, wanted, width + max(block, n_guesses + 1)):
+    if is_small(operator, ends, width + max(block, n_guesses + 1)):
         spectra = dense_spectra(operator, living)
-        blocks = [spectra.blocks(end) for end in wanted]
+        blocks = [spectra.blocks(end) for end in ends]
     else:
         solver = KrylovPass(
             operator,
-            wanted,
+            ends,
             seeds=seeds,
             tolerance=tolerance,
             alive=living,
             basis=width,
             block=block,
-            max_matvecs=most_matvecs(wanted) if max_matvecs is None else max_matvecs,
+            max_matvecs=most_matvecs(ends) if max_matvecs is None else max_matvecs,
             guesses=guesses,
             relative_to=relative_to,
         )
         solver.run()
-        blocks = [solver.blocks(end) for end in wanted]
+        blocks = [solver.blocks(end) for end in ends]
     return [
-        certify(operator, own, end, tolerance=tolerance, relative_to=relative_to)
-        for own, end in zip(blocks, wanted, strict=True)
+        certify(operator, end_blocks, end, tolerance=tolerance, relative_to=relative_to)
+        for end_blocks, end in zip(blocks, ends, strict=True)
     ]
 
 
@@ -96,14 +96,14 @@ def check_solve(
         raise StudyError(f"max_matvecs: found {max_matvecs}; allowed: a whole number from 1")
 
 
-def basis_size(wanted: Sequence[Wanted], *, block: int, asked: int | None = None) -> int:
+def basis_size(ends: Sequence[Wanted], *, block: int, asked: int | None = None) -> int:
     """Most vectors of a basis before it is compressed.
 
     Raises:
         StudyError: ``asked`` leaves a compressed basis no room to grow.
     """
-    most = max((end.k for end in wanted), default=0)
-    least = sum(end.k for end in wanted) + 4 * block
+    most = max((end.k for end in ends), default=0)
+    least = sum(end.k for end in ends) + 4 * block
     if asked is None:
         return max(SMALLEST_BASIS, 2 * most + 20, 24 * block)
     if asked < least:
@@ -113,9 +113,9 @@ def basis_size(wanted: Sequence[Wanted], *, block: int, asked: int | None = None
     return asked
 
 
-def most_matvecs(wanted: Sequence[Wanted]) -> int:
+def most_matvecs(ends: Sequence[Wanted]) -> int:
     """Products of a member after which a solve gives up."""
-    return 1000 + 100 * sum(end.k for end in wanted)
+    return 1000 + 100 * sum(end.k for end in ends)
 
 
 def living_members(n_members: int, alive: Tensor | None) -> list[bool]:
@@ -123,9 +123,9 @@ def living_members(n_members: int, alive: Tensor | None) -> list[bool]:
     return [True] * n_members if alive is None else [bool(flag) for flag in alive]
 
 
-def is_small(operator: PackedOperator, wanted: Sequence[Wanted], vectors: int) -> bool:
+def is_small(operator: PackedOperator, ends: Sequence[Wanted], vectors: int) -> bool:
     """Whether so many vectors may fill the space: then the matrix costs little more, and tells all.
 
     The basis and its next block count: locked and basis vectors have to fit into the space together.
     """
-    return operator.shape[1] <= capacity(wanted) + vectors
+    return operator.shape[1] <= capacity(ends) + vectors

@@ -23,9 +23,15 @@ class Wanted:
     """The k outermost eigenpairs of one end: algebraically largest or smallest, or largest in magnitude.
 
     Where `confirm` is false the pairs have to converge, but no search has to prove that nothing lies beyond.
+
+    Attributes:
+        which: the end.
+        k: number of pairs.
+        confirm: whether a search has to prove that nothing lies beyond; the pairs have to converge in any
+            case.
     """
 
-    end: End
+    which: End
     k: int
     confirm: bool = True
 
@@ -36,9 +42,9 @@ class Wanted:
 
     def keys(self, values: Values) -> Values:
         """What is large for the values that are wanted first."""
-        if self.end == "largest":
+        if self.which == "largest":
             return values
-        return -values if self.end == "smallest" else abs(values)
+        return -values if self.which == "smallest" else abs(values)
 
     def order(self, values: Array) -> NDArray[np.intp]:
         """Indices of the values, those wanted first at the front."""

@@ -16,12 +16,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PackedEstimate:
-    """Estimates of R members; NaN for a dead member."""
+    """Estimates of R members; NaN for a dead member.
 
-    value: Tensor  # [R] float64
-    stderr: Tensor  # [R] of the sampling; 0 where the value is exact, NaN where one probe alone cannot tell
-    dof: int  # degrees of freedom of the standard error; 0 where it is exact or unknown
-    bound: Tensor  # [R] of the error that more probes would not remove
+    Attributes:
+        value: [R] float64.
+        stderr: [R] of the sampling; 0 where the value is exact, NaN where one probe alone cannot tell.
+        dof: degrees of freedom of the standard error; 0 where it is exact or unknown.
+        bound: [R] of the error that more probes would not remove.
+    """
+
+    value: Tensor
+    stderr: Tensor
+    dof: int
+    bound: Tensor
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """Student's t interval of the sampling, wider by ``bound`` on both sides; low and high [R].

@@ -169,10 +169,10 @@ class KrylovBases:
         pending = list(running)
         for _ in range(MOST_PASSES):
             before = row_norms(block.flatten(0, 1)).view(n_members, b).cpu().numpy()
-            found = _project(self.vectors[:, low:end], block, pending, empty)
+            removed = _project(self.vectors[:, low:end], block, pending, empty)
             triangles = _triangularise(block, pending)
             for r in pending:
-                overlaps[r] += found[r] @ factors[r]
+                overlaps[r] += removed[r] @ factors[r]
                 factors[r] = triangles[r] @ factors[r]
             pending = [r for r in pending if (np.abs(np.diag(triangles[r])) < ENOUGH * before[r]).any()]
             if not pending:
@@ -189,9 +189,9 @@ class KrylovBases:
         draws = generator(self.seeds[r], "replacement", draw)
         fresh = torch.randn(len(sizes) - n_sound, self.dim, dtype=torch.float64, generator=draws)
         rows = fresh.to(block.device)
-        known = torch.cat([self.occupied(r), block[r, :n_sound]])
+        basis = torch.cat([self.occupied(r), block[r, :n_sound]])
         for _ in range(2):
-            rows -= (rows @ known.T) @ known
+            rows -= (rows @ basis.T) @ basis
             rows = torch.linalg.qr(rows.T).Q.T
         block[r, n_sound:] = rows
         turned: Array = sizes[:, None] * right
@@ -232,14 +232,14 @@ def _project_each(vectors: Tensor, block: Tensor, running: Sequence[int], empty:
     """Member after member; arguments as in `_project`."""
     overlaps = np.zeros((len(block), vectors.shape[1], block.shape[1]))
     for r in running:
-        own = vectors[r, empty[r] :]
+        basis = vectors[r, empty[r] :]
         if block.shape[1] == 1:
-            overlap = own @ block[r, 0]
-            block[r, 0].addmv_(own.T, overlap, alpha=-1)
+            overlap = basis @ block[r, 0]
+            block[r, 0].addmv_(basis.T, overlap, alpha=-1)
             overlaps[r, empty[r] :, 0] = overlap.numpy()
         else:
-            overlap = own @ block[r].T
-            block[r].addmm_(overlap.T, own, alpha=-1)
+            overlap = basis @ block[r].T
+            block[r].addmm_(overlap.T, basis, alpha=-1)
             overlaps[r, empty[r] :] = overlap.numpy()
     return overlaps
 

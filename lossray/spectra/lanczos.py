@@ -54,7 +54,7 @@ class KrylovPass:
 
     Args:
         operator: R symmetric operators of size d.
-        wanted: the ends, each with its number of pairs; none for a density alone.
+        ends: of the spectrum, each with its number of pairs; none for a density alone.
         seeds: one per member.
         tolerance: largest residual of a converged pair, as a share of |lambda|max.
         alive: the members to solve.
@@ -69,7 +69,7 @@ class KrylovPass:
     def __init__(
         self,
         operator: PackedOperator,
-        wanted: Sequence[Wanted],
+        ends: Sequence[Wanted],
         *,
         seeds: Sequence[int],
         tolerance: float,
@@ -81,15 +81,15 @@ class KrylovPass:
         guesses: Tensor | None = None,
         relative_to: RelativeTo = "largest",
     ) -> None:
-        self.operator, self.wanted, self.tolerance = operator, tuple(wanted), tolerance
+        self.operator, self.ends, self.tolerance = operator, tuple(ends), tolerance
         self.relative_to = relative_to
         self.width, self.block, self.limit, self.probing = basis, block, max_matvecs, probing
         self.guesses = guesses
         self.bases = KrylovBases(
-            operator, locked=capacity(self.wanted), width=basis + self._largest_block(), seeds=seeds
+            operator, locked=capacity(self.ends), width=basis + self._largest_block(), seeds=seeds
         )
         self.members = [
-            PassState(seed, False, living, np.zeros((basis, basis)), [float("nan")] * len(self.wanted))
+            PassState(seed, False, living, np.zeros((basis, basis)), [float("nan")] * len(self.ends))
             for seed, living in zip(seeds, alive, strict=True)
         ]
         self._probes: dict[int, Tensor] = {}  # the draws of the probing round, by member
@@ -103,9 +103,9 @@ class KrylovPass:
             self.round += 1
         return self.members
 
-    def blocks(self, wanted: Wanted) -> list[Block]:
+    def blocks(self, end: Wanted) -> list[Block]:
         """What one end's certificates rest on: its k leading pairs, and those that may yet exceed them."""
-        return [self._block(r, wanted) for r in range(len(self.members))]
+        return [self._block(r, end) for r in range(len(self.members))]
 
     # One round.
 
@@ -117,7 +117,7 @@ class KrylovPass:
         starts = self.bases.start(self._start_block(), self._running())
         for r in self._running():
             self.members[r].start = starts[r]
-        if self.probing is not None and self.wanted and self.round == self._probing_round:
+        if self.probing is not None and self.ends and self.round == self._probing_round:
             self._trace_products(self.probing)
             self._probes.clear()
         while self._running():
@@ -147,7 +147,7 @@ class KrylovPass:
         for r, pairs in ritz.items():
             self._judge(r, pairs)
         if full and self._running():
-            keep = min((size + self._most_wanted()) // 2, size - block)
+            keep = min((size + self._n_pairs()) // 2, size - block)
             self._compress({r: ritz[r] for r in self._running()}, keep)
 
     def _products(self) -> Tensor:
@@ -193,34 +193,34 @@ class KrylovPass:
         member, size = self.members[r], len(ritz.values)
         capped = member.matvecs >= self.limit
         self._note_quadrature(r, ritz)
-        found = [self._found(member, ritz, wanted) for wanted in self.wanted]
+        to_lock = [self._pairs_to_lock(member, ritz, end) for end in self.ends]
         # An end that need not be confirmed keeps nobody waiting once it has its pairs.
-        optional = [not w.confirm and len(member.values) >= w.k for w in self.wanted]
-        settled = all(i is not None or free for i, free in zip(found, optional, strict=True))
+        optional = [not end.confirm and len(member.values) >= end.k for end in self.ends]
+        settled = all(i is not None or free for i, free in zip(to_lock, optional, strict=True))
         if not settled and capped:  # the best of what has not converged joins the block; it will be flagged
-            best = [wanted.order(ritz.values)[: wanted.k] for wanted in self.wanted]
+            best = [end.order(ritz.values)[: end.k] for end in self.ends]
             self._end_run(r, ritz, best)
             member.searching = False
         elif settled and (size >= self._least(member) or self._exhausted(r) or capped):
-            indices = [chosen for chosen in found if chosen is not None]
+            indices = [chosen for chosen in to_lock if chosen is not None]
             self._end_run(r, ritz, indices)
             nothing_new = all(len(chosen) == 0 for chosen in indices)
-            member.confirmed = [nothing_new and chosen is not None for chosen in found]
+            member.confirmed = [nothing_new and chosen is not None for chosen in to_lock]
             member.searching = not nothing_new and not capped
 
-    def _found(self, member: PassState, ritz: Ritz, wanted: Wanted) -> NDArray[np.intp] | None:
+    def _pairs_to_lock(self, member: PassState, ritz: Ritz, end: Wanted) -> NDArray[np.intp] | None:
         """Ritz pairs to lock for one end; None while the run has to go on.
 
         It may end once all pairs that are still missing have converged, or once a converged pair lies below
         the k-th locked one: then the complement's leading pair is known.
         """
-        order = wanted.order(ritz.values)
-        keys, residuals = wanted.keys(ritz.values)[order], ritz.residuals[order]
-        known = wanted.keys(member.values)
+        order = end.order(ritz.values)
+        keys, residuals = end.keys(ritz.values)[order], ritz.residuals[order]
+        locked_keys = end.keys(member.values)
         threshold = -np.inf
-        if len(known) >= wanted.k:
-            kth = np.argsort(-known, kind="stable")[wanted.k - 1]
-            threshold = known[kth] + member.errors[kth] + 32 * self.bases.eps * member.scale
+        if len(locked_keys) >= end.k:
+            kth = np.argsort(-locked_keys, kind="stable")[end.k - 1]
+            threshold = locked_keys[kth] + member.errors[kth] + 32 * self.bases.eps * member.scale
         allowed = allowed_residuals(
             ritz.values[order], member.scale, tolerance=self.tolerance, relative_to=self.relative_to
         )
@@ -229,7 +229,7 @@ class KrylovPass:
         converged = residuals <= bound
         prefix = len(converged) if converged.all() else int(np.argmin(converged))
         above = int((keys[:prefix] > threshold).sum())
-        needed = wanted.k - len(known) if len(known) < wanted.k else wanted.k
+        needed = end.k - len(locked_keys) if len(locked_keys) < end.k else end.k
         settled = above >= needed or above < prefix or converged.all()
         return order[: min(above, needed)] if settled else None
 
@@ -241,12 +241,12 @@ class KrylovPass:
         indices = np.unique(np.concatenate([np.zeros(0, np.intp), *chosen]))
         rest = np.delete(ritz.values, indices)
         member.complements = [
-            float(rest[wanted.order(rest)[0]]) if len(rest) else float("nan") for wanted in self.wanted
+            float(rest[end.order(rest)[0]]) if len(rest) else float("nan") for end in self.ends
         ]
         if self.round == 0 and len(rest):
             whole = np.ptp(ritz.values)
             member.share = float(np.ptp(rest) / whole) if whole > 0 else 0.0
-        if self.round == 0 and self.probing is not None and self.wanted:
+        if self.round == 0 and self.probing is not None and self.ends:
             member.sketch = self._sketch(r, ritz, indices)
         if len(indices):
             self._lock(r, ritz, indices)
@@ -257,7 +257,7 @@ class KrylovPass:
         vectors = torch.cat([self.bases.locked(r), self.bases.rotated(r, ritz.rotation[:, indices])])
         values = np.concatenate([member.values, ritz.values[indices]])
         errors = np.concatenate([member.errors, ritz.errors()[indices]])
-        kept = np.unique(np.concatenate([w.order(values)[: 2 * w.k] for w in self.wanted]))
+        kept = np.unique(np.concatenate([end.order(values)[: 2 * end.k] for end in self.ends]))
         member.values, member.errors = values[kept], errors[kept]
         self.bases.set_locked(r, vectors[torch.from_numpy(kept).to(vectors.device)])
 
@@ -294,8 +294,8 @@ class KrylovPass:
         for r in self._running():
             vectors[r] = outside(self._draws(r, self.round)[probing.probes :], self.bases.locked(r))
             self.members[r].matvecs += probing.traces
-        found = (tensor.cpu().numpy() for tensor in forms_and_lengths(self.operator, vectors))
-        for member, forms, lengths in zip(self.members, *found, strict=True):
+        arrays = (tensor.cpu().numpy() for tensor in forms_and_lengths(self.operator, vectors))
+        for member, forms, lengths in zip(self.members, *arrays, strict=True):
             member.trace_products, member.trace_lengths = forms, lengths
 
     def _sketch(self, r: int, ritz: Ritz, indices: NDArray[np.intp]) -> Sketch:
@@ -331,9 +331,9 @@ class KrylovPass:
 
     def _most_promising(self, ritz: Ritz, keep: int) -> NDArray[np.intp]:
         """Indices of ``keep`` Ritz pairs, taken from the ends in turn in proportion to what they want."""
-        if not self.wanted:
+        if not self.ends:
             return np.arange(len(ritz.values) - keep, len(ritz.values))
-        ranks = [np.argsort(w.order(ritz.values)) / (w.k + 4) for w in self.wanted]
+        ranks = [np.argsort(end.order(ritz.values)) / (end.k + 4) for end in self.ends]
         return np.sort(np.argsort(np.min(ranks, axis=0), kind="stable")[:keep])
 
     # What a round is for.
@@ -369,7 +369,7 @@ class KrylovPass:
 
     @property
     def _probing_round(self) -> int:
-        return 1 if self.wanted else 0
+        return 1 if self.ends else 0
 
     def _least(self, member: PassState) -> int:
         """Vectors of a basis below which a settled run goes on.
@@ -378,7 +378,7 @@ class KrylovPass:
         """
         if self.probing is None or self.round != self._probing_round:
             return 0
-        share = member.share if self.wanted else 1.0
+        share = member.share if self.ends else 1.0
         probes = self.probing.probes
         return min(ceil(self.probing.steps * share) * probes, self.width - self.width % probes)
 
@@ -386,26 +386,26 @@ class KrylovPass:
         guesses = 0 if self.guesses is None else self.guesses.shape[1] + 1
         return max(self.block, guesses, self.probing.probes if self.probing else 0)
 
-    def _most_wanted(self) -> int:
-        return sum(wanted.k for wanted in self.wanted)
+    def _n_pairs(self) -> int:
+        return sum(end.k for end in self.ends)
 
     def _running(self) -> list[int]:
         return [r for r, member in enumerate(self.members) if member.running]
 
-    def _block(self, r: int, wanted: Wanted) -> Block:
+    def _block(self, r: int, end: Wanted) -> Block:
         member, vectors = self.members[r], self.bases.locked(r)
-        complement = member.complements[self.wanted.index(wanted)]
-        keys = wanted.keys(member.values)
-        if len(keys) > wanted.k:
-            kth = np.sort(keys)[-wanted.k]
+        complement = member.complements[self.ends.index(end)]
+        keys = end.keys(member.values)
+        if len(keys) > end.k:
+            kth = np.sort(keys)[-end.k]
             chosen = keys >= kth - self.tolerance * member.scale
             vectors = vectors[torch.from_numpy(chosen).to(vectors.device)]
             rest = np.append(member.values[~chosen], complement)  # NaN stays NaN
-            complement = float(rest[np.argmax(wanted.keys(rest))])
-        confirmed = any(member.confirmed) and member.confirmed[self.wanted.index(wanted)]
+            complement = float(rest[np.argmax(end.keys(rest))])
+        confirmed = any(member.confirmed) and member.confirmed[self.ends.index(end)]
         return Block(vectors, complement, member.scale, confirmed, member.matvecs, member.orthogonality_loss)
 
 
-def capacity(wanted: Sequence[Wanted]) -> int:
+def capacity(ends: Sequence[Wanted]) -> int:
     """Most locked vectors of a member."""
-    return sum(2 * end.k for end in wanted)
+    return sum(2 * end.k for end in ends)

@@ -12,35 +12,62 @@ Array = NDArray[np.float64]
 
 @dataclass
 class PassState:
-    """Where the pass of one member stands, and in the end its outcome."""
+    """Where the pass of one member stands, and in the end its outcome.
+
+    Attributes:
+        seed: of the member's random vectors.
+        running: whether it takes part in the current round.
+        searching: whether it takes part in further rounds.
+        projected: [width, width] V H V' of the current basis, filled up to its size.
+        complements: leading Ritz value outside the locked vectors, for each end; NaN where it is not known.
+        coupling: [b, b] of the last block of the basis to the one before.
+        start: [b, b] coefficients of the start vectors, as columns, in the first block of the basis.
+        matvecs: products so far.
+        scale: largest |Ritz value| or |H v| seen: a lower bound of |lambda|max.
+        values: [n] of the locked pairs, in the order of their vectors.
+        errors: [n] how far these may be off.
+        share: spread of what is not locked, relative to the whole spectrum's.
+        confirmed: for each end, whether a round found nothing beyond its pairs.
+        orthogonality_loss: largest |V V' - I| over the bases so far.
+        sketch: what the first round says about the trace; None before, and where no probing asks for it.
+        trace_products: [traces] u'Hu of `Probing.traces`.
+        trace_lengths: [traces] |Hu| of the same.
+        quadrature: of the probing round; None before, and where there is none.
+    """
 
     seed: int
-    running: bool  # in the current round
-    searching: bool  # in further rounds
-    projected: Array  # [width, width]: V H V' of the current basis, filled up to its size
-    complements: list[float]  # leading Ritz value outside the locked vectors, for each end; NaN: unknown
-    coupling: Array = field(default_factory=lambda: np.zeros((0, 0)))  # [b, b] of the last products
-    start: Array = field(default_factory=lambda: np.zeros((0, 0)))  # [b, b] of the start block to the basis
+    running: bool
+    searching: bool
+    projected: Array
+    complements: list[float]
+    coupling: Array = field(default_factory=lambda: np.zeros((0, 0)))
+    start: Array = field(default_factory=lambda: np.zeros((0, 0)))
     matvecs: int = 0
-    scale: float = 0.0  # largest |Ritz value| or |H v| seen: a lower bound of |lambda|max
-    values: Array = field(default_factory=lambda: np.zeros(0))  # locked, in the order of their vectors
-    errors: Array = field(default_factory=lambda: np.zeros(0))  # how far these may be off
-    share: float = 1.0  # spread of what is not locked, relative to the whole spectrum's
-    confirmed: list[bool] = field(default_factory=list)  # for each end wanted
+    scale: float = 0.0
+    values: Array = field(default_factory=lambda: np.zeros(0))
+    errors: Array = field(default_factory=lambda: np.zeros(0))
+    share: float = 1.0
+    confirmed: list[bool] = field(default_factory=list)
     orthogonality_loss: float = 0.0
     sketch: Sketch | None = None
-    trace_products: Array = field(default_factory=lambda: np.zeros(0))  # [traces] u'Hu of `Probing.traces`
-    trace_lengths: Array = field(default_factory=lambda: np.zeros(0))  # [traces] |Hu| of the same
+    trace_products: Array = field(default_factory=lambda: np.zeros(0))
+    trace_lengths: Array = field(default_factory=lambda: np.zeros(0))
     quadrature: Quadrature | None = None
 
 
 @dataclass(frozen=True)
 class Ritz:
-    """Ritz pairs of one member's basis, ascending."""
+    """Ritz pairs of one member's basis, ascending.
 
-    values: Array  # [m]
-    rotation: Array  # [m, m], columns: coefficients in the basis
-    residuals: Array  # [m], as the recurrence gives them
+    Attributes:
+        values: [m] float64.
+        rotation: [m, m] float64, columns of coefficients in the basis.
+        residuals: [m] as the recurrence gives them.
+    """
+
+    values: Array
+    rotation: Array
+    residuals: Array
 
     def errors(self) -> Array:
         """Bounds of the values' errors: the residual, or its square over the gap where the gap is known."""

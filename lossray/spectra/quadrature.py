@@ -31,17 +31,31 @@ class Probing:
 
 @dataclass(frozen=True)
 class Quadrature:
-    """Gauss quadratures of one member's probes, which are uniformly random outside ``deflated``."""
+    """Gauss quadratures of one member's probes, which are uniformly random outside ``deflated``.
 
-    nodes: Array  # [m], common to the probes of a block
-    weights: Array  # [probes, m], each row sums to 1
-    deflated: Array  # [n] Rayleigh quotients of the vectors that were locked before
-    deflation_error: float  # bound of the sum of what all eigenvalues are off by: those are no eigenvectors
-    traces: Array  # [probes + traces] unbiased estimates of the trace
-    squares: Array  # [probes + traces] of the mean of lambda^2 outside ``deflated``, in ``unit``^2
-    unit: float  # of the squares, which would overflow or vanish
-    projected: Array  # [m, m] the Lanczos matrix
-    start: Array  # [b, probes] of the start vectors to the basis
+    Attributes:
+        nodes: [m] common to the probes of a block.
+        weights: [probes, m], each row sums to 1.
+        deflated: [n] Rayleigh quotients of the vectors that were locked before.
+        deflation_error: bound of the sum of what all eigenvalues are off by, since the locked vectors are no
+            exact eigenvectors.
+        traces: [probes + traces] unbiased estimates of the trace.
+        squares: [probes + traces] unbiased estimates of the mean of lambda^2 outside ``deflated``, in
+            ``unit``^2.
+        unit: of the squares, which would overflow or vanish without.
+        projected: [m, m] the Lanczos matrix.
+        start: [b, probes] coefficients of the start vectors, as columns, in the first block of the basis.
+    """
+
+    nodes: Array
+    weights: Array
+    deflated: Array
+    deflation_error: float
+    traces: Array
+    squares: Array
+    unit: float
+    projected: Array
+    start: Array
 
 
 @dataclass(frozen=True)
@@ -50,12 +64,18 @@ class Sketch:
 
     trace H = trace Q'HQ + (d - m) v'Hv / |v|^2 in the mean, for v = u - Q Q'u (Hutch++, Meyer et al. 2021).
     As H Q = Q T + N C, with the next block N in the last columns only, v'Hv takes no product of its own.
+
+    Attributes:
+        trace: of T = Q'HQ.
+        inside: [n] for n probes, what u'Hu exceeds v'Hv by.
+        outside: [n] |v|^2.
+        size: m, the number of vectors of Q.
     """
 
-    trace: float  # of T = Q'HQ
-    inside: Array  # [n] for n probes, what u'Hu exceeds v'Hv by
-    outside: Array  # [n] |v|^2
-    size: int  # m, the vectors of Q
+    trace: float
+    inside: Array
+    outside: Array
+    size: int
 
     def traces(self, products: Array, dim: int) -> Array:
         """Estimates [n] of the trace from ``products`` [n], u'Hu of the unit probes."""

@@ -162,8 +162,8 @@ def histogram(density: "SpectralDensity", bins: int = BINS) -> list[str]:
     low, high = float(nodes.min()), float(nodes.max())
     if not high > low:
         return [f"{low:11.4g}  all {density.dim:,}"]
-    places = ((nodes - low) / (high - low) * bins).long().clamp(0, bins - 1)
-    shares = torch.zeros(bins, dtype=torch.float64).index_add(0, places.cpu(), weights.cpu())
+    indices = ((nodes - low) / (high - low) * bins).long().clamp(0, bins - 1)
+    shares = torch.zeros(bins, dtype=torch.float64).index_add(0, indices.cpu(), weights.cpu())
     counts = (density.dim * shares).tolist()
     edges = torch.linspace(low, high, bins + 1, dtype=torch.float64).tolist()
     scale = WIDTH / math.log1p(max(counts))
