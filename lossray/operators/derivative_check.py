@@ -46,12 +46,12 @@ class Trial:
     """A derivative along a direction, and the function whose derivative it is.
 
     Attributes:
-        found: the derivative.
+        derivative: by autograd, float64.
         function: at so much of the direction, which has length 1.
         length: of the point in the same units: the step's unit.
     """
 
-    found: Tensor
+    derivative: Tensor
     function: Callable[[float], Tensor]
     length: float
 
@@ -86,8 +86,8 @@ def derivative_errors(objective: Objective, makers: Sequence[TrialMaker]) -> Ten
     exact = objective.to(torch.float64)
     first = next(iter(exact.batches()))
     for r in (~objective.dead).nonzero().flatten().tolist():
-        found = [_told(objective.member(r), exact.member(r), first, maker) for maker in makers]
-        errors[r] = torch.tensor(found).max()  # NaN stays NaN
+        differences = [_told(objective.member(r), exact.member(r), first, maker) for maker in makers]
+        errors[r] = torch.tensor(differences).max()  # NaN stays NaN
     return errors
 
 
@@ -101,8 +101,8 @@ def _told(objective: Objective, exact: Objective, batch: Batch, maker: TrialMake
     if not wrong:
         return error
     for factor in SHRUNK:
-        own, plain = (_at(one, factor * one.theta.detach()) for one in (objective, exact))
-        if not _error(own, plain, batch, maker)[1]:
+        shrunk, shrunk_exact = (_at(one, factor * one.theta.detach()) for one in (objective, exact))
+        if not _error(shrunk, shrunk_exact, batch, maker)[1]:
             return math.nan
     raise ModelError(_message(objective, error))
 
@@ -140,10 +140,10 @@ def _attempt(
 
     Where it does not, not even in place, the differences are taken in the objective's own dtype as well.
     """
-    for own, other in ((exact, exact), (objective, exact), (objective, objective)):
+    for differentiated, other in ((exact, exact), (objective, exact), (objective, objective)):
         try:
-            trial = maker(_side(own, few), _side(other, few), seed)
-            return *_difference(trial, share, LARGEST[own.dtype]), own.dtype
+            trial = maker(_side(differentiated, few), _side(other, few), seed)
+            return *_difference(trial, share, LARGEST[differentiated.dtype]), differentiated.dtype
         except Exception:  # a user's model may take no such number of examples, or no float64
             continue
     return math.nan, False, objective.dtype
@@ -159,7 +159,7 @@ def _difference(trial: Trial, share: float, largest: float) -> tuple[float, bool
     ahead, behind = trial.function(step), trial.function(-step)
     central = (ahead - behind) / (2 * step)
     floor = FLOOR * _norm(ahead) / (trial.length or 1.0)
-    gap, size = _norm(trial.found - central), max(_norm(trial.found), _norm(central), floor)
+    gap, size = _norm(trial.derivative - central), max(_norm(trial.derivative), _norm(central), floor)
     error = gap / size if size else 0.0
     if error <= largest or not math.isfinite(error):
         return error, False
@@ -183,78 +183,80 @@ def _few(objective: Objective, batch: Batch, count: int) -> Batch:
     """A few examples of a batch, or all of one that cannot be divided."""
     if batch.size is None:
         return replace(batch, share=1.0)
-    places = torch.linspace(0, batch.size - 1, min(batch.size, CONSIDERED)).round().long()
-    considered = batch.pick(places.to(objective.device))
+    indices = torch.linspace(0, batch.size - 1, min(batch.size, CONSIDERED)).round().long()
+    considered = batch.pick(indices.to(objective.device))
     return replace(representative(considered, max(2, count) if objective.coupled else count), share=1.0)
 
 
 # ---- what is differentiated
 
 
-def gradient_trial(own: Side, plain: Side, seed: int) -> Trial:
+def gradient_trial(autograd: Side, plain: Side, seed: int) -> Trial:
     """The gradient of the loss in the parameters, whose derivative is the Hessian."""
     theta, units = _point(plain)
     direction = units * _direction(theta, seed)
-    found = hessian_piece(own.objective, own.batch).product(direction.to(own.objective.dtype))
+    product = hessian_piece(autograd.objective, autograd.batch).product(
+        direction.to(autograd.objective.dtype)
+    )
 
     def gradient(step: float) -> Tensor:
         return units * plain.objective.plain_gradient(theta + step * direction, plain.batch)
 
-    return Trial(units * found.double(), gradient, _norm(theta / units))
+    return Trial(units * product.double(), gradient, _norm(theta / units))
 
 
-def output_trial(own: Side, plain: Side, seed: int) -> Trial:
+def output_trial(autograd: Side, plain: Side, seed: int) -> Trial:
     """The outputs in the parameters, whose derivative is J."""
     theta, units = _point(plain)
     direction = units * _direction(theta, seed)
-    outputs = own.objective.outputs(own.objective.theta, own.batch)
-    push = pushforward(own.objective, outputs, own.batch, linearized=False)
+    outputs = autograd.objective.outputs(autograd.objective.theta, autograd.batch)
+    push = pushforward(autograd.objective, outputs, autograd.batch, linearized=False)
 
     def moved(step: float) -> Tensor:
         return plain.objective.plain_outputs(theta + step * direction, plain.batch)
 
-    return Trial(push(direction.to(own.objective.dtype)).double(), moved, _norm(theta / units))
+    return Trial(push(direction.to(autograd.objective.dtype)).double(), moved, _norm(theta / units))
 
 
-def slope_trial(own: Side, plain: Side, seed: int) -> Trial:
+def slope_trial(autograd: Side, plain: Side, seed: int) -> Trial:
     """The slope of the loss in the outputs, whose derivative is its Hessian there."""
-    outputs = own.objective.outputs(own.objective.theta, own.batch).detach().requires_grad_()
+    outputs = autograd.objective.outputs(autograd.objective.theta, autograd.batch).detach().requires_grad_()
     units = _component_units(outputs)
     direction = units * _direction(outputs, seed)
 
     def slope(side: Side, point: Tensor, *, keep: bool = False) -> Tensor:
         return derivative(side.objective.losses_of(point, side.batch).sum(), point, create_graph=keep)
 
-    found = pullback(slope(own, outputs, keep=True), outputs)(direction)
+    product = pullback(slope(autograd, outputs, keep=True), outputs)(direction)
 
     def moved(step: float) -> Tensor:
         return units.double() * slope(plain, _ahead(outputs, step, direction))
 
-    return Trial((units * found).double(), moved, _norm(outputs / units))
+    return Trial((units * product).double(), moved, _norm(outputs / units))
 
 
-def example_trial(own: Side, plain: Side, seed: int) -> Trial:
+def example_trial(autograd: Side, plain: Side, seed: int) -> Trial:
     """The losses of the examples in the outputs, whose derivatives are their slopes."""
-    outputs = own.objective.outputs(own.objective.theta, own.batch).detach().requires_grad_()
+    outputs = autograd.objective.outputs(autograd.objective.theta, autograd.batch).detach().requires_grad_()
     units = _component_units(outputs)
     direction = units * _direction(outputs, seed)
-    slopes = derivative(own.objective.example_losses(outputs, own.batch).sum(), outputs)
-    found = (slopes * direction).reshape(*slopes.shape[:2], -1).sum(dim=2)
+    slopes = derivative(autograd.objective.example_losses(outputs, autograd.batch).sum(), outputs)
+    directional = (slopes * direction).reshape(*slopes.shape[:2], -1).sum(dim=2)
 
     def losses(step: float) -> Tensor:
         return plain.objective.example_losses(_ahead(outputs, step, direction), plain.batch).detach()
 
-    return Trial(found.double(), losses, _norm(outputs / units))
+    return Trial(directional.double(), losses, _norm(outputs / units))
 
 
 def _point(side: Side) -> tuple[Tensor, Tensor]:
     """The parameters [1, d], and the root mean square of each one's tensor; where that is 0 a neighbour's."""
     theta = side.objective.theta.detach()
     parts = torch.split(theta, list(side.objective.layout.sizes), dim=1)
-    known = [_norm(part) / math.sqrt(max(part.numel(), 1)) for part in parts]
-    last = next((size for size in known if size), 1.0)
+    sizes = [_norm(part) / math.sqrt(max(part.numel(), 1)) for part in parts]
+    last = next((size for size in sizes if size), 1.0)
     units = []
-    for part, size in zip(parts, known, strict=True):
+    for part, size in zip(parts, sizes, strict=True):
         last = size or last
         units.append(torch.full_like(part, last))
     return theta, torch.cat(units, dim=1)
@@ -262,9 +264,9 @@ def _point(side: Side) -> tuple[Tensor, Tensor]:
 
 def _component_units(outputs: Tensor) -> Tensor:
     """The root mean square of each component of outputs [1, B, ...] over the examples, [1, 1, ...]."""
-    own = outputs.detach()
-    units = own.square().mean(dim=1, keepdim=True).sqrt()
-    return torch.where(units > 0, units, float(own.square().mean().sqrt()) or 1.0)
+    values = outputs.detach()
+    units = values.square().mean(dim=1, keepdim=True).sqrt()
+    return torch.where(units > 0, units, float(values.square().mean().sqrt()) or 1.0)
 
 
 def _ahead(point: Tensor, step: float, direction: Tensor) -> Tensor:

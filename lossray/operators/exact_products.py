@@ -18,14 +18,14 @@ def exact_products(device: torch.device | str = "cpu") -> Iterator[None]:
     """
     cuda, cudnn, mkldnn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
     names = [(cuda, "matmul"), *((library, name) for library in (cudnn, mkldnn) for name in ("conv", "rnn"))]
-    places = [getattr(library, name) for library, name in [*names, (mkldnn, "matmul")]]
-    before = [place.fp32_precision for place in places]
+    backends = [getattr(library, name) for library, name in [*names, (mkldnn, "matmul")]]
+    before = [backend.fp32_precision for backend in backends]
     autocast_off = torch.autocast(torch.device(device).type, enabled=False)
     try:
-        for place in places:
-            place.fp32_precision = "ieee"
+        for backend in backends:
+            backend.fp32_precision = "ieee"
         with torch.enable_grad(), autocast_off, sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
-        for place, precision in zip(places, before, strict=True):
-            place.fp32_precision = precision
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision

@@ -57,10 +57,10 @@ class Difference:
 def is_example_mean(objective: Objective) -> bool:
     """Whether batches may be split: False where the loss is no mean over examples, and where that is open."""
     try:
-        found = differences(objective)
+        results = differences(objective)
     except Exception:  # a user's loss or model may fail on a part in any way, and then is not split
         return False
-    return all(one.same and one.informative for one in found)
+    return all(one.same and one.informative for one in results)
 
 
 def require_example_mean(
@@ -79,7 +79,7 @@ def require_example_mean(
         DataError: it is not finite in some example.
     """
     try:
-        found = differences(objective, anywhere=anywhere, alone=alone)
+        results = differences(objective, anywhere=anywhere, alone=alone)
     except (DataError, ResourceError):
         raise
     except Exception as error:  # a user's loss or model may raise anything on a part
@@ -89,7 +89,7 @@ def require_example_mean(
         raise ModelError(
             f"{_subject(objective)} fails on a part of the examples: {reason}{whole(closure=not anywhere)}"
         ) from error
-    worst = max((one for one in found if not one.same), key=lambda one: one.size, default=None)
+    worst = max((one for one in results if not one.same), key=lambda one: one.size, default=None)
     if worst is None:
         return
     if not math.isfinite(worst.size) and not objective.may_diverge:
@@ -126,15 +126,15 @@ def differences(objective: Objective, *, anywhere: bool = False, alone: bool = F
 
 def _compared(objective: Objective, batch: Batch, anywhere: bool, alone: bool) -> list[Difference]:
     few = representative(batch, _affordable(objective, batch))
-    found = [_of_model(objective, objective.theta, few)]
-    if anywhere or not found[0].informative:
+    results = [_of_model(objective, objective.theta, few)]
+    if anywhere or not results[0].informative:
         elsewhere = _of_model(objective, _moved(objective.theta), few)
-        found = [found[0], elsewhere] if anywhere else [elsewhere]
-    if all(one.same for one in found) and (batch.size or 0) > (few.size or 0):
-        found += _of_loss(objective, batch)
-    if all(one.same for one in found) and alone:
-        found.append(_of_each(objective, few))
-    return found
+        results = [results[0], elsewhere] if anywhere else [elsewhere]
+    if all(one.same for one in results) and (batch.size or 0) > (few.size or 0):
+        results += _of_loss(objective, batch)
+    if all(one.same for one in results) and alone:
+        results.append(_of_each(objective, few))
+    return results
 
 
 # ---- the loss of the model
@@ -182,10 +182,10 @@ def _of_loss(objective: Objective, batch: Batch) -> list[Difference]:
     n = batch.size or 0
     shuffled = torch.randperm(n, generator=generator(0, "parts")).to(objective.device)
     orders = (torch.arange(n, device=objective.device), shuffled)
-    found = [_of_outputs(objective, outputs, batch, order) for order in orders]
-    if not found[0].informative:
-        found = [_of_outputs(objective, outputs[:, shuffled], batch, order) for order in orders]
-    return found
+    results = [_of_outputs(objective, outputs, batch, order) for order in orders]
+    if not results[0].informative:
+        results = [_of_outputs(objective, outputs[:, shuffled], batch, order) for order in orders]
+    return results
 
 
 def _of_outputs(objective: Objective, outputs: Tensor, batch: Batch, order: Tensor) -> Difference:
@@ -236,8 +236,8 @@ def _difference(
     noise = torch.randn(point.shape, generator=generator(0, "example mean"), dtype=torch.float64)
     direction = _scale(point) * noise.to(point)
     length = float(torch.linalg.vector_norm(direction.double()))
-    found, dtype = _derivatives(whole, point, direction)
-    means, sizes = [torch.zeros_like(one) for one in found], [_norm(one) for one in found]
+    derivatives, dtype = _derivatives(whole, point, direction)
+    means, sizes = [torch.zeros_like(one) for one in derivatives], [_norm(one) for one in derivatives]
     parted = [0.0, 0.0, 0.0]
     for share, part in parts:
         for i, one in enumerate(_derivatives(part, point, direction)[0]):
@@ -246,9 +246,10 @@ def _difference(
     if not all(map(math.isfinite, parted)):
         return Difference(math.inf, True, dtype)
     value, slope, bend = (
-        max(own, other) * unit for own, other, unit in zip(sizes, parted, (1, length, length), strict=True)
+        max(whole_size, parts_size) * unit
+        for whole_size, parts_size, unit in zip(sizes, parted, (1, length, length), strict=True)
     )
-    gaps = [_norm(one - mean) for one, mean in zip(found, means, strict=True)]
+    gaps = [_norm(one - mean) for one, mean in zip(derivatives, means, strict=True)]
     change = max(slope, bend)
     relative = [gaps[0] / (max(value, change) or 1)]
     relative += [gap * length / (change or 1) for gap in gaps[1:]]

@@ -53,11 +53,11 @@ def require_finite_loss(objective: Objective, loss: Tensor, gradient: Tensor | N
     finite = bool(torch.isfinite(loss).all())
     if finite and (gradient is None or bool(torch.isfinite(gradient).all())):
         return
-    place = _place(objective, of_gradient=finite)
+    where = _place(objective, of_gradient=finite)
     if not finite:
-        raise DataError(f"{place} of the data: the loss is {float(loss)}, which has no curvature")
+        raise DataError(f"{where} of the data: the loss is {float(loss)}, which has no curvature")
     raise ModelError(
-        f"{place} of the data: the loss is finite and its gradient is not, as that of a root or a norm at 0; "
+        f"{where} of the data: the loss is finite and its gradient is not, as that of a root or a norm at 0; "
         "keep away from such points, for example by adding a small number under the root"
     )
 

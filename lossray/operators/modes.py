@@ -107,12 +107,12 @@ def plan_products(objective: Objective, mode: str, make_piece: PieceMaker) -> Pr
     except ModelError:  # a model may take batches of one size alone; what fails on these too is raised there
         return _plan_whole(objective, mode, make_piece, first)
     sizes = [size or 0 for size in objective.sizes]
-    wanted = _piece_examples(cost, max(sizes), objective.device)
-    splits = not objective.coupled and max(sizes) > wanted and is_example_mean(objective)
-    piece = wanted if splits else None
+    affordable = _piece_examples(cost, max(sizes), objective.device)
+    splits = not objective.coupled and max(sizes) > affordable and is_example_mean(objective)
+    piece = affordable if splits else None
     total = sum(cost.fixed + int(cost.example * size) for size in sizes)
     chosen = _choose(mode, total)
-    largest = min(wanted, max(sizes)) if splits else max(sizes)
+    largest = min(affordable, max(sizes)) if splits else max(sizes)
     fits = int((RETAINED_BYTES - cost.fixed) / max(cost.example, 1.0))
     _require(
         objective, chosen, mode, total, cost.of(largest), f"batches of {max(1, fits)} examples would fit"

@@ -412,14 +412,14 @@ class ModuleObjective:
         """The model, or the loss if the model's outputs stay."""
         if self.closure is not None:
             return f"closure {self.names['loss']!r} (or {self.names['model']})"
-        found = []
+        runs = []
         for seed in (1, 2):
             with seeded(seed, self.device), torch.no_grad():
                 part = batch if self.coupled else batch.pick(slice(0, CHECKED_EXAMPLES))
-                found.append(tree_leaves(self._evaluate(self.theta, part)))
+                runs.append(tree_leaves(self._evaluate(self.theta, part)))
         stays = all(
             not isinstance(a, Tensor) or bool((a - b).norm() <= SAME_LOSS * a.norm())
-            for a, b in zip(*found, strict=True)
+            for a, b in zip(*runs, strict=True)
         )
         return f"loss {self.names['loss']!r}" if stays else self.names["model"]
 
@@ -466,8 +466,8 @@ def _hint(outputs: Any, batch: Batch) -> str:
 
 def _dtypes(*values: Any) -> str:
     """The dtypes of those values that are tensors."""
-    found = [str(value.dtype).removeprefix("torch.") for value in values if isinstance(value, Tensor)]
-    return f" of {', '.join(found)}" if found else ""
+    names = [str(value.dtype).removeprefix("torch.") for value in values if isinstance(value, Tensor)]
+    return f" of {', '.join(names)}" if names else ""
 
 
 def _check_arguments(model: Any, loss: Any, data: Any, closure: Any, outputs: Any) -> None:
@@ -475,9 +475,9 @@ def _check_arguments(model: Any, loss: Any, data: Any, closure: Any, outputs: An
     if closure is not None and outputs is not None:
         raise ModelError("found both closure and outputs; a closure takes its outputs from the model itself")
     if (loss is None) == (closure is None):
-        found = "neither" if loss is None else "both"
+        given = "neither" if loss is None else "both"
         raise ModelError(
-            f"found {found} of loss and closure; pass one: Hessian(model, loss, data), or closure="
+            f"found {given} of loss and closure; pass one: Hessian(model, loss, data), or closure="
         )
     function, name = (loss, "loss") if closure is None else (closure, "closure")
     if not callable(function):

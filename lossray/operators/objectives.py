@@ -250,9 +250,9 @@ class PackedObjective:
     def _each(self, function: Callable[..., Tensor], outputs: Tensor, targets: Any) -> Tensor:
         """``function(outputs, targets)`` of every member, by the stack's executor."""
         if self.stack.executor == "vmap" and len(outputs) > 1:
-            values: Tensor = vmap(lambda own: function(own, targets))(outputs)
+            values: Tensor = vmap(lambda member_outputs: function(member_outputs, targets))(outputs)
             return values
-        return torch.stack([function(own, targets) for own in outputs])
+        return torch.stack([function(member_outputs, targets) for member_outputs in outputs])
 
     def _sound(self, buffer: Tensor) -> Tensor:
         """A copy of ``buffer`` [R, *shape] in the dtype of the products, with ones for dead members."""
@@ -297,9 +297,9 @@ def converted(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
 
     def move(leaf: Any) -> Any:
         if isinstance(leaf, MutableMapping):  # of a kind that pytree does not know, such as a UserDict
-            own = copy.copy(leaf)
-            own.update({key: tree_map(move, value) for key, value in leaf.items()})
-            return own
+            moved = copy.copy(leaf)
+            moved.update({key: tree_map(move, value) for key, value in leaf.items()})
+            return moved
         if not isinstance(leaf, Tensor):
             return leaf
         return leaf.detach().to(device, dtype if leaf.is_floating_point() else leaf.dtype)

@@ -128,10 +128,10 @@ class ObjectiveOperator:
         exact = self.objective.to(torch.float64)
         multiple = MULTIPLE if self.dtype == torch.float64 else 1.0
         with _differentiating(exact):
-            found = self._sum(self._pieces(), (multiple * block).to(self.device, self.dtype)) / multiple
+            products = self._sum(self._pieces(), (multiple * block).to(self.device, self.dtype)) / multiple
             pieces = _pieces(exact, type(self).make_piece, self._size)
             expected = self._sum(pieces, block.to(self.device, torch.float64))
-        return self._masked((found - expected).view(vectors.shape))
+        return self._masked((products - expected).view(vectors.shape))
 
     def product_error(self, vectors: Tensor) -> Tensor:
         """|(A - A64) v| of every member for ``vectors`` [R, d], with a reference in float64: [R].
@@ -208,8 +208,8 @@ class ObjectiveOperator:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of torch.fx, on its own graphs
                 self._kept = list(_pieces(self.objective, make_piece, self._size, linearized=True))
-            found = self._sum(iter(self._kept), block)
-            error = torch.linalg.vector_norm(found - expected, dim=-1)
+            products = self._sum(iter(self._kept), block)
+            error = torch.linalg.vector_norm(products - expected, dim=-1)
             agrees = error <= AGREEMENT[self.dtype] * torch.linalg.vector_norm(expected, dim=-1)
         except Exception:  # torch.func fails in many ways, with no common type
             agrees = torch.zeros(1, dtype=torch.bool)

@@ -27,9 +27,9 @@ def representative(batch: Batch, count: int) -> Batch:
     """
     order, distinct = _order(batch)
     if len(distinct) > count:
-        wanted = _one_of_each_value(batch)[:count]
-        places = np.linspace(0, len(distinct) - 1, count - len(wanted)).round().astype(np.int64)
-        distinct = order[np.isin(order, [*wanted, *distinct[places]])]
+        one_each = _one_of_each_value(batch)[:count]
+        indices = np.linspace(0, len(distinct) - 1, count - len(one_each)).round().astype(np.int64)
+        distinct = order[np.isin(order, [*one_each, *distinct[indices]])]
     if len(distinct) < min(LEAST_EACH, len(order)):  # nearly all are alike: some of them again
         distinct = order[np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(np.int64)]
     device = leaves_of((batch.inputs, batch.targets))[0].device
