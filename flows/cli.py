@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from lossray import __version__
 from lossray.errors import LossrayError, StudyError
 
 app = typer.Typer(
@@ -17,6 +18,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"lossray {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """The empirical geometry of neural-network loss surfaces."""
+
 
 STUDY = typer.Argument(help="A study file, or the name of a ready-made study (see `lossray studies`).")
 OUT = typer.Argument(help="The store of a study: a folder or a URI.")

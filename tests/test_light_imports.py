@@ -33,3 +33,9 @@ def test_settings_and_registries_load_nothing_heavy(path):
 
 def test_the_check_notices_torch():
     assert loaded("import lossray.training.optimizers", ("torch",)) == ["torch"]
+
+
+def test_the_version_loads_nothing_heavy():
+    done = subprocess.run([sys.executable, "-c", COMMAND, "--version"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert eval(done.stdout.splitlines()[-1]) == []

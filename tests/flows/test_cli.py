@@ -200,3 +200,7 @@ def test_the_program_says_what_is_wrong_without_a_traceback(study_file, out):
     assert len(done.stderr.splitlines()) == 1
     assert "seeds" in done.stderr
     assert not Path(out).exists()
+
+
+def test_the_version_is_that_of_the_package(command):
+    assert command("--version") == (0, f"lossray {lossray.__version__}\n", "")
