@@ -104,7 +104,7 @@ def tables(
     rows: Annotated[int, typer.Option(min=1, help="How many rows to show.")] = 10,
 ) -> None:
     """List the tables, or show the head of one."""
-    from flows.status import head, list_tables
+    from flows.listing import head, list_tables
 
     typer.echo(head(out, table, rows) if table else list_tables(out))
 

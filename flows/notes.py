@@ -1,19 +1,21 @@
 """What a study asks for and does not get, one line for each reason: at planning, in the run, in `claims`."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from lossray.errors import StoreError
 from lossray.storage.recordings import Recording
 from lossray.storage.store import Store
 from lossray.study import Study
-from lossray.study.absences import absences
-from lossray.training.datasets import Dataset
+
+if TYPE_CHECKING:
+    from lossray.training.datasets import Dataset
 
 PATH = "notes.json"  # in the store
 SHOWN_RUNS = 4  # that a line names
 
 
-def notes_of(study: Study, dataset: Dataset, recordings: tuple[Recording, ...]) -> list[str]:
+def notes_of(study: Study, dataset: "Dataset", recordings: tuple[Recording, ...]) -> list[str]:
     """Everything that is not computed, with the reason.
 
     Args:
@@ -21,6 +23,8 @@ def notes_of(study: Study, dataset: Dataset, recordings: tuple[Recording, ...]) 
         dataset: its data.
         recordings: the recorded runs of its store.
     """
+    from lossray.study.absences import absences  # here: it loads torch, which who reads notes does not need
+
     return [*study.not_computed(), *absences(study, dataset), *optimizer_notes(recordings)]
 
 

@@ -1,4 +1,4 @@
-"""What `lossray status` and `lossray tables` print, from any machine that reads the store."""
+"""What `lossray status` prints, from any machine that reads the store."""
 
 import pandas as pd
 
@@ -11,7 +11,6 @@ from lossray.storage.lease import is_free, read_holder
 from lossray.storage.store import Store
 from tasks.jobs import Context
 
-CELL_WIDTH = 32  # characters of a cell that `lossray tables` shows
 SILENCE_SECONDS = 60.0  # heartbeat age after which a driver on another machine counts as gone
 
 
@@ -39,21 +38,6 @@ def _superseded(study: StudyResults) -> list[str]:
     context = Context(store.url, study.study, manifest.folder, inputs.data_key, inputs.sources)
     plan = make_plan(context, manifest.packs, inputs)
     return explained(find_superseded(store, plan, (), manifest.versions.get("lossray", "unknown"), {}))
-
-
-def list_tables(out: str) -> str:
-    """Every table with its rows, and where the files are."""
-    study = open_study(out)
-    width = max(map(len, study.tables))
-    lines = [f"{name:{width}}  {rows:8,} rows" for name, rows in study.tables.items()]
-    return "\n".join([f"{study.store.url}/tables", *lines])
-
-
-def head(out: str, table: str, rows: int) -> str:
-    """The first rows of one table; columns without any value are left out."""
-    frame = open_study(out).table(table)
-    shown = frame.head(rows).dropna(axis="columns", how="all")
-    return f"{table}: {len(frame):,} rows\n{shown.to_string(index=False, max_colwidth=CELL_WIDTH)}"
 
 
 def _failures(tasks: pd.DataFrame) -> list[str]:

@@ -1,18 +1,20 @@
 """The claims of a study: computed from its tables once they are gathered, and printed by `lossray claims`."""
 
-from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import pyarrow as pa
 
 from flows.notes import kept_notes
-from lossray.findings.claims import CLAIMS_VERSION, TABLES_READ, claims_of, claims_text
+from lossray.findings.claims_text import CLAIMS_VERSION, claims_text
 from lossray.results import StudyResults, open_study
 from lossray.settings import content_hash
-from lossray.storage.publish import derived_key, publish_derived, tables_source
+from lossray.storage.publish import derived_key, publish_derived, readable_tables, tables_source
 from lossray.storage.rows import to_arrow
 from lossray.storage.store import Store
 from lossray.study import ClaimsSettings, Study
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def publish_claims(store: Store, study: Study) -> None:
@@ -37,15 +39,18 @@ def describe(out: str) -> str:
     Raises:
         StoreError: there is no store, or it is damaged.
     """
-    study = open_study(out)
-    text = claims_text(_claims(study, study.study.claims))
-    notes = [f"  {note}" for note in kept_notes(study.store)]
+    results = open_study(out)
+    store, study = results.store, results.study
+    published = claims_current(store, study) and "claims" in readable_tables(store)
+    text = claims_text(results.table("claims") if published else _claims(results, study.claims))
+    notes = [f"  {note}" for note in kept_notes(store)]
     return "\n".join([text, "", "Not computed:", *notes]) if notes else text
 
 
-def _claims(study: StudyResults, settings: ClaimsSettings) -> pd.DataFrame:
-    tables: Mapping[str, pd.DataFrame] = {name: study.table(name) for name in TABLES_READ}
-    return claims_of(tables, settings)
+def _claims(results: StudyResults, settings: ClaimsSettings) -> "pd.DataFrame":
+    from lossray.findings.claims import TABLES_READ, claims_of  # here: they load the statistics
+
+    return claims_of({name: results.table(name) for name in TABLES_READ}, settings)
 
 
 def _key(store: Store, study: Study) -> str:

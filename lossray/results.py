@@ -3,26 +3,25 @@
 import warnings
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
-from lossray.errors import DataError, ModelError, StoreError, StudyError
+from lossray.errors import StoreError, StudyError
 from lossray.names import nearest, unknown_name
-from lossray.networks.models import build_model
-from lossray.plugins import add_user_folders
-from lossray.source_hash import is_imported
-from lossray.storage.checkpoints import read_checkpoint
 from lossray.storage.publish import assemble, readable_tables
 from lossray.storage.store import Store
 from lossray.storage.tables import TABLES
-from lossray.study import Pack, Study, study_from_table
-from lossray.study.manifest import Manifest
-from lossray.training.datasets import Dataset, analysis_set, load_dataset
+
+# Who reads tables alone waits for neither torch nor the settings of studies: they are loaded where needed.
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor, nn
+
+    from lossray.study import Pack, Study
+    from lossray.study.manifest import Manifest
+    from lossray.training.datasets import Dataset
 
 SPLITS = ("train", "validation", "test")
 
@@ -49,7 +48,7 @@ class StudyResults:
             for name in TABLES
         }
 
-    def table(self, name: str) -> pd.DataFrame:
+    def table(self, name: str) -> "pd.DataFrame":
         """One table, sorted by its keys; empty while no task has committed rows of it.
 
         Columns, units and meanings: docs/tables.md. What is missing is NaN, None or NaT.
@@ -68,16 +67,20 @@ class StudyResults:
         return frame
 
     @property
-    def manifest(self) -> Manifest:
+    def manifest(self) -> "Manifest":
         """What the store was made from: settings, packs, versions, host, arguments."""
+        from lossray.study.manifest import Manifest
+
         return Manifest.from_plain(self.store.read_json("manifest.json"), f"{self.store.url}/manifest.json")
 
     @property
-    def study(self) -> Study:
+    def study(self) -> "Study":
         """The settings of the study, defaults filled in."""
+        from lossray.study import study_from_table
+
         return study_from_table(self.manifest.study, f"{self.store.url}/manifest.json")
 
-    def model(self, run_id: str, step: int) -> nn.Module:
+    def model(self, run_id: str, step: int) -> "nn.Module":
         """The model of a run with its weights at a checkpoint: on the CPU, the study's dtype, eval mode.
 
         Reads the data for their shape. Warns where the source of the user's model function is not what the
@@ -89,27 +92,17 @@ class StudyResults:
             ModelError: the user's model function now makes another model.
             DataError: the data cannot be read, or have changed.
         """
+        from lossray.restored import model_at
+
         pack, member = self._member(run_id)
-        path = self.store.checkpoint_path(pack.pack_id, step)
-        if not self.store.exists(path):
+        if not self.store.exists(self.store.checkpoint_path(pack.pack_id, step)):
             steps = self.store.checkpoint_steps(pack.pack_id)
             raise StudyError(f"run {run_id!r} has no checkpoint at step {step}; it has {steps}")
-        checkpoint = read_checkpoint(self.store, pack.pack_id, step)
-        input_shape, n_outputs = self._dataset.input_shape, self._dataset.n_outputs
+        dataset = self._dataset  # first: the user's folders are then on the path
         self._warn_of_edits(pack.model.name)
-        with torch.random.fork_rng(devices=[]):  # building draws an initialisation, which is then replaced
-            model = build_model(pack.model, input_shape, n_outputs)
-        model = model.to(getattr(torch, self.study.training.dtype))
-        own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        saved = {**checkpoint.parameters, **checkpoint.buffers}
-        if {n: t.shape for n, t in own.items()} != {n: t.shape[1:] for n, t in saved.items()}:
-            raise ModelError(f"model {pack.model.name!r} has changed: {path} holds other parameters")
-        with torch.no_grad():
-            for name, stacked in saved.items():
-                own[name].copy_(stacked[member])
-        return model.eval()
+        return model_at(self.store, pack, member, step, dataset, self.study.training.dtype)
 
-    def data(self, split: str = "train") -> tuple[Any, Tensor]:
+    def data(self, split: str = "train") -> tuple[Any, "Tensor"]:
         """Inputs and targets [N, ...] of a split, as the loss gets them; for "train" the analysis set's.
 
         The inputs are a tuple or dict of tensors where the data function gives such.
@@ -121,21 +114,19 @@ class StudyResults:
         if split not in SPLITS:
             raise StudyError(f"no such split: {unknown_name(split, SPLITS)}")
         if split == "train":
+            from lossray.training.datasets import analysis_set
+
             examples = analysis_set(self._dataset, self.study.curvature.examples)
         else:
             examples = getattr(self._dataset, split)
         return examples.inputs, examples.targets
 
     @cached_property
-    def _dataset(self) -> Dataset:
+    def _dataset(self) -> "Dataset":
         """The data of the study, read once; a data set never changes under a store."""
-        manifest = self.manifest
-        add_user_folders([Path.cwd(), manifest.folder])
-        dtype = getattr(torch, self.study.training.dtype)
-        dataset = load_dataset(self.study.data, dtype=dtype, base=Path(manifest.folder))
-        if dataset.fingerprint != manifest.inputs.data_key:
-            raise DataError(f"the data have changed since {self.store.url} was made: restore them")
-        return dataset
+        from lossray.restored import study_data
+
+        return study_data(self.study, self.manifest, self.store.url)
 
     def logits(self, ensemble_id: str, split: str = "test") -> NDArray[np.float32]:
         """The outputs of an ensemble's members on a split, [K, N, C]; rows in the order of `data(split)`.
@@ -158,6 +149,8 @@ class StudyResults:
 
     def _warn_of_edits(self, name: str) -> None:
         """Say it where a function of the user's is not the one that the study ran with."""
+        from lossray.source_hash import is_imported
+
         expected = self.manifest.inputs.sources.get(name)
         if expected is not None and not is_imported(name, expected):
             warnings.warn(
@@ -166,7 +159,7 @@ class StudyResults:
                 stacklevel=3,
             )
 
-    def _member(self, run_id: str) -> tuple[Pack, int]:
+    def _member(self, run_id: str) -> tuple["Pack", int]:
         """The pack of a run, and the run's index in it."""
         packs = self.manifest.packs
         for pack in packs:

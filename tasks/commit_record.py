@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-import torch
-
 from lossray.packages import running
 from lossray.study import versions_of
 from tasks.jobs import Attempt
@@ -83,6 +81,8 @@ def failure(
 
 def peak_bytes() -> int:
     """Most memory that this process has held: on the GPU where it used one, else resident in main memory."""
+    import torch  # here: `lossray status` reads records, and needs none
+
     if torch.cuda.is_available() and (peak := torch.cuda.max_memory_allocated()):
         return peak
     unit = 1 if sys.platform == "darwin" else 1024

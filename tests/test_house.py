@@ -33,6 +33,7 @@ FLOORS = {
     "lossray.ensembles": 6,
     "lossray.study": 7,
     "lossray.measures": 8,
+    "lossray.restored": 8,
     "lossray.findings": 9,
     "lossray.results": 9,
     "tasks": 10,

@@ -1,4 +1,4 @@
-"""The table of claims, from a study's other tables; and its text for the command line."""
+"""The table of claims, from a study's other tables."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -8,10 +8,10 @@ import pandas as pd
 from lossray.findings.claim_a import claim_a_rows
 from lossray.findings.claim_b import claim_b_rows
 from lossray.findings.claim_c import claim_c_rows
+from lossray.findings.claims_text import HEADLINES
 from lossray.storage.claims_tables import CLAIMS
 from lossray.study.settings import ClaimsSettings
 
-CLAIMS_VERSION = 3  # goes up when the same tables come to mean other claims
 TABLES_READ = (
     "runs",
     "checkpoints",
@@ -22,16 +22,6 @@ TABLES_READ = (
     "members",
     "rescalings",
 )
-HEADLINES = {"A": "A. Perpendicularity", "B": "B. Degeneracy", "C": "C. Ensembles from scale invariance"}
-WORDS = {
-    ("A", "update"): "the updates of adaptive methods are almost perpendicular to v1, SGD's are not",
-    ("A", "minibatch_gradient"): "the same of their minibatch gradients",
-    ("A", "dispersion"): "SGD's angle follows no such rule: it is less regular than every adaptive method's",
-    (
-        "C",
-        "overall",
-    ): "at equal budget, rescaling makes a better ensemble than no rescaling and than learning rates",
-}
 
 
 def claims_of(tables: Mapping[str, pd.DataFrame], settings: ClaimsSettings) -> pd.DataFrame:
@@ -63,22 +53,3 @@ def claims_of(tables: Mapping[str, pd.DataFrame], settings: ClaimsSettings) -> p
 
 def _headlines_first(claims: pd.Series) -> pd.Series:
     return claims.map(lambda name: (name not in HEADLINES, name[0]))
-
-
-def claims_text(frame: pd.DataFrame) -> str:
-    """What `lossray claims` prints: the verdicts and why, then those by model.
-
-    Args:
-        frame: of `claims_of`, or the table read back.
-    """
-    lines: list[str] = []
-    for claim, title in HEADLINES.items():
-        lines.append(title)
-        for row in frame[(frame["claim"] == claim)].itertuples():
-            words = WORDS.get((claim, str(row.subject)), str(row.subject))
-            lines += [f"  {row.verdict}: {words}", f"    {row.text}"]
-        details = frame[frame["claim"] == f"{claim}/levels"]
-        lines += [f"  - {row.subject}: {row.verdict}: {row.text}" for row in details.itertuples()]
-        lines.append("")
-    lines.append("The numbers behind them: the table `claims` (lossray tables OUT claims).")
-    return "\n".join(lines)

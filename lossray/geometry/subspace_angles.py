@@ -10,6 +10,7 @@ from torch import Tensor
 from lossray.geometry.directions import unit_vectors
 from lossray.geometry.gauges import Gauge
 from lossray.geometry.nulls import LayerNull, null_p_values
+from lossray.geometry.subspaces import subspaces
 from lossray.networks.layout import Layout
 from lossray.spectra.certified_pairs import PackedEigenPairs
 
@@ -45,13 +46,6 @@ class Eigenspace:
     name: str
     basis: Tensor  # [R, k, d] orthonormal rows
     resolved: list[bool | None]  # [R]
-
-
-def subspaces(n_outputs: int, dim: int) -> dict[str, int]:
-    """Dimension k < d by name: the top eigenvector, the top 5, C - 1, C and 2 C for C outputs."""
-    wanted = sorted({5, n_outputs - 1, n_outputs, 2 * n_outputs})
-    sizes = {"v1": 1} | {f"top{k}": k for k in wanted if k > 1}
-    return {name: k for name, k in sizes.items() if k < dim}
 
 
 def eigenspaces(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from lossray.connectivity.settings import ConnectivitySettings
 from lossray.geometry.settings import EIGENVECTOR_KINDS
-from lossray.geometry.subspace_angles import subspaces
+from lossray.geometry.subspaces import subspaces
 from lossray.study.packs import Pack
 from lossray.study.settings import Study
 

@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lossray.findings.claims import claims_of, claims_text
+from lossray.findings.claims import claims_of
+from lossray.findings.claims_text import claims_text
 from lossray.storage.claims_tables import CLAIMS
 from lossray.storage.rows import to_arrow
 from lossray.study.settings import ClaimsSettings

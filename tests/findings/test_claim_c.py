@@ -10,7 +10,8 @@ from scipy import stats
 
 from lossray.errors import DataError
 from lossray.findings.bootstrap import Interval
-from lossray.findings.claims import TABLES_READ, claims_of, claims_text
+from lossray.findings.claims import TABLES_READ, claims_of
+from lossray.findings.claims_text import claims_text
 from lossray.findings.ensemble_contrasts import Contrast, contrast
 from lossray.findings.ensemble_scores import ensemble_cells, setting_labels
 from lossray.findings.families import hommel

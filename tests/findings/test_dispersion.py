@@ -4,7 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lossray.findings.claims import claims_of, claims_text
+from lossray.findings.claims import claims_of
+from lossray.findings.claims_text import claims_text
 from lossray.findings.dispersion import FACTOR, Spreads, log_spreads, word_of
 from lossray.study.settings import ClaimsSettings
 from tests.findings.planted import ADAPTIVE, in_all_gauges, planted

@@ -3,8 +3,8 @@
 import pytest
 import ray
 
+from flows.listing import list_tables
 from flows.session import ray_session
-from flows.status import list_tables
 from flows.study import run_study
 from flows.verdicts import describe as claims
 from lossray.errors import StoreError, StudyError

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 import flows.serial
-from flows.status import describe, head, list_tables
+from flows.listing import head, list_tables
+from flows.status import describe
 from flows.study import run_study
 from lossray.errors import StoreError, StudyError
 from lossray.storage.lease import Lease

@@ -13,7 +13,8 @@ from torch import Tensor
 from lossray.geometry.gauges import Gauge
 from lossray.geometry.nulls import null_p_values
 from lossray.geometry.settings import AnglesSettings
-from lossray.geometry.subspace_angles import AngleRow, angle_rows, subspaces
+from lossray.geometry.subspace_angles import AngleRow, angle_rows
+from lossray.geometry.subspaces import subspaces
 from lossray.networks.layout import Layout
 from lossray.spectra.certified_pairs import PackedEigenPairs
 from lossray.spectra.eigensolver import packed_eigenpairs
