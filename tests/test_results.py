@@ -136,7 +136,7 @@ def test_a_run_or_step_that_does_not_exist_is_refused(out):
 
 def test_a_checkpoint_of_another_architecture_is_refused(out, monkeypatch):
     study = lossray.open_study(out)
-    monkeypatch.setattr("lossray.results.build_model", lambda *args: torch.nn.Linear(64, 10))
+    monkeypatch.setattr("lossray.restored.build_model", lambda *args: torch.nn.Linear(64, 10))
     with pytest.raises(ModelError, match="'mlp' has changed"):
         study.model(study.manifest.packs[0].run_ids[0], 0)
 
