@@ -12,6 +12,7 @@ ROOMS = (
     "lossray/connectivity",
     "lossray/ensembles",
     "lossray/findings",
+    "lossray/measures",
     "lossray/nullity",
     "lossray/storage",
 )

@@ -118,8 +118,8 @@ def angles(
         >>> loss = lambda outputs, targets: 1.5 * (outputs - targets).square().mean()
         >>> data = (torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.zeros(3, 1))
         >>> H = lossray.Hessian(model, loss, data)
-        >>> found = lossray.angles(H, {"update": torch.tensor([3.0, 4.0, 0.0])}, k=(1, 2), gauges=["raw"])
-        >>> print(found.to_frame()[["subspace", "energy", "null_ratio"]].round(4))
+        >>> angles = lossray.angles(H, {"update": torch.tensor([3.0, 4.0, 0.0])}, k=(1, 2), gauges=["raw"])
+        >>> print(angles.to_frame()[["subspace", "energy", "null_ratio"]].round(4))
           subspace  energy  null_ratio
         0       v1    0.36        1.08
         1     top2    1.00        1.50
@@ -139,12 +139,12 @@ def angles(
         pairs[name], smallest = ends
         kept = gauge.scale != 0
         spaces = spaces_of(pairs[name], smallest, sizes=sizes, kept=kept)
-        own = {
+        gauged_vectors = {
             direction: gauge.covector(vector) if direction in covectors else gauge.vector(vector)
             for direction, vector in vectors.items()
         }
-        rows += rows_of_spaces(own, spaces, LayerNull(point.layout, kept), name)
-    singles = {name: found.member(0, "largest") for name, found in pairs.items()}
+        rows += rows_of_spaces(gauged_vectors, spaces, LayerNull(point.layout, kept), name)
+    singles = {name: packed.member(0, "largest") for name, packed in pairs.items()}
     return Angles(tuple(rows), singles, (*(reader.notes if reader else ()), *notes, *absent))
 
 
@@ -198,22 +198,22 @@ def _gauges(
     names: Sequence[str], point: ModelPoint, optimizer: UserOptimizer | None, scale: Any
 ) -> tuple[dict[str, Gauge], list[str]]:
     """The gauges by name, and why some do not exist."""
-    found: dict[str, Gauge] = {}
+    gauges: dict[str, Gauge] = {}
     notes = []
     for name in [names] if isinstance(names, str) else names:
         if name not in GAUGES:
             raise StudyError(f"angles, gauges: {unknown_name(str(name), GAUGES)}")
         if name == "raw":
-            found[name] = known_gauges.raw(point.theta)
+            gauges[name] = known_gauges.raw(point.theta)
         elif name == "adaptive":
-            found[name] = known_gauges.adaptive(point.theta)
+            gauges[name] = known_gauges.adaptive(point.theta)
         else:
             gauge = _balanced(point) if name == "balanced" else _preconditioned(point, optimizer, scale)
             if isinstance(gauge, str):
                 notes.append(f"no gauge {name!r}: {gauge}")
             else:
-                found[name] = gauge
-    return found, notes
+                gauges[name] = gauge
+    return gauges, notes
 
 
 def _balanced(point: ModelPoint) -> Gauge | str:
@@ -233,9 +233,9 @@ def _preconditioned(point: ModelPoint, optimizer: UserOptimizer | None, scale: A
             "angles, gauges: 'preconditioned' needs optimizer=, or scale=, the preconditioner's diagonal [d]"
         )
     if scale is None and optimizer is not None:
-        known = optimizer.state.scale()
+        optimizer_scale = optimizer.state.scale()
         absent = "the optimizer has none, or has taken no step"
-        return absent if known is None else known_gauges.preconditioned(known)
+        return absent if optimizer_scale is None else known_gauges.preconditioned(optimizer_scale)
     diagonal = torch.as_tensor(scale, dtype=torch.float64).to(point.theta.device)
     if diagonal.shape != (point.layout.dim,) or not bool((diagonal > 0).all()):
         raise StudyError(

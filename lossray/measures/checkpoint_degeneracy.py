@@ -35,13 +35,21 @@ UNITS_AT_ONCE = 64  # of which K_j theta is formed
 
 @dataclass(frozen=True)
 class LivingRun:
-    """One living run at the checkpoint."""
+    """One living run at the checkpoint.
 
-    index: int  # in the pack
-    theta: Tensor  # [d] float64
+    Attributes:
+        index: in the pack.
+        theta: [d] float64.
+        floor: what architecture, data and loss force.
+        note: why there is none.
+        null_vectors: [n, d] that are null for certain.
+    """
+
+    index: int
+    theta: Tensor
     floor: StructuralFloor | None
-    note: str | None  # why there is none
-    null_vectors: Tensor | None  # [n, d] that are null for certain
+    note: str | None
+    null_vectors: Tensor | None
 
 
 def degeneracy_rows(point: PackPoint) -> list[Row]:
@@ -110,7 +118,7 @@ def _polished_rows(point: PackPoint, members: Sequence[LivingRun]) -> list[Row]:
     theta = point.theta.double()
     theta[[member.index for member in members]] = reached
     there = replace(point, theta=theta)
-    kept = [member.index for member, own in zip(members, reached, strict=True) if torch.isfinite(own).all()]
+    kept = [member.index for member, end in zip(members, reached, strict=True) if torch.isfinite(end).all()]
     moved = [_with_symmetry(there, _member(there, r)) for r in kept]
     return _dense_rows(there, moved, "polished") if moved else []
 
@@ -122,8 +130,8 @@ def _with_symmetry(point: PackPoint, member: LivingRun) -> LivingRun:
         return member
     (vectors,) = symmetry.kernel_vectors(member.theta[None])
     vectors = vectors[vectors.norm(dim=1) > 0]
-    known = vectors if member.null_vectors is None else torch.cat([member.null_vectors, vectors])
-    return replace(member, null_vectors=known)
+    null_directions = vectors if member.null_vectors is None else torch.cat([member.null_vectors, vectors])
+    return replace(member, null_vectors=null_directions)
 
 
 def _symmetry(point: PackPoint) -> RescalingSymmetry | None:
@@ -150,8 +158,8 @@ def _dense_rows(point: PackPoint, members: Sequence[LivingRun], where: str) -> l
     quadratures = _quadratures(point, MatrixOperator(matrices), members, spectra)
     for i, member in enumerate(members):
         extra: Row = {"gradient_norm": norms[i], "symmetry_residual": residuals[i]}
-        found = _rows(point, member, "hessian", "dense", _counts(spectra[i]), extra)
-        rows += _with_bias(found, quadratures[i])
+        hessian_rows = _rows(point, member, "hessian", "dense", _counts(spectra[i]), extra)
+        rows += _with_bias(hessian_rows, quadratures[i])
         rows += _adaptive_rows(point, member, matrices[i], extra)
     del matrices
     ggn = dense_matrices(PackedGaussNewton(objective, mode=point.pack.product_mode))
@@ -228,9 +236,9 @@ def _quadratures(
 
 def _with_bias(rows: list[Row], quadrature: Sequence[Count]) -> list[Row]:
     """The rows, with what the quadrature counts more at the same thresholds."""
-    found = {count.tau: count.nullity for count in quadrature}
+    nullities = {count.tau: count.nullity for count in quadrature}
     return [
-        row | {"quadrature_bias": found[row["tau"]] - row["nullity"]} if row["tau"] in found else row
+        row | {"quadrature_bias": nullities[row["tau"]] - row["nullity"]} if row["tau"] in nullities else row
         for row in rows
     ]
 
@@ -285,12 +293,12 @@ def _symmetry_residuals(
     symmetry = _symmetry(point)
     if symmetry is None:
         return [None] * len(members)
-    found: list[float | None] = []
+    residuals: list[float | None] = []
     for member, matrix in zip(members, matrices, strict=True):
         largest = 0.0
         for start in range(0, symmetry.units, UNITS_AT_ONCE):
             units = slice(start, start + UNITS_AT_ONCE)
             (vectors,) = symmetry.kernel_vectors(member.theta[None], units)
             largest = max(largest, float(torch.linalg.vector_norm(vectors @ matrix.T, dim=1).max()))
-        found.append(largest if math.isfinite(largest) else None)
-    return found
+        residuals.append(largest if math.isfinite(largest) else None)
+    return residuals

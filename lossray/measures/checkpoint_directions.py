@@ -17,12 +17,19 @@ SHADOW = "shadow:"  # before the optimizer's name
 
 @dataclass(frozen=True)
 class NextStep:
-    """What a pack does next."""
+    """What a pack does next.
+
+    Attributes:
+        lr: learning rate, after the schedule.
+        gradient: [R, d] of the next minibatches, in train mode.
+        update: [R, d], weight decay included.
+        shadows: by optimizer: the update [R, d] that it would make.
+    """
 
     lr: float
-    gradient: Tensor  # [R, d] of the next minibatches, in train mode
-    update: Tensor  # [R, d] weight decay included
-    shadows: dict[str, Tensor]  # by optimizer: the update [R, d] that it would make
+    gradient: Tensor
+    update: Tensor
+    shadows: dict[str, Tensor]
 
 
 def next_step(point: PackPoint) -> NextStep | None:
@@ -55,15 +62,15 @@ def directions_at(point: PackPoint, gradient: Tensor, following: NextStep | None
         gradient: of the analysis set [R, d].
         following: the next step, where it is known.
     """
-    known: dict[str, Tensor | None] = {"gradient": gradient}
+    vectors: dict[str, Tensor | None] = {"gradient": gradient}
     if following is not None:
-        known |= {"minibatch_gradient": following.gradient, "update": following.update}
-        known |= {SHADOW + name: update for name, update in following.shadows.items()}
+        vectors |= {"minibatch_gradient": following.gradient, "update": following.update}
+        vectors |= {SHADOW + name: update for name, update in following.shadows.items()}
     if point.optimizer is not None:
-        known["momentum"] = point.optimizer.momentum()
+        vectors["momentum"] = point.optimizer.momentum()
         scale = point.optimizer.scale() if _is_preconditioned(point) else None
         if following is not None and scale is not None:
-            known["preconditioned_gradient"] = following.gradient / scale
+            vectors["preconditioned_gradient"] = following.gradient / scale
     asked = {
         *point.study.angles.directions,
         *(SHADOW + name for name in point.study.angles.shadow),
@@ -71,25 +78,25 @@ def directions_at(point: PackPoint, gradient: Tensor, following: NextStep | None
     alive = point.alive[:, None]
     return {
         name: vector.double().masked_fill(~alive, float("nan"))
-        for name, vector in known.items()
+        for name, vector in vectors.items()
         if vector is not None and name in asked
     }
 
 
 def directions_of(point: PackPoint, step: ReplayedStep) -> dict[str, Tensor]:
     """The directions [R, d] of one step of a window by name, whichever [angles] asks for; NaN once dead."""
-    known: dict[str, Tensor | None] = {
+    vectors: dict[str, Tensor | None] = {
         "minibatch_gradient": step.gradient,
         "momentum": step.momentum,
         "update": step.update,
         **{SHADOW + name: update for name, update in step.shadows.items()},
     }
     if step.scale is not None and _is_preconditioned(point):
-        known["preconditioned_gradient"] = step.gradient / step.scale
+        vectors["preconditioned_gradient"] = step.gradient / step.scale
     alive = step.alive[:, None]
     return {
         name: vector.double().masked_fill(~alive, float("nan"))
-        for name, vector in known.items()
+        for name, vector in vectors.items()
         if vector is not None
     }
 

@@ -24,10 +24,16 @@ ESTIMATES = ("trace", "negative_mass", "participation", "effective_dimension")
 
 @dataclass(frozen=True)
 class Named:
-    """An operator of a pack, restricted to a block."""
+    """An operator of a pack, restricted to a block.
 
-    name: str  # "hessian", "ggn", "fisher" or "preconditioned"
-    block: str  # "all", or a layer
+    Attributes:
+        name: "hessian", "ggn", "fisher" or "preconditioned".
+        block: "all", or a layer.
+        operator: of R members.
+    """
+
+    name: str
+    block: str
     operator: PointOperator
 
     @property

@@ -23,7 +23,12 @@ RAW = "raw"
 
 @dataclass(frozen=True)
 class GaugeEnds:
-    """The eigenpairs of one operator at both ends."""
+    """The eigenpairs of one operator at both ends.
+
+    Attributes:
+        largest: the leading pairs.
+        smallest: the pair of the smallest eigenvalue.
+    """
 
     largest: PackedEigenPairs
     smallest: PackedEigenPairs
@@ -35,12 +40,12 @@ def gauges_at(point: PackPoint) -> dict[str, Gauge]:
     `balanced` needs a network whose units can be rescaled, `preconditioned` an optimizer with a
     preconditioner that has taken a step. For sgd and momentum it is the identity, and so the same as `raw`.
     """
-    found: dict[str, Gauge] = {}
+    by_name: dict[str, Gauge] = {}
     for name in point.study.angles.gauges:
         gauge = _gauge(name, point)
         if gauge is not None:
-            found[name] = gauge
-    return found
+            by_name[name] = gauge
+    return by_name
 
 
 def operator_name(gauge: str) -> str:

@@ -21,12 +21,19 @@ from lossray.training.steps import TrainingTask
 
 @dataclass(frozen=True)
 class Joined:
-    """The paths of one kind between all pairs."""
+    """The paths of one kind between all pairs.
+
+    Attributes:
+        ends: of all P pairs.
+        path: of P members.
+        alive: [P] bool, whether neither end nor training has diverged.
+        gradient_examples: gradients of single examples that training each path took.
+    """
 
     ends: PathEnds
     path: Path
-    alive: Tensor  # [P] bool
-    gradient_examples: int  # that training each path took
+    alive: Tensor
+    gradient_examples: int
 
 
 def path_rows(site: PathSite) -> tuple[list[Row], list[Row]]:
@@ -93,24 +100,26 @@ def _rows(site: PathSite, joined: Joined) -> tuple[list[Row], list[Row]]:
     ts = [i / (points - 1) for i in range(points)]
     loss = site.loss
     values = evaluate_path(path, site.stack, ends.buffers_a, ends.buffers_b, loss, site.dataset, ts)
-    values = {name: own.masked_fill(dead, torch.nan) for name, own in values.items()}
+    values = {name: value.masked_fill(dead, torch.nan) for name, value in values.items()}
     lengths = path.lengths(ts).masked_fill(dead, torch.nan)
     alike = _treated_alike(site, path, ends, values)
     paths: list[Row] = []
-    found: list[Row] = []
+    barrier_rows: list[Row] = []
     for p in range(len(site.pairs)):
         shared = _shared(site, p, path.kind)
-        own = {name: value[p] for name, value in values.items()}
+        pair_values = {name: value[p] for name, value in values.items()}
         paths += [
             shared
             | {"t": t, "arc_length": finite(float(lengths[p, i]))}
-            | {name: finite(float(value[i])) for name, value in own.items()}
+            | {name: finite(float(value[i])) for name, value in pair_values.items()}
             for i, t in enumerate(ts)
         ]
         barrier = asdict(barriers(ts, lengths[p], {name: value[p] for name, value in alike.items()}))
         described = _described(joined, p, float(lengths[p, -1]))
-        found.append(shared | {name: finite(float(value)) for name, value in barrier.items()} | described)
-    return paths, found
+        barrier_rows.append(
+            shared | {name: finite(float(value)) for name, value in barrier.items()} | described
+        )
+    return paths, barrier_rows
 
 
 def _treated_alike(
@@ -120,9 +129,10 @@ def _treated_alike(
     if not has_statistics(site.stack.template):
         return dict(values)
     loss, sides = site.loss, (ends.buffers_a, ends.buffers_b)
-    own = evaluate_path(path, site.stack, *sides, loss, site.dataset, [0.0, 1.0], alike=True)
+    end_values = evaluate_path(path, site.stack, *sides, loss, site.dataset, [0.0, 1.0], alike=True)
     return {
-        name: torch.cat([own[name][:, :1], value[:, 1:-1], own[name][:, 1:]], dim=1) + 0 * value[:, :1]
+        name: torch.cat([end_values[name][:, :1], value[:, 1:-1], end_values[name][:, 1:]], dim=1)
+        + 0 * value[:, :1]
         for name, value in values.items()
     }  # NaN where the pair has diverged
 

@@ -42,14 +42,23 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Built:
-    """The ensembles of one method under one budget."""
+    """The ensembles of one method under one budget.
+
+    Attributes:
+        pack: the base runs.
+        method: by which the members were made.
+        budget: nominal, in trainings of a run.
+        members: an ensemble for each base run.
+        logits: split -> [R, K, N, C]; NaN for members that have diverged.
+        scores: of every run's first 1, 2, ... members.
+    """
 
     pack: Pack
     method: str
     budget: float
     members: EnsembleMembers
-    logits: Mapping[str, Array]  # split -> [R, K, N, C]; NaN for members that have diverged
-    scores: Sequence[Sequence[PrefixScores]]  # of every run's first 1, 2, ... members
+    logits: Mapping[str, Array]
+    scores: Sequence[Sequence[PrefixScores]]
 
     @property
     def alive(self) -> NDArray[np.bool_]:
@@ -147,13 +156,13 @@ def _built(pack: Pack, method: str, runs: BaseRuns, settings: EnsemblesSettings,
 @torch.no_grad()
 def _logits(runs: BaseRuns, members: EnsembleMembers, split: Split) -> Array:
     """Outputs of every run's members, [R, K, N, C]."""
-    found = []
+    member_outputs = []
     for point in members.points:
         size = max(1, CHUNK // len(point.theta))
         parts = [runs.stack.outputs(point.theta, point.buffers, x) for x in chunks(split.inputs, size)]
         outputs = torch.cat(parts, dim=1).flatten(2)
-        found.append(outputs.masked_fill(~point.alive[:, None, None], torch.nan))
-    stacked: Array = torch.stack(found, dim=1).double().cpu().numpy()
+        member_outputs.append(outputs.masked_fill(~point.alive[:, None, None], torch.nan))
+    stacked: Array = torch.stack(member_outputs, dim=1).double().cpu().numpy()
     return stacked
 
 
@@ -166,7 +175,7 @@ def _score_rows(built: Built, dataset: Dataset) -> Iterator[Row]:
     for r in range(len(built.pack.seeds)):
         for count, *scores in built.scores[r]:
             healthy = bool(built.alive[r, :count].all())
-            for split, targets, own in zip(SPLITS, (validation, test), scores, strict=True):
+            for split, targets, split_scores in zip(SPLITS, (validation, test), scores, strict=True):
                 shared = built.described(r) | {
                     "members": count,
                     "split": split,
@@ -175,7 +184,7 @@ def _score_rows(built: Built, dataset: Dataset) -> Iterator[Row]:
                     "n_examples": len(targets),
                     "status": "done" if healthy else "diverged",
                 }
-                for metric, value in asdict(own).items():
+                for metric, value in asdict(split_scores).items():
                     yield shared | {"metric": metric, "value": finite(value)}
 
 
@@ -185,12 +194,12 @@ def _prediction_rows(built: Built, dataset: Dataset) -> Iterator[Row]:
     for r in np.flatnonzero(built.alive.all(axis=1)).tolist():
         temperature = built.scores[r][-1].test.temperature
         for split, targets in zip(SPLITS, (validation, test), strict=True):
-            own = example_scores(built.logits[split][r], targets, temperature=temperature)
+            scores = example_scores(built.logits[split][r], targets, temperature=temperature)
             yield built.described(r) | {
                 "split": split,
-                "nll": own.nll.astype(np.float32),
-                "nll_scaled": own.nll_scaled.astype(np.float32),
-                "error": own.error.astype(np.float32),
+                "nll": scores.nll.astype(np.float32),
+                "nll_scaled": scores.nll_scaled.astype(np.float32),
+                "error": scores.error.astype(np.float32),
             }
 
 
@@ -199,13 +208,13 @@ def _logit_rows(built: Built) -> Iterator[Row]:
     for split in SPLITS:
         logits = built.logits[split]
         for r, k in zip(*np.nonzero(built.alive), strict=True):
-            own = logits[r, k]
+            member_logits = logits[r, k]
             yield built.shared(int(r)) | {
                 "member": int(k),
                 "split": split,
-                "n_examples": own.shape[0],
-                "n_outputs": own.shape[1],
-                "logits": own.astype(np.float32).reshape(-1),
+                "n_examples": member_logits.shape[0],
+                "n_outputs": member_logits.shape[1],
+                "logits": member_logits.astype(np.float32).reshape(-1),
             }
 
 

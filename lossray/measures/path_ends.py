@@ -69,15 +69,25 @@ Tensors = tuple[Tensor, dict[str, Tensor], Tensor]  # of a run: parameters [d], 
 
 @dataclass(frozen=True)
 class PathEnds:
-    """Both ends of P pairs."""
+    """Both ends of P pairs.
 
-    a: Tensor  # [P, d]
+    Attributes:
+        a: parameters of the first runs, [P, d].
+        b: those of the second, [P, d].
+        alive: [P] bool: neither of the two runs has diverged.
+        buffers_a: name -> [P, *shape].
+        buffers_b: name -> [P, *shape].
+        distance_before: [P] float64, of a and b before the alignment.
+        function_change: [P] float64, by the alignment of b.
+    """
+
+    a: Tensor
     b: Tensor
-    alive: Tensor  # [P] bool: neither of the two runs has diverged
-    buffers_a: Mapping[str, Tensor]  # name -> [P, *shape]
+    alive: Tensor
+    buffers_a: Mapping[str, Tensor]
     buffers_b: Mapping[str, Tensor]
-    distance_before: Tensor  # [P] float64, of a and b before the alignment
-    function_change: Tensor  # [P] float64, by the alignment of b
+    distance_before: Tensor
+    function_change: Tensor
 
 
 def possible(site: PathSite) -> bool:
@@ -108,7 +118,9 @@ def joinable(site: PathSite) -> PathSite:
 
     Frozen ones must agree, and other buffers than batch norm's as far as the loss depends on them.
     """
-    frozen = [name for name, own in site.stack.template.named_parameters() if not own.requires_grad]
+    frozen = [
+        name for name, parameter in site.stack.template.named_parameters() if not parameter.requires_grad
+    ]
     buffers = {name for name, _ in site.stack.template.named_buffers()}
     if not frozen and buffers <= statistics_of(site.stack.template):
         return site
@@ -119,7 +131,7 @@ def joinable(site: PathSite) -> PathSite:
         and not bool(jump[p] & ends.alive[p])
         for p in range(len(site.pairs))
     ]
-    pairs = tuple(pair for pair, own in zip(site.pairs, same, strict=True) if own)
+    pairs = tuple(pair for pair, is_same in zip(site.pairs, same, strict=True) if is_same)
     return replace(site, pairs=pairs)
 
 
@@ -147,8 +159,8 @@ def _as_they_are(site: PathSite) -> PathEnds:
     for pack, checkpoint in site.last.values():
         theta = site.stack.layout.join(checkpoint.parameters)
         for r, run_id in enumerate(pack.run_ids):
-            own = {name: tensor[r] for name, tensor in checkpoint.buffers.items()}
-            runs[run_id] = theta[r], own, checkpoint.alive[r]
+            buffers = {name: tensor[r] for name, tensor in checkpoint.buffers.items()}
+            runs[run_id] = theta[r], buffers, checkpoint.alive[r]
     a, b = ([runs[pair[side]] for pair in site.pairs] for side in (0, 1))
     first, second = (torch.stack([theta for theta, _, _ in end]) for end in (a, b))
     alive = torch.stack([one[2] & other[2] for one, other in zip(a, b, strict=True)])
@@ -158,7 +170,7 @@ def _as_they_are(site: PathSite) -> PathEnds:
 
 
 def _stacked(ends: Sequence[Tensors]) -> dict[str, Tensor]:
-    return {name: torch.stack([own[name] for _, own, _ in ends]) for name in ends[0][1]}
+    return {name: torch.stack([buffers[name] for _, buffers, _ in ends]) for name in ends[0][1]}
 
 
 def _rescaled(site: PathSite, ends: PathEnds) -> PathEnds:
@@ -194,7 +206,7 @@ def _aligned(site: PathSite, ends: PathEnds) -> PathEnds:
     kind = site.aligned
     assert kind != "none"
     assert kind != RESCALED
-    found = packed_align(
+    alignment = packed_align(
         site.stack,
         (ends.b, ends.buffers_b),
         (ends.a, ends.buffers_a),
@@ -203,4 +215,6 @@ def _aligned(site: PathSite, ends: PathEnds) -> PathEnds:
         kind=kind,
         matching=site.settings.matching,
     )
-    return replace(ends, b=found.theta, buffers_b=found.buffers, function_change=found.function_change)
+    return replace(
+        ends, b=alignment.theta, buffers_b=alignment.buffers, function_change=alignment.function_change
+    )

@@ -148,8 +148,10 @@ def _described_optimizer(pack: Pack) -> Row:
         return row
     settings = optimizer.plain()
     if recorded:
-        own = {key: value for key, value in settings.items() if key not in ScheduleSettings.model_fields}
-        settings = own | {"lr": recorded.lr}
+        unscheduled = {
+            key: value for key, value in settings.items() if key not in ScheduleSettings.model_fields
+        }
+        settings = unscheduled | {"lr": recorded.lr}
     return {
         "optimizer": optimizer.name,
         "lr": optimizer.lr,

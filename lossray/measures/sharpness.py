@@ -128,11 +128,11 @@ def sharpness(
         >>> loss = lambda outputs, targets: 1.5 * (outputs - targets).square().mean()
         >>> data = (torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.zeros(3, 1))
         >>> H = lossray.Hessian(model, loss, data)
-        >>> found = lossray.sharpness(H, torch.optim.SGD(model.parameters(), lr=0.2))
-        >>> round(found.lambda_max_lr, 4), found.threshold
+        >>> result = lossray.sharpness(H, torch.optim.SGD(model.parameters(), lr=0.2))
+        >>> round(result.lambda_max_lr, 4), result.threshold
         (1.8, 2.0)
-        >>> found = lossray.sharpness(H, torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9))
-        >>> found.threshold
+        >>> result = lossray.sharpness(H, torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9))
+        >>> result.threshold
         3.8
     """
     point = point_of(matrix, "sharpness")
@@ -141,7 +141,7 @@ def sharpness(
     reader = None if optimizer is None else read_user_optimizer(optimizer, point)
     rate = _rate(reader, lr)
     pairs = _largest(point.operator, tol, seed)
-    found = Sharpness(
+    measured = Sharpness(
         rate,
         float(pairs.values[0]),
         float(pairs.residuals[0]),
@@ -150,10 +150,10 @@ def sharpness(
         notes=() if reader is None else reader.notes,
     )
     if reader is not None:
-        found = _with_preconditioner(found, point, reader, pairs, tol, seed)
+        measured = _with_preconditioner(measured, point, reader, pairs, tol, seed)
     if minibatches is not None:
-        found = _with_batches(found, point, minibatches)
-    return _with_critical(found, point, reader, update)
+        measured = _with_batches(measured, point, minibatches)
+    return _with_critical(measured, point, reader, update)
 
 
 def _rate(reader: UserOptimizer | None, lr: float | None) -> float | None:
@@ -167,27 +167,27 @@ def _rate(reader: UserOptimizer | None, lr: float | None) -> float | None:
 
 
 def _with_preconditioner(
-    found: Sharpness, point: ModelPoint, reader: UserOptimizer, pairs: EigenPairs, tol: float, seed: int
+    measured: Sharpness, point: ModelPoint, reader: UserOptimizer, pairs: EigenPairs, tol: float, seed: int
 ) -> Sharpness:
     """With the largest eigenvalue in the optimizer's metric; that of the Hessian where there P = 1."""
     scale = reader.state.scale()
     if scale is None:
         note = "no preconditioner: the optimizer has none, or has taken no step"
-        known = any("preconditioner" in other for other in found.notes)
-        return found if known else replace(found, notes=(*found.notes, note))
+        noted = any("preconditioner" in other for other in measured.notes)
+        return measured if noted else replace(measured, notes=(*measured.notes, note))
     gauge = preconditioned(scale)
     if not gauge.identity:
         pairs = _largest(PackedScaled(point.operator, gauge.scale), tol, seed)
     value = float(pairs.values[0])
     return replace(
-        found,
+        measured,
         preconditioned_lambda_max=value,
         preconditioned_lambda_max_residual=float(pairs.residuals[0]),
-        preconditioned_lr=_product(found.lr, value),
+        preconditioned_lr=_product(measured.lr, value),
     )
 
 
-def _with_batches(found: Sharpness, point: ModelPoint, minibatches: Iterable[Any]) -> Sharpness:
+def _with_batches(measured: Sharpness, point: ModelPoint, minibatches: Iterable[Any]) -> Sharpness:
     closure = point.objective.closure is not None
     batches = [point.objective.over([batch]) for batch in read_data(minibatches, closure=closure)]
     if not batches:
@@ -196,7 +196,7 @@ def _with_batches(found: Sharpness, point: ModelPoint, minibatches: Iterable[Any
     full = len(batches) == 1 and sum(size or 0 for size in batches[0].sizes) == everything
     estimate = batch_sharpness(batches, mode="auto", full=full).member(0)
     return replace(
-        found,
+        measured,
         batch_sharpness=estimate.value,
         batch_sharpness_stderr=estimate.stderr,
         batches=len(batches),
@@ -204,22 +204,24 @@ def _with_batches(found: Sharpness, point: ModelPoint, minibatches: Iterable[Any
 
 
 def _with_critical(
-    found: Sharpness, point: ModelPoint, reader: UserOptimizer | None, update: Vector | None
+    measured: Sharpness, point: ModelPoint, reader: UserOptimizer | None, update: Vector | None
 ) -> Sharpness:
     if update is None and reader is None:
-        return found
+        return measured
     step: Tensor | str
     if update is not None:
         step = point.vector(update, "update")
     elif reader is not None:
         step = reader.virtual_update(point.operator.gradient)
     if isinstance(step, str):
-        return replace(found, notes=(*found.notes, step))
-    if not found.lr:
+        return replace(measured, notes=(*measured.notes, step))
+    if not measured.lr:
         if reader is None:
             raise StudyError("sharpness: found update without lr; pass the learning rate that it belongs to")
-        return found  # at a rate of 0 nothing moves
-    return replace(found, critical_sharpness=float(critical_sharpness(point.objective, step, found.lr)[0]))
+        return measured  # at a rate of 0 nothing moves
+    return replace(
+        measured, critical_sharpness=float(critical_sharpness(point.objective, step, measured.lr)[0])
+    )
 
 
 def _largest(operator: PointOperator, tol: float, seed: int) -> EigenPairs:

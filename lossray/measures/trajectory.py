@@ -48,8 +48,8 @@ class Trajectory(Summarised):
             f"axis {'explained':>10} {'random walk':>12}",
         ]
         for i in range(AXES):
-            own, walk = (_percent(shares[i]) for shares in (self.explained, self.random_walk))
-            lines.append(f"pc{i + 1}  {own:>10} {walk:>12}")
+            explained, walk = (_percent(shares[i]) for shares in (self.explained, self.random_walk))
+            lines.append(f"pc{i + 1}  {explained:>10} {walk:>12}")
         return "\n".join(lines)
 
     def to_frame(self) -> "pd.DataFrame":
@@ -86,14 +86,14 @@ def trajectory(
         Three points on a line: one axis explains everything, of a random walk it would be 75 %.
 
         >>> import lossray, torch
-        >>> found = lossray.trajectory([{"w": torch.tensor([t, 2 * t])} for t in (0.0, 1.0, 2.0)])
-        >>> print(found)
+        >>> course = lossray.trajectory([{"w": torch.tensor([t, 2 * t])} for t in (0.0, 1.0, 2.0)])
+        >>> print(course)
         3 checkpoints of 2 parameters, steps 0 to 2
         axis  explained  random walk
         pc1      100.0%        75.0%
         pc2           -        25.0%
         pc3           -            -
-        >>> [round(x, 4) for x in found.to_frame()["pc1"]]
+        >>> [round(x, 4) for x in course.to_frame()["pc1"]]
         [-2.2361, 0.0, 2.2361]
     """
     given = list(checkpoints)
@@ -102,13 +102,13 @@ def trajectory(
     taken = _checked_steps(steps, len(given))
     names = None if model is None else layout_of(uncompiled(model)).names
     points: list[Tensor] = []
-    places = set()
+    addresses = set()
     for number, checkpoint in enumerate(given):
         pieces = _pieces(checkpoint, number, names)
         names = names or tuple(pieces)
         points.append(_flat(pieces, names, number, None if not points else points[0]))
-        places.add(tuple(piece.data_ptr() for piece in pieces.values()))
-    if len(places) < len(points):
+        addresses.add(tuple(piece.data_ptr() for piece in pieces.values()))
+    if len(addresses) < len(points):
         raise StudyError(
             "trajectory: some of the checkpoints share their memory, and so are the same: keep copies, such "
             "as copy.deepcopy(model.state_dict())"

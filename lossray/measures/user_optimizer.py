@@ -76,8 +76,8 @@ def read_user_optimizer(optimizer: Any, point: ModelPoint) -> UserOptimizer:
         StudyError: it is no optimizer, or that of another model.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
-        found = type(optimizer).__name__
-        raise StudyError(f"optimizer: found {found}; allowed: a torch.optim.Optimizer, or None")
+        kind = type(optimizer).__name__
+        raise StudyError(f"optimizer: found {kind}; allowed: a torch.optim.Optimizer, or None")
     parameters = dict(zip(point.layout.names, point.objective.live_parameters(), strict=True))
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if not stepped & {id(p) for p in parameters.values()}:

@@ -45,9 +45,9 @@ def _pieces(given: Any, model: nn.Module, layout: Layout, name: str) -> list[Ten
     if whole and given.shape == (layout.dim,):
         return [torch.as_tensor(given)]
     if whole or isinstance(given, str) or not isinstance(given, Iterable):
-        found = f"the shape {list(given.shape)}" if whole else type(given).__name__
+        shown = f"the shape {list(given.shape)}" if whole else type(given).__name__
         raise StudyError(
-            f"{name}: found {found}; allowed: a tensor [{layout.dim}] in the order of model.parameters(), "
+            f"{name}: found {shown}; allowed: a tensor [{layout.dim}] in the order of model.parameters(), "
             "or a list or dict with a tensor for each parameter"
         )
     return _in_order(list(given), model, layout, name)
