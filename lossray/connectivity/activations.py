@@ -13,7 +13,7 @@ from lossray.errors import ModelError
 from lossray.networks.architecture import Node, graph_of
 from lossray.networks.copies import double_copy
 from lossray.networks.observed import values_of
-from lossray.networks.permutations import ChannelPlace, PermutationSymmetry
+from lossray.networks.permutations import ChannelPosition, PermutationSymmetry
 
 EXAMPLES_AT_ONCE = 256  # of which all activations are held
 KINDS = ("linear", "conv", "norm", "homogeneous", "smooth", "add")  # what changes the channels' values
@@ -51,7 +51,7 @@ def activation_matching(
             for part in _parts(batch):
                 _observe(symmetry, (graphs[0], graphs[1]), part, moments)
     gains = {g: torch.zeros(count, count, dtype=torch.float64) for g, count in symmetry.groups.items()}
-    for node, position in symmetry.places.items():
+    for node, position in symmetry.positions.items():
         if node in moments:
             gains[position.group] += moments[node].correlation().cpu()
     return {group: assignment(gain) for group, gain in gains.items()}
@@ -108,7 +108,7 @@ def _observe(
 ) -> None:
     """Add one batch to the moments, by name of the node."""
     for (node, value), (_, other) in zip(*(values_of(graph, inputs) for graph in graphs), strict=True):
-        position = symmetry.places.get(node.name)
+        position = symmetry.positions.get(node.name)
         if position is None or position.axis not in ("channel", "last") or node.kind not in KINDS:
             continue
         new = Moments.of(_by_channel(value, position), _by_channel(other, position))
@@ -123,5 +123,5 @@ def _parts(inputs: Any) -> Iterator[Any]:
         yield tree_map(lambda leaf, rows=rows: leaf[rows] if isinstance(leaf, Tensor) else leaf, inputs)
 
 
-def _by_channel(value: Tensor, position: ChannelPlace) -> Tensor:
+def _by_channel(value: Tensor, position: ChannelPosition) -> Tensor:
     return (value.movedim(1, -1) if position.axis == "channel" else value).flatten(0, -2)

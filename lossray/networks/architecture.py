@@ -290,8 +290,8 @@ def _kind_of_layer(module: nn.Module) -> str:
             if isinstance(module, base) and type(module).forward is base.forward:
                 part = isinstance(module, nn.Flatten) and [module.start_dim, module.end_dim] != [1, -1]
                 pair = kind == "maxpool" and getattr(module, "return_indices", False)
-                own = "forward" in vars(module) or type(module).__call__ is not nn.Module.__call__
-                return "other" if part or pair or own or not _holds_its_weights(module) else kind
+                custom = "forward" in vars(module) or type(module).__call__ is not nn.Module.__call__
+                return "other" if part or pair or custom or not _holds_its_weights(module) else kind
     return "other"
 
 
@@ -355,12 +355,12 @@ def _is_spatial_mean(node: fx.Node, spatial: int) -> bool:
     return sorted(dim % (2 + spatial) for dim in dims) == list(range(2, 2 + spatial))
 
 
-def _spatial(node: Node, known: dict[str, int]) -> int:
+def _spatial(node: Node, spatial_axes: dict[str, int]) -> int:
     """Number of axes after the channels of the node's value; 0 where there are none or it is unknown."""
     if isinstance(node.module, nn.modules.conv._ConvNd):
         return node.module.weight.ndim - 2
     if node.kind in ("norm", "homogeneous", "smooth", "pool", "maxpool", "dropout", "add"):
-        return known[node.inputs[0]]
+        return spatial_axes[node.inputs[0]]
     return 0
 
 
@@ -370,9 +370,9 @@ def _argument(node: fx.Node, position: int, name: str, default: object) -> Any:
 
 def _operands(node: fx.Node) -> tuple[fx.Node, ...]:
     """The nodes among the arguments, in order and as often as they occur."""
-    found: list[fx.Node] = []
-    fx.node.map_arg((node.args, node.kwargs), lambda operand: found.append(operand))
-    return tuple(found)
+    operands: list[fx.Node] = []
+    fx.node.map_arg((node.args, node.kwargs), lambda operand: operands.append(operand))
+    return tuple(operands)
 
 
 def _call_of(node: fx.Node, module: nn.Module | None) -> Callable[..., Any]:

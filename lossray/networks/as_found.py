@@ -53,7 +53,7 @@ def plain_tensors_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
         for module, before in zip(modules, kept, strict=True):
             now = vars(module)
             names = [
-                n for own in (before, dict(now)) for n, value in own.items() if isinstance(value, Tensor)
+                n for table in (before, dict(now)) for n, value in table.items() if isinstance(value, Tensor)
             ]
             for name in names:
                 now.pop(name, None)

@@ -24,8 +24,10 @@ def has_statistics(model: nn.Module) -> bool:
 
 def statistics_of(model: nn.Module) -> set[str]:
     """The names of what `refresh_statistics` recomputes."""
-    own = [(layer.running_mean, layer.running_var, layer.num_batches_tracked) for layer in _layers(model)]
-    kept = {id(tensor) for tensors in own for tensor in tensors}
+    statistics = [
+        (layer.running_mean, layer.running_var, layer.num_batches_tracked) for layer in _layers(model)
+    ]
+    kept = {id(tensor) for tensors in statistics for tensor in tensors}
     return {name for name, tensor in model.named_buffers() if id(tensor) in kept}
 
 
@@ -46,19 +48,19 @@ def refresh_statistics(stack: Stack, theta: Tensor, buffers: Members, inputs: In
     Returns:
         A copy of ``buffers``; all but running means, variances and ``num_batches_tracked`` as given.
     """
-    own = {name: tensor.detach().clone() for name, tensor in buffers.items()}
+    refreshed = {name: tensor.detach().clone() for name, tensor in buffers.items()}
     layers = _layers(stack.template)
     if not layers:
-        return own
-    _reset(stack.template, layers, own)
+        return refreshed
+    _reset(stack.template, layers, refreshed)
     with _refreshing(stack.template, layers), _averaging(stack.template, layers) as average:
         numbers = torch.arange(count(inputs), device=theta.device)
         for index in numbers.tensor_split(math.ceil(len(numbers) / CHUNK)):
             average.begin(len(index))
             chunk = rows(inputs, slice(int(index[0]), int(index[-1]) + 1))
             # The root's flag names the mode, so that the stack leaves the layers' own flags as they are.
-            stack.losses(theta, own, chunk, index, _nothing, train=stack.template.training)
-    return own
+            stack.losses(theta, refreshed, chunk, index, _nothing, train=stack.template.training)
+    return refreshed
 
 
 def _layers(model: nn.Module) -> list[_NormBase]:

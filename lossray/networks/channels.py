@@ -155,9 +155,9 @@ def _conv_sources(layer: nn.modules.conv._ConvNd, value: Channels) -> Tensor | N
     spatial = layer.weight.ndim - 2
     if (value.axis, value.spatial, value.count) != ("channel", spatial, layer.in_channels):
         return None
-    own = layer.in_channels // layer.groups
-    first = torch.arange(layer.groups).repeat_interleave(layer.out_channels // layer.groups) * own
-    return (first[:, None] + torch.arange(own)).view(*layer.weight.shape[:2], *(1,) * spatial)
+    per_group = layer.in_channels // layer.groups
+    first = torch.arange(layer.groups).repeat_interleave(layer.out_channels // layer.groups) * per_group
+    return (first[:, None] + torch.arange(per_group)).view(*layer.weight.shape[:2], *(1,) * spatial)
 
 
 def flattened(value: Channels) -> Channels:
@@ -186,9 +186,9 @@ def described(node: Node) -> str:
 
 def axes_of(seen: Observed, name: str, value: Channels | None) -> int | None:
     """Number of axes of a node's value, of which ``value`` says where the channels are; None if unknown."""
-    known = seen.rank(name)
-    if known is not None or value is None:
-        return known
+    rank = seen.rank(name)
+    if rank is not None or value is None:
+        return rank
     return {"channel": 2 + value.spatial, "blocks": 2, "tiles": 2}.get(value.axis)
 
 
@@ -210,13 +210,13 @@ def fix_shared_and_frozen(
     """
     buffers = list(model.named_buffers(remove_duplicate=False))
     names = [*model.named_parameters(remove_duplicate=False), *buffers]
-    places = Counter(id(tensor) for _, tensor in names)
+    n_uses = Counter(id(tensor) for _, tensor in names)
     layers = Counter(id(node.module) for node in graph if node.module is not None)
     for node in graph:
         if node.module is not None and layers[id(node.module)] > 1:
-            places.update(2 * [id(tensor) for tensor in (*node.module.parameters(), *node.module.buffers())])
+            n_uses.update(2 * [id(tensor) for tensor in (*node.module.parameters(), *node.module.buffers())])
         elif node.kind == "other" and not node.inputs and node.module is None:
-            places.update([id(node.function())])  # a tensor that a function is given
+            n_uses.update([id(node.function())])  # a tensor that a function is given
     held = {id(buffer) for _, buffer in buffers if buffers_change}
     changeable = {id(t): name for name, t in reversed(names) if t.requires_grad or id(t) in held}
     for group, use in walk.uses:
@@ -224,7 +224,7 @@ def fix_shared_and_frozen(
         value = Channels(group, walk.counts[group], "last")
         if name is None:
             walk.fix([value], f"a weight of {walk.names[group]} or of the layer after it is not trainable")
-        elif places[id(use.tensor)] > 1:
+        elif n_uses[id(use.tensor)] > 1:
             walk.fix([value], f"{name} is used in more than one place")
 
 

@@ -50,17 +50,17 @@ def choose_executor(
             with warnings.catch_warnings():
                 # A missing batching rule is a slow loop inside vmap.
                 warnings.filterwarnings("error", message=".*performance drop.*")
-                found = _trial(batched, theta, buffers, inputs, targets, loss, train)
+                actual = _trial(batched, theta, buffers, inputs, targets, loss, train)
         except Exception:  # any failure of vmap, whose errors have no common type, means: use the loop
             return "loop"
-        if not all(_agree(a, b) for a, b in zip(expected, found, strict=True)):
+        if not all(_agree(a, b) for a, b in zip(expected, actual, strict=True)):
             return "loop"
     return "vmap"
 
 
-def _agree(expected: Tensor, found: Tensor) -> bool:
+def _agree(expected: Tensor, actual: Tensor) -> bool:
     """Whether two tensors differ by rounding alone, as a share of the largest number in them."""
-    return bool(((expected - found).abs() <= SAME * expected.abs().amax()).all())
+    return bool(((expected - actual).abs() <= SAME * expected.abs().amax()).all())
 
 
 def _largest_kernel(layout: Layout) -> int:
@@ -82,13 +82,13 @@ def _trial(
 
     The product alone needs attention that can be differentiated twice, which fused kernels cannot.
     """
-    own = {name: tensor.clone() for name, tensor in buffers.items()}
-    losses, gradient = stack.gradients(theta, own, inputs, targets, loss, train=train, keys=(0, 1))
+    scratch = {name: tensor.clone() for name, tensor in buffers.items()}
+    losses, gradient = stack.gradients(theta, scratch, inputs, targets, loss, train=train, keys=(0, 1))
     each = mapped(lambda x: torch.stack([x, x.flip(0)]), inputs)  # batches of their own, as in training
     both = torch.stack([targets, targets.flip(0)])
     leaf = theta.clone().requires_grad_()
     with sdpa_kernel(SDPBackend.MATH):
-        again = stack.losses(leaf, own, each, both, loss, train=train, keys=(0, 1), per_member=True)
+        again = stack.losses(leaf, scratch, each, both, loss, train=train, keys=(0, 1), per_member=True)
         (graph,) = torch.autograd.grad(again.sum(), leaf, create_graph=True)
         product = torch.zeros_like(gradient)
         if graph.requires_grad:

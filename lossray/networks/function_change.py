@@ -82,12 +82,12 @@ def outputs_of(model: nn.Module, inputs: Any) -> Tensor:
         raise ModelError(
             f"{type(model).__name__} on inputs {', '.join(map(str, shapes))}: {failure(error)}"
         ) from error
-    found = flat(outputs, type(model).__name__)
-    if not bool(found.isfinite().all()):
+    flat_outputs = flat(outputs, type(model).__name__)
+    if not bool(flat_outputs.isfinite().all()):
         raise ModelError(
             f"{type(model).__name__} has outputs that are not finite: no change of them is known"
         )
-    return found
+    return flat_outputs
 
 
 def flat(outputs: Any, name: str) -> Tensor:
@@ -129,9 +129,9 @@ def _disturb(model: nn.Module, change: Disturbance) -> None:
 
 def _moved(tensor: Tensor, draw: torch.Generator) -> Tensor:
     factors, shifts = (0.3 * _normal(tensor, draw)).exp(), 0.1 * (1 + _normal(tensor, draw).abs())
-    known = torch.isfinite(tensor) & (tensor != 0)
+    regular = torch.isfinite(tensor) & (tensor != 0)
     infinite = torch.isinf(tensor)  # masks of attention
-    return torch.where(known, tensor * factors, torch.where(infinite, tensor, shifts))
+    return torch.where(regular, tensor * factors, torch.where(infinite, tensor, shifts))
 
 
 def _normal(tensor: Tensor, draw: torch.Generator) -> Tensor:

@@ -38,18 +38,18 @@ def call_with(model: nn.Module, tensors: Mapping[str, Tensor], *args: Any) -> An
         *args: of the model's ``forward``.
     """
     named = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-    places = {}
+    exchanged = {}
     for prefix, module in model.named_modules():  # each layer once, whatever its names
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             name = named.get(id(tensor), "")
             if name in tensors:
-                places[f"{prefix}.{key}" if prefix else key] = tensors[name]
+                exchanged[f"{prefix}.{key}" if prefix else key] = tensors[name]
     with as_found(custom_parts(model)):
         try:
-            return functional_call(model, places, args, tie_weights=False)
+            return functional_call(model, exchanged, args, tie_weights=False)
         except RuntimeError:
             if torch.is_grad_enabled():
                 raise
         with torch.enable_grad():  # a model that differentiates something itself
-            outputs = functional_call(model, places, args, tie_weights=False)
+            outputs = functional_call(model, exchanged, args, tie_weights=False)
         return tree_map_only(Tensor, Tensor.detach, outputs)

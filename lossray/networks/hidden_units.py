@@ -91,13 +91,13 @@ def _norm(walk: Walk, node: Node, value: Channels | None, axes: int | None) -> C
     if weight is None:
         walk.reasons.append(f"{described(node)} has no affine parameters")
         return None
-    place = _normed_axis(node.module, value, axes)
-    if place is None:
+    normed = _normed_axis(node.module, value, axes)
+    if normed is None:
         layer = isinstance(node.module, nn.LayerNorm)  # whose axes no inputs would tell
         why = "other than those of the channels alone" if layer else f"whose channels are not known: {REMEDY}"
         walk.reasons.append(f"{described(node)} normalises along axes {why}")
         return None
-    axis, spatial = place
+    axis, spatial = normed
     count = len(weight)
     channels = torch.arange(count).view(-1, *(1 for _ in weight.shape[1:])).expand_as(weight)
     group = walk.new(node, count, (weight, channels), (bias, channels))

@@ -32,8 +32,8 @@ def holding(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[list[Te
     Yields:
         The trainable parameters among ``tensors``, in their order.
     """
-    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    exchanged = {name: own[name] for name in tensors if name in own}
+    registered = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    exchanged = {name: registered[name] for name in tensors if name in registered}
     named = {(tensor.data_ptr(), tensor.shape): name for name, tensor in exchanged.items()}
     pairs = [(tensor, name) for name, tensor in exchanged.items()]
     for other in _beside(model):
@@ -80,13 +80,13 @@ def _in_place_of(tensor: Tensor, new: Tensor) -> Tensor:
 
 def _tables(model: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Where layers keep tensors, and what is there: registered ones, attributes, and lists and tables."""
-    found = []
+    tables = []
     for module in model.modules():
         others = {key: value for key, value in module.__dict__.items() if key not in REGISTERS}
         kept = {key: value for key, value in others.items() if _tensors(value)}
-        found += [(module.__dict__, kept)]
-        found += [(table, dict(table)) for table in (module._parameters, module._buffers)]
-    return found
+        tables += [(module.__dict__, kept)]
+        tables += [(table, dict(table)) for table in (module._parameters, module._buffers)]
+    return tables
 
 
 def _replaced(value: Any, placed: Mapping[int, Tensor]) -> Any:

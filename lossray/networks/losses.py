@@ -56,18 +56,18 @@ def mse(outputs: Tensor, targets: Tensor) -> Tensor:
     Raises:
         ModelError: targets of another shape than the outputs (broadcasting would hide it).
     """
-    found = f"outputs {list(outputs.shape)} and targets {list(targets.shape)}"
+    shapes = f"outputs {list(outputs.shape)} and targets {list(targets.shape)}"
     if not targets.is_floating_point():
         if outputs.ndim != 2 or targets.shape != outputs.shape[:1] or outputs.shape[1] < 2:
             raise ModelError(
-                f"loss 'mse': found {found} of {targets.dtype}; allowed: classes [B] with outputs [B, C], "
+                f"loss 'mse': found {shapes} of {targets.dtype}; allowed: classes [B] with outputs [B, C], "
                 "C at least 2, or float targets of the outputs' shape"
             )
         classes = torch.arange(outputs.shape[-1], device=targets.device)
         targets = (targets.unsqueeze(-1) == classes).to(outputs.dtype)
     outputs, targets = _as_rows(outputs), _as_rows(targets)
     if targets.shape != outputs.shape:
-        raise ModelError(f"loss 'mse': {found} do not match; allowed: targets of the outputs' shape")
+        raise ModelError(f"loss 'mse': {shapes} do not match; allowed: targets of the outputs' shape")
     return 0.5 * (outputs - targets).square().flatten(1).sum(dim=-1).mean()
 
 
@@ -205,8 +205,8 @@ def get_loss(name: str) -> Loss:
     def loss(outputs: Tensor, targets: Tensor) -> Tensor:
         value = function(outputs, targets)
         if not isinstance(value, Tensor) or value.ndim != 0:
-            found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ModelError(f"loss {name!r} returns {found} where a scalar tensor, the mean, is needed")
+            returned = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ModelError(f"loss {name!r} returns {returned} where a scalar tensor, the mean, is needed")
         return value
 
     return in_dtype_of_outputs(loss)

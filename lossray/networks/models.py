@@ -80,9 +80,10 @@ def try_model(settings: ModelSettings, inputs: Inputs, n_outputs: int) -> tuple[
                 f"model {settings.name!r} on inputs {described(inputs)}: {failure(error)}"
             ) from error
     if not isinstance(outputs, Tensor) or outputs.shape[:1] != (count(inputs),):
-        found = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        returned = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ModelError(
-            f"model {settings.name!r} returns {found} where a tensor [{count(inputs)}, {n_outputs}] is needed"
+            f"model {settings.name!r} returns {returned} where a tensor [{count(inputs)}, {n_outputs}] is "
+            "needed"
         )
     if not outputs.is_floating_point():
         raise ModelError(f"model {settings.name!r} returns {outputs.dtype} where floats are needed")
@@ -114,9 +115,9 @@ def _build_user_model(settings: UserModelSettings, input_shape: Any, n_outputs: 
         signature: inspect.Signature | None = inspect.signature(function)
     except ValueError:  # a builtin without one
         signature = None
-    known = signature.parameters if signature is not None else {}
+    parameters = signature.parameters if signature is not None else {}
     sizes = {"input_shape": input_shape, "n_outputs": n_outputs}
-    arguments = {key: value for key, value in sizes.items() if key in known} | settings.arguments
+    arguments = {key: value for key, value in sizes.items() if key in parameters} | settings.arguments
     if signature is not None:
         try:
             signature.bind(**arguments)

@@ -21,8 +21,8 @@ def mapped(function: Callable[[Any], Any], inputs: Inputs) -> Any:
 
 def tensors_in(inputs: Inputs) -> list[Any]:
     """The tensors, in a fixed order."""
-    found: list[Any] = tree_leaves(inputs)
-    return found
+    leaves: list[Any] = tree_leaves(inputs)
+    return leaves
 
 
 def count(inputs: Inputs) -> int:
@@ -54,9 +54,9 @@ def as_floats(inputs: Inputs, dtype: torch.dtype) -> Inputs:
 def described(inputs: Inputs) -> str:
     """For messages: ``[2, 5]``, or ``{user: [2, 4], item: [2, 3]}``."""
     if isinstance(inputs, dict):
-        return f"{{{', '.join(f'{name}: {described(own)}' for name, own in inputs.items())}}}"
+        return f"{{{', '.join(f'{name}: {described(part)}' for name, part in inputs.items())}}}"
     if isinstance(inputs, tuple):
-        return f"({', '.join(described(own) for own in inputs)})"
+        return f"({', '.join(described(part) for part in inputs)})"
     return str(list(inputs.shape))
 
 

@@ -105,9 +105,9 @@ def observe(model: nn.Module, data: Any = None) -> Observed:
     require_no_hooks(model)
     twin = double_copy(model)
     device = next(twin.parameters(), torch.empty(0)).device
-    own = graph_of(twin)
-    batches = plausible_inputs(twin, own) if data is None else (sample_of(data, device),)
-    runs = [_run(own, twin, inputs) for inputs in batches]
+    twin_graph = graph_of(twin)
+    batches = plausible_inputs(twin, twin_graph) if data is None else (sample_of(data, device),)
+    runs = [_run(twin_graph, twin, inputs) for inputs in batches]
     shapes = {node.name: tuple(run[node.name][0] for run in runs) for node in graph}
     return Observed(graph, batches, shapes, max(map(_coarsest, runs), default=EPS))
 
@@ -122,8 +122,8 @@ def values_of(graph: Sequence[Node], inputs: Any) -> Iterator[tuple[Node, Any]]:
     given = _arguments(graph, inputs)
     values: dict[str, Any] = {}
     for node in graph:
-        own = (given[node.name],) if node.name in given else tuple(values[name] for name in node.inputs)
-        values[node.name] = node.function(*own)
+        operands = (given[node.name],) if node.name in given else tuple(values[name] for name in node.inputs)
+        values[node.name] = node.function(*operands)
         yield node, values[node.name]
 
 
@@ -159,8 +159,8 @@ def _run(graph: Sequence[Node], model: nn.Module, inputs: Any) -> Seen:
                 seen[node.name] = (shape, value.dtype if floating else None)
     except Exception as error:  # any operation may raise anything
         raise ModelError(f"{name}: its operations cannot be run one by one: {failure(error)}") from error
-    found = flat(value, name)
-    if not distance(expected, found) <= max(LARGEST_CHANGE, ROUNDINGS * _coarsest(seen)):
+    actual = flat(value, name)
+    if not distance(expected, actual) <= max(LARGEST_CHANGE, ROUNDINGS * _coarsest(seen)):
         raise ModelError(
             f"{name} computes something else than its operations: they depend on more than its layers show"
         )

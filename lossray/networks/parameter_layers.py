@@ -9,8 +9,8 @@ def layers(layout: Layout) -> dict[str, list[str]]:
     A layer is the module that owns the parameters, so that weight and bias share one; a parameter of the
     model itself is a layer of its own.
     """
-    found: dict[str, list[str]] = {}
+    by_layer: dict[str, list[str]] = {}
     for name in layout.names:
         owner, _, _ = name.rpartition(".")
-        found.setdefault(owner or name, []).append(name)
-    return found
+        by_layer.setdefault(owner or name, []).append(name)
+    return by_layer

@@ -53,7 +53,7 @@ class ChannelUse:
 
 
 @dataclass(frozen=True)
-class ChannelPlace:
+class ChannelPosition:
     """Where the channels of a group are in the value of a node of the model's graph.
 
     Attributes:
@@ -74,13 +74,13 @@ class PermutationSymmetry:
     Attributes:
         groups: number of channels of each.
         uses: the parameters and buffers in which its channels appear. A weight between two groups is in both.
-        places: by name of a node of the model's graph, where its value holds a group's channels.
+        positions: by name of a node of the model's graph, where its value holds a group's channels.
         seen: the graph at work, and the inputs on which the symmetry was tried.
     """
 
     groups: dict[str, int]
     uses: dict[str, tuple[ChannelUse, ...]]
-    places: dict[str, ChannelPlace]
+    positions: dict[str, ChannelPosition]
     seen: Observed = field(repr=False)
 
     def apply(self, tensors: Mapping[str, Tensor], permutations: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -131,19 +131,19 @@ def permutation_symmetry(model: nn.Module, data: Any = None) -> PermutationSymme
             "the next layer"
         )
     names = {id(tensor): name for name, tensor in (*root.named_parameters(), *root.named_buffers())}
-    found = PermutationSymmetry(
+    symmetry = PermutationSymmetry(
         groups={group.name: group.count for group in free.values()},
         uses={group.name: _uses(group, names) for group in free.values()},
-        places={
-            name: ChannelPlace(free[walk.root(value.group)].name, value.axis)
+        positions={
+            name: ChannelPosition(free[walk.root(value.group)].name, value.axis)
             for name, value in values.items()
             if value is not None and walk.root(value.group) in free
         },
         seen=seen,
     )
     draw = generator(0, "tried permutations")
-    seen.require_kept(model, lambda own: permuted(own, found, _drawn(found, draw)))
-    return found
+    seen.require_kept(model, lambda module: permuted(module, symmetry, _drawn(symmetry, draw)))
+    return symmetry
 
 
 def permute(model: nn.Module, permutations: Mapping[str, Permutation], data: Any = None) -> nn.Module:
@@ -174,7 +174,7 @@ def permute(model: nn.Module, permutations: Mapping[str, Permutation], data: Any
         if name not in symmetry.groups:
             raise ModelError(f"permute, group: {unknown_name(str(name), symmetry.groups)}")
         checked[name] = _checked(name, given, symmetry.groups[name])
-    symmetry.seen.require_kept(model, lambda own: permuted(own, symmetry, checked), as_it_is=True)
+    symmetry.seen.require_kept(model, lambda module: permuted(module, symmetry, checked), as_it_is=True)
     return permuted(model, symmetry, checked)
 
 
@@ -183,9 +183,9 @@ def permuted(
 ) -> nn.Module:
     """A copy of a model after permutations that are known to be its own; nothing is checked."""
     new = copied(uncompiled(model))
-    own = {name: tensor.detach() for name, tensor in (*new.named_parameters(), *new.named_buffers())}
-    for name, tensor in symmetry.apply(own, permutations).items():
-        own[name].copy_(tensor)
+    tensors = {name: tensor.detach() for name, tensor in (*new.named_parameters(), *new.named_buffers())}
+    for name, tensor in symmetry.apply(tensors, permutations).items():
+        tensors[name].copy_(tensor)
     return new
 
 

@@ -85,5 +85,5 @@ def _checked(name: str, given: Factors, units: int) -> Tensor:
 
 def in_gauge(model: nn.Module, symmetry: RescalingSymmetry, alpha: Tensor) -> nn.Module:
     """A copy of the model with the units rescaled by ``alpha``, checked to be the same function."""
-    symmetry.seen.require_kept(model, lambda own: rescaled(own, symmetry, alpha), as_it_is=True)
+    symmetry.seen.require_kept(model, lambda module: rescaled(module, symmetry, alpha), as_it_is=True)
     return rescaled(model, symmetry, alpha)

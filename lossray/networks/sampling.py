@@ -79,24 +79,26 @@ def plausible_inputs(model: nn.Module, graph: Sequence[Node]) -> tuple[Tensor, .
         return ()
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     draw = generator(0, "made up inputs")
-    found: list[Tensor] = []
+    accepted: list[Tensor] = []
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for shapes, highest in _candidates(model, graph):
-            found += _taken(model, (_made(shape, highest, draw, device) for shape in dict.fromkeys(shapes)))
-    return tuple(found)
+            accepted += _taken(
+                model, (_made(shape, highest, draw, device) for shape in dict.fromkeys(shapes))
+            )
+    return tuple(accepted)
 
 
 def _taken(model: nn.Module, tried: Iterator[Tensor]) -> list[Tensor]:
     """The first that the model takes; not many more are tried once there is one."""
-    found: list[Tensor] = []
+    accepted: list[Tensor] = []
     for inputs in tried:
         if _takes(model, inputs):
-            found.append(inputs)
-        if found:
+            accepted.append(inputs)
+        if accepted:
             tried = itertools.islice(tried, MORE)
-            return [*found, *(inputs for inputs in tried if _takes(model, inputs))]
-    return found
+            return [*accepted, *(inputs for inputs in tried if _takes(model, inputs))]
+    return accepted
 
 
 def _takes(model: nn.Module, inputs: Tensor) -> bool:
@@ -145,7 +147,7 @@ def _pairs(rows: Sequence[int], last: Sequence[int]) -> Shapes:
 def _features(model: nn.Module) -> tuple[int, ...]:
     """The sizes that layers take along one axis, each once."""
     names = ("in_features", "num_features", "num_channels", "num_parameters", "embed_dim", "input_size")
-    found = [getattr(layer, name, None) for layer in model.modules() for name in names]
+    sizes = [getattr(layer, name, None) for layer in model.modules() for name in names]
     shapes = [getattr(layer, "normalized_shape", ()) for layer in model.modules()]
-    found += [size for shape in shapes if isinstance(shape, tuple) for size in shape]
-    return tuple(dict.fromkeys(size for size in found if isinstance(size, int)))[:FEATURES]
+    sizes += [size for shape in shapes if isinstance(shape, tuple) for size in shape]
+    return tuple(dict.fromkeys(size for size in sizes if isinstance(size, int)))[:FEATURES]

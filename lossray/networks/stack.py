@@ -182,9 +182,9 @@ class Stack:
         if ambient and self.executor == "vmap":
             raise ModelError("this model draws random numbers that vmap cannot give; use the loop executor")
 
-        def played(member: Members, own_masks: tuple[Tensor, ...], *own: Inputs) -> Tensor:
-            with self.tape.playing(own_masks):
-                return function(member, *own)
+        def played(member: Members, member_masks: tuple[Tensor, ...], *arguments: Inputs) -> Tensor:
+            with self.tape.playing(member_masks):
+                return function(member, *arguments)
 
         def evaluate(weights: Members, r: int | None = None) -> Tensor:
             if r is None:
@@ -193,10 +193,10 @@ class Stack:
                 values: Tensor = batched({**weights, **buffers}, masks, *args)
                 return values
             member = {**weights, **{name: tensor[r] for name, tensor in buffers.items()}}
-            own = rows(args, r) if per_member else args
+            arguments = rows(args, r) if per_member else args
             seed = stream(keys[r], "ambient") if ambient and keys is not None else None
             with seeded(seed, theta.device):
-                return played(member, tuple(mask[r] for mask in masks), *own)
+                return played(member, tuple(mask[r] for mask in masks), *arguments)
 
         return evaluate
 
@@ -320,7 +320,7 @@ def stack_models(
     layout = layout_of(models[0])
     rows = [_flat(model, layout) for model in models]
     others = [tensors_of(model)[1] for model in models]
-    buffers = {name: torch.stack([own[name] for own in others]).to(device) for name in others[0]}
+    buffers = {name: torch.stack([tensors[name] for tensors in others]).to(device) for name in others[0]}
     stack = Stack(models[0].to(device), layout, executor=executor)
     return stack, torch.stack(rows).to(device), buffers
 
@@ -339,11 +339,11 @@ def _places(model: nn.Module) -> list[tuple[str, dict[str, Any], str]]:
 
 
 def _initialised(build: Callable[[], nn.Module], seed: int) -> nn.Module:
-    own = stream(seed, "initialisation")
+    initial_seed = stream(seed, "initialisation")
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(own)
+        torch.default_generator.manual_seed(initial_seed)
         model = build()
-        if torch.default_generator.initial_seed() != own:
+        if torch.default_generator.initial_seed() != initial_seed:
             raise ModelError(
                 "the model's function seeds torch's generator, so that all seeds would start alike: "
                 "take torch.manual_seed out of it"

@@ -79,8 +79,8 @@ class RescalingSymmetry:
         side = self.units + 1
         edges = ((self.incoming + 1) * side + self.outgoing + 1).to(theta.device)
         squares = theta.detach().double().square()
-        weights = (torch.bincount(edges, own, minlength=side * side) for own in squares)
-        return torch.stack([balanced_factors(own.view(side, side)) for own in weights])
+        weights = (torch.bincount(edges, row, minlength=side * side) for row in squares)
+        return torch.stack([balanced_factors(matrix.view(side, side)) for matrix in weights])
 
     def _sums(self, owner: Tensor, values: Tensor) -> Tensor:
         shape = (*values.shape[:-1], self.units + 1)
@@ -119,10 +119,10 @@ def rescaling_symmetry(model: nn.Module, layout: Layout, data: Any = None) -> Re
             owners[start : start + use.tensor.numel()] = units + use.channels.reshape(-1)
         groups[group.name] = slice(units, units + group.count)
         units += group.count
-    found = RescalingSymmetry(units, incoming, outgoing, groups, seen)
+    symmetry = RescalingSymmetry(units, incoming, outgoing, groups, seen)
     tried = torch.randn(units, generator=generator(0, "tried factors"), dtype=torch.float64).exp()
-    seen.require_kept(model, lambda own: rescaled(own, found, tried))
-    return found
+    seen.require_kept(model, lambda module: rescaled(module, symmetry, tried))
+    return symmetry
 
 
 def rescaled(model: nn.Module, symmetry: RescalingSymmetry, alpha: Tensor) -> nn.Module:

@@ -29,20 +29,21 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     Raises:
         ModelError: the file cannot be read, needs unpickling, or does not fit the model.
     """
-    own, found = model.state_dict(), _state_dict(Path(path))
-    places = {own[name].data_ptr() for name in found if name in own}  # safetensors writes tied weights once
-    missing = [name for name in own if name not in found and own[name].data_ptr() not in places]
+    needed, stored = model.state_dict(), _state_dict(Path(path))
+    # safetensors writes tied weights once.
+    pointers = {needed[name].data_ptr() for name in stored if name in needed}
+    missing = [name for name in needed if name not in stored and needed[name].data_ptr() not in pointers]
     if missing:
-        guess = nearest(missing[0], found)
+        guess = nearest(missing[0], stored)
         hint = f"; did you mean its {guess!r}?" if guess else ""
         raise ModelError(f"{path}: {missing[0]!r} of {type(model).__name__} is missing{hint}")
-    for name, tensor in found.items():
-        if name not in own:
+    for name, tensor in stored.items():
+        if name not in needed:
             raise ModelError(f"{path}: found {name!r}, which {type(model).__name__} does not have")
-        if tensor.shape != own[name].shape:
-            shapes = f"found {list(tensor.shape)}, needed {list(own[name].shape)}"
+        if tensor.shape != needed[name].shape:
+            shapes = f"found {list(tensor.shape)}, needed {list(needed[name].shape)}"
             raise ModelError(f"{path}: {name!r} of {type(model).__name__}: {shapes}")
-    model.load_state_dict(found, strict=False)  # what it would check is checked
+    model.load_state_dict(stored, strict=False)  # what it would check is checked
 
 
 def _state_dict(path: Path) -> dict[str, Tensor]:
@@ -76,9 +77,9 @@ def _torch(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         needed = re.search(r"GLOBAL (\S+)", str(error))
-        found = f"objects such as {needed[1]}" if needed else "what is no state dict"
+        content = f"objects such as {needed[1]}" if needed else "what is no state dict"
         raise ModelError(
-            f"{path}: found {found}, and nothing is unpickled, since that may run code from the file; "
+            f"{path}: found {content}, and nothing is unpickled, since that may run code from the file; "
             "allowed: tensors alone, saved with torch.save(model.state_dict(), path) or safetensors"
         ) from error
     except Exception as error:  # torch.load raises what it likes on a damaged file
