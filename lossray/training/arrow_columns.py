@@ -116,9 +116,9 @@ def _length(array: Any, where: str, rows: int) -> int:
     lengths = pc.list_value_length(array).to_numpy(zero_copy_only=False)
     width = int(lengths[0])
     if (lengths != width).any():
-        place = int(np.flatnonzero(lengths != width)[0])
-        row = place // (len(array) // rows)
-        raise DataError(f"{where} has lists of {width} values, but {lengths[place]} in row {row}")
+        index = int(np.flatnonzero(lengths != width)[0])
+        row = index // (len(array) // rows)
+        raise DataError(f"{where} has lists of {width} values, but {lengths[index]} in row {row}")
     if width == 0:
         raise DataError(f"{where} has empty lists")
     return width

@@ -23,10 +23,16 @@ BatchSize = int | Literal["full"]
 
 @dataclass(frozen=True)
 class Minibatch:
-    """The examples of one step."""
+    """The examples of one step.
 
-    inputs: Inputs  # [R, B, ...] if per_member, else [B, ...]
-    targets: Tensor  # [R, B, ...] or [B, ...]
+    Attributes:
+        inputs: [R, B, ...] if ``per_member``, else [B, ...]; or a nest of such tensors.
+        targets: [R, B, ...] or [B, ...].
+        per_member: whether every member has examples of its own.
+    """
+
+    inputs: Inputs
+    targets: Tensor
     per_member: bool
 
 
@@ -105,9 +111,9 @@ def step_gradient(
     Returns:
         Losses [R] and gradient [R, d], detached.
     """
-    own = {name: tensor.clone() for name, tensor in buffers.items()}
+    copies = {name: tensor.clone() for name, tensor in buffers.items()}
     return gradient_in_training(
-        stack, theta, own, loss, next_minibatch(dataset, training, seeds, step), seeds, step
+        stack, theta, copies, loss, next_minibatch(dataset, training, seeds, step), seeds, step
     )
 
 

@@ -131,9 +131,9 @@ class ParquetSettings(DataSettings):
     @model_validator(mode="after")
     def _one_kind_of_input(self) -> Self:
         if (self.features is None) == (self.image is None):
-            found = "neither" if self.features is None else "both"
+            given = "neither" if self.features is None else "both"
             raise ValueError(
-                f"found {found}; allowed: one of 'features' (a list of columns) and 'image' (a column)"
+                f"found {given}; allowed: one of 'features' (a list of columns) and 'image' (a column)"
             )
         if self.image_size is not None and self.image is None:
             raise ValueError("found 'image_size' without 'image'; allowed: with an 'image' column only")

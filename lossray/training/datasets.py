@@ -25,19 +25,30 @@ from lossray.training.splits import exact_sizes, partition
 
 @dataclass(frozen=True)
 class Split:
-    """Examples of one split."""
+    """Examples of one split.
 
-    inputs: Inputs  # [N, ...], or a tuple or dict of tensors that share the first axis
-    targets: Tensor  # [N, ...] int64 (classes) or floats, in the shape in which the source gave them
+    Attributes:
+        inputs: [N, ...], or a tuple or dict of tensors that share the first axis.
+        targets: [N, ...] int64 (classes) or floats, in the shape in which the source gave them.
+    """
+
+    inputs: Inputs
+    targets: Tensor
 
 
 @dataclass(frozen=True)
 class Standardisation:
-    """What was applied to the inputs of all splits: ``(inputs - mean) * scale``, from the training split."""
+    """What was applied to the inputs of all splits: ``(inputs - mean) * scale``, from the training split.
+
+    Attributes:
+        kind: whether each feature has numbers of its own, or all share them.
+        mean: [*input_shape] for "feature", [] for "global"; float64.
+        scale: of the same shape, 1 / standard deviation; 0 where the training split is constant.
+    """
 
     kind: Literal["feature", "global"]
-    mean: Tensor  # [*input_shape] for "feature", [] for "global"; float64
-    scale: Tensor  # the same shape: 1 / standard deviation, and 0 where the training split is constant
+    mean: Tensor
+    scale: Tensor
 
     def apply(self, inputs: Tensor) -> Tensor:
         """Standardise raw inputs [N, *input_shape] in float64."""
@@ -58,17 +69,25 @@ class Standardisation:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A loaded data set, split, standardised and cast."""
+    """A loaded data set, split, standardised and cast.
+
+    Attributes:
+        train: the training split.
+        validation: the validation split.
+        test: the test split.
+        n_outputs: number of classes; of float targets [N, C, ...] it is C, of [N] it is 1.
+        fingerprint: sha256 of all splits in float64 after standardisation, the same for every training dtype.
+        input_shape: of one example: a tuple of numbers, or a nest of them like the inputs.
+        standardisation: a `Standardisation`, or a nest of them like the inputs; None where they are as read.
+    """
 
     train: Split
     validation: Split
     test: Split
-    n_outputs: int  # classes; of float targets [N, C, ...] it is C, of [N] it is 1
-    fingerprint: (
-        str  # sha256 of all splits in float64 after standardisation: the same for every training dtype
-    )
-    input_shape: Any  # of one example: a tuple of numbers, or a nest of them like the inputs
-    standardisation: Any = None  # a Standardisation, or a nest of them; None: as read
+    n_outputs: int
+    fingerprint: str
+    input_shape: Any
+    standardisation: Any = None
 
 
 # --- loading
@@ -85,8 +104,8 @@ def load_dataset(settings: DataSettings, *, dtype: torch.dtype, base: Path | Non
     Raises:
         DataError: the data cannot be read, or do not make three non-empty splits of one kind.
     """
-    found, n_classes = source_of(settings).read(settings, base)
-    parts = found if isinstance(found, Parts) else _split(found, settings)
+    raw, n_classes = source_of(settings).read(settings, base)
+    parts = raw if isinstance(raw, Parts) else _split(raw, settings)
     n_outputs = _n_outputs(parts, n_classes, settings.source)
     standardisation = mapped(lambda array: _fit(array, settings.standardise), parts.train.inputs)
     splits = [_as_split(part, standardisation) for part in (parts.train, parts.validation, parts.test)]
@@ -115,8 +134,8 @@ def load_whole(settings: DataSettings, *, dtype: torch.dtype, base: Path | None 
     Raises:
         DataError: the data cannot be read.
     """
-    found, n_classes = source_of(settings).read(settings, base)
-    examples = found.train if isinstance(found, Parts) else found
+    raw, n_classes = source_of(settings).read(settings, base)
+    examples = raw.train if isinstance(raw, Parts) else raw
     nothing = RawExamples(rows(examples.inputs, slice(0)), examples.targets[:0])
     n_outputs = _n_outputs(Parts(examples, examples, examples), n_classes, settings.source)
     whole, empty = (_as_split(part, None) for part in (examples, nothing))
@@ -216,10 +235,10 @@ def _cast(split: Split, dtype: torch.dtype, source: str) -> Split:
     def cast(values: Tensor, what: str) -> Tensor:
         if not values.is_floating_point():
             return values
-        found = values.to(dtype)
-        if not bool(found.isfinite().all()):
+        converted = values.to(dtype)
+        if not bool(converted.isfinite().all()):
             raise DataError(f"{source}: {what} of up to {float(values.abs().max()):.1e} do not fit {dtype}")
-        return found
+        return converted
 
     inputs = mapped(lambda values: cast(values, "inputs"), split.inputs)
     return Split(inputs, cast(split.targets, "targets"))

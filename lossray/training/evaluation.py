@@ -40,7 +40,9 @@ def evaluate_split(
         if len(targets) == 0:
             continue  # an empty split has one empty chunk
         outputs = stack.outputs(theta, buffers, inputs)
-        losses += len(targets) * torch.stack([loss(own, targets).double() for own in outputs])
+        losses += len(targets) * torch.stack(
+            [loss(member_outputs, targets).double() for member_outputs in outputs]
+        )
         if outputs.ndim != 3 or outputs.shape[-1] < 2:
             counted = 0
         elif classes:
@@ -80,7 +82,9 @@ def keeps_function(
         inputs: [N, ...], or a nest, of which the first are taken.
         eps: of the coarsest numbers that the model computes with.
     """
-    double = {name: own.double() if own.is_floating_point() else own for name, own in buffers.items()}
+    double = {
+        name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in buffers.items()
+    }
     some = as_floats(rows(inputs, slice(CHECKED_EXAMPLES)), torch.float64)
     change = output_change(stack, theta.double(), other.double(), double, some)
     kept = change <= max(LARGEST_CHANGE, ROUNDINGS * eps)
@@ -107,7 +111,9 @@ def output_change(
     """
     differences, sizes = [], []
     for chunk in chunks(inputs, max(1, CHUNK // len(theta))):
-        one, two = (stack.outputs(own, buffers, chunk).double().flatten(1) for own in (theta, other))
+        one, two = (
+            stack.outputs(parameters, buffers, chunk).double().flatten(1) for parameters in (theta, other)
+        )
         differences.append((one - two).abs().amax(dim=1))
         sizes.append(one.abs().amax(dim=1))
     largest = torch.stack(sizes).amax(dim=0).clamp(min=torch.finfo(torch.float64).tiny)

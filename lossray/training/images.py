@@ -62,10 +62,10 @@ def pixels(images: list[Array]) -> Array:
     ((height, width),) = sizes
     channels = max(image.shape[2] if image.ndim == 3 else 1 for image in images)
     values = np.empty((len(images), channels, height, width))
-    for own, image in zip(values, images, strict=True):
-        own[:] = image if image.ndim == 2 else image.transpose(2, 0, 1)
+    for slot, image in zip(values, images, strict=True):
+        slot[:] = image if image.ndim == 2 else image.transpose(2, 0, 1)
         if image.dtype.kind != "f":
-            own /= LARGEST[image.dtype.name]
+            slot /= LARGEST[image.dtype.name]
     return values
 
 

@@ -35,10 +35,15 @@ def _norms(rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LogShape:
-    """What every row has in common, and what the step alone decides."""
+    """What every row has in common, and what the step alone decides.
 
-    nothing: Tensor  # [R] float64 NaN, on the pack's device
-    batch: int  # examples of one step
+    Attributes:
+        nothing: [R] float64 NaN, on the pack's device.
+        batch: examples of one step.
+    """
+
+    nothing: Tensor
+    batch: int
 
     def columns(self, steps: Sequence[int], rates: Sequence[float], rows: Sequence[Row]) -> dict[str, Tensor]:
         """`step` and `examples_seen` (before the step) [n] int64, `lr` [n] and the others [n, R] float64."""

@@ -36,11 +36,13 @@ class _Part:
         for name, tensor in self.stacked.items():
             tensor.copy_(state[name])
         for leaf, prefix in zip(self.leaves, self.prefixes, strict=False):
-            own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            entries = {
+                key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
+            }
             # 0-dim counters belong on the CPU, where torch.optim keeps and reads them.
             self.optimizer.state[leaf] = {
                 key: value.detach().to(leaf.device if value.ndim else "cpu", copy=True)
-                for key, value in own.items()
+                for key, value in entries.items()
             }
 
 
@@ -216,10 +218,10 @@ def _muon_part(
     members = len(theta)
     stacked = {}
     for i, name in enumerate(hidden):
-        own = leaves[i * members : (i + 1) * members]
+        member_leaves = leaves[i * members : (i + 1) * members]
         # What Muon would make at its first step, but as views of one tensor.
-        buffer = torch.zeros(members, *own[0].shape, dtype=theta.dtype, device=theta.device)
-        for leaf, view in zip(own, buffer, strict=True):
+        buffer = torch.zeros(members, *member_leaves[0].shape, dtype=theta.dtype, device=theta.device)
+        for leaf, view in zip(member_leaves, buffer, strict=True):
             muon.state[leaf]["momentum_buffer"] = view
         stacked[f"muon/{name}/momentum_buffer"] = buffer
     return _Part(muon, leaves, matrices, [], stacked)

@@ -25,10 +25,15 @@ from lossray.training.splits import exact_sizes, partition
 
 @dataclass(frozen=True)
 class Table:
-    """The columns that were asked for, of one file; at least one row."""
+    """The columns that were asked for, of one file; at least one row.
+
+    Attributes:
+        file: where they are from.
+        columns: pyarrow.ChunkedArrays by the name in the settings.
+    """
 
     file: ParquetFile
-    columns: dict[str, Any]  # ChunkedArrays, by the name in the settings
+    columns: dict[str, Any]
 
     @property
     def rows(self) -> int:
@@ -86,46 +91,46 @@ def _parts(examples: RawExamples, settings: ParquetSettings, splits: Array) -> P
                 )
             kept, taken = partition(examples.targets[train], sizes, settings.split_seed)
             rows["train"], rows[name] = train[kept], train[taken]
-    return Parts(*(RawExamples(examples.inputs[own], examples.targets[own]) for own in rows.values()))
+    return Parts(*(RawExamples(examples.inputs[index], examples.targets[index]) for index in rows.values()))
 
 
 def _labels(settings: ParquetSettings, table: Table) -> Array:
     """The label of one file: one column, or several of numbers side by side."""
-    found = [labels(table.columns[name], table.where(name)) for name in settings.labels]
-    if len(found) == 1:
-        return found[0]
-    for name, values in zip(settings.labels, found, strict=True):
+    columns = [labels(table.columns[name], table.where(name)) for name in settings.labels]
+    if len(columns) == 1:
+        return columns[0]
+    for name, values in zip(settings.labels, columns, strict=True):
         if values.ndim > 1 or values.dtype.kind == "U":
             kind = table.columns[name].type
             raise DataError(
                 f"{table.where(name)} is {kind}; of several label columns each holds one number a row"
             )
-    return np.stack(found, axis=1)
+    return np.stack(columns, axis=1)
 
 
-def _targets(found: Array) -> tuple[Array, int | None]:
+def _targets(values: Array) -> tuple[Array, int | None]:
     """Class ids [N] and the number of classes, or numbers as they are."""
-    if found.dtype.kind == "f" or found.ndim > 1:
-        return found.astype(np.float64 if found.dtype.kind == "f" else np.int64), None
-    classes, ids = np.unique(found, return_inverse=True)
+    if values.dtype.kind == "f" or values.ndim > 1:
+        return values.astype(np.float64 if values.dtype.kind == "f" else np.int64), None
+    classes, ids = np.unique(values, return_inverse=True)
     return ids.astype(np.int64), len(classes)
 
 
 def _inputs(settings: ParquetSettings, tables: Sequence[Table]) -> Array:
     if settings.image is not None:
         name, size = settings.image, settings.image_size
-        own = (images_of(table.columns[name], size, table.where(name)) for table in tables)
-        return pixels([image for images in own for image in images])
+        per_table = (images_of(table.columns[name], size, table.where(name)) for table in tables)
+        return pixels([image for images in per_table for image in images])
     return _join({table.file.name: _features(settings, table) for table in tables}, "features")
 
 
 def _features(settings: ParquetSettings, table: Table) -> Array:
     """The feature columns of one file side by side, [n, D] float64; one column alone in its own shape."""
     names = [name for name in table.columns if name not in settings.labels]
-    found = [numbers(table.columns[name], table.where(name)) for name in names]
-    if len(found) == 1 and found[0].ndim > 1:
-        return found[0]
-    return np.concatenate([values.reshape(len(values), -1) for values in found], axis=1)
+    columns = [numbers(table.columns[name], table.where(name)) for name in names]
+    if len(columns) == 1 and columns[0].ndim > 1:
+        return columns[0]
+    return np.concatenate([values.reshape(len(values), -1) for values in columns], axis=1)
 
 
 def _join(arrays: dict[str, Array], what: str) -> Array:
@@ -172,8 +177,8 @@ def _tables(settings: ParquetSettings, base: Path | None) -> list[Table]:
     folders = {name: folder_values(files, name) for name in names}
     tables = []
     for i, file in enumerate(files):
-        own = {name: values[i] for name, values in folders.items() if values is not None}
-        columns = _columns(filesystem, file.name, names, own)
+        from_folders = {name: values[i] for name, values in folders.items() if values is not None}
+        columns = _columns(filesystem, file.name, names, from_folders)
         if len(columns[names[0]]):
             tables.append(Table(file, columns))
     if not tables:
@@ -199,16 +204,16 @@ def _expanded(names: Sequence[str], taken: Sequence[str], filesystem: Any, file:
         schema = parquet.schema_arrow
     index = (schema.pandas_metadata or {}).get("index_columns", [])
     present = [name for name in schema.names if name not in {*taken, *map(str, index)}]
-    found: dict[str, None] = {}
+    expanded: dict[str, None] = {}
     for name in names:
         if name in schema.names or not any(character in name for character in WILDCARDS):
-            found[name] = None
+            expanded[name] = None
             continue
         matches = fnmatch.filter(present, name)
         if not matches:
             raise DataError(f"{file} has no column like that: {_unknown_column(name, present)}")
-        found |= dict.fromkeys(matches)
-    return list(found)
+        expanded |= dict.fromkeys(matches)
+    return list(expanded)
 
 
 def _columns(

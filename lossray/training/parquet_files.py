@@ -25,11 +25,17 @@ NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
 
 @dataclass(frozen=True)
 class ParquetFile:
-    """One file of a data set."""
+    """One file of a data set.
 
-    name: str  # as the file system opens it
-    folders: dict[str, str]  # hive folders between the path and the file: {"label": "3"} for label=3
-    split: str | None  # that its name, or that of the nearest folder, says
+    Attributes:
+        name: as the file system opens it.
+        folders: hive folders between the path and the file: {"label": "3"} for label=3.
+        split: the one that its name, or that of the nearest folder, says; None where neither does.
+    """
+
+    name: str
+    folders: dict[str, str]
+    split: str | None
 
 
 def find_files(path: str, base: Path | None) -> tuple[Any, list[ParquetFile]]:
@@ -53,19 +59,19 @@ def find_files(path: str, base: Path | None) -> tuple[Any, list[ParquetFile]]:
         filesystem, root = fsspec.core.url_to_fs(path)
         if filesystem.isfile(root):
             return filesystem, [ParquetFile(root, {}, None)]
-        found, root = _found(filesystem, root, path)
+        matches, root = _matching(filesystem, root, path)
     except (ImportError, ValueError) as error:  # a missing driver, an unknown protocol
         raise DataError(f"{path} cannot be opened: {error}") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     # Spark and others leave files such as _temporary/... and .part.crc beside their output.
-    names = sorted({name for name in found if not _hidden(name[len(root) :])})
+    names = sorted({name for name in matches if not _hidden(name[len(root) :])})
     if not names:
         raise DataError(f"{path} holds no file that ends in .parquet or .pq")
     return filesystem, _with_one_kind_of_split([_described(name, name[len(root) :]) for name in names])
 
 
-def _found(filesystem: Any, root: str, path: str) -> tuple[list[str], str]:
+def _matching(filesystem: Any, root: str, path: str) -> tuple[list[str], str]:
     """All Parquet files in a folder or of a pattern, and what their names have in common."""
     if filesystem.isdir(root):
         return [name for name in filesystem.find(root) if name.endswith(SUFFIXES)], root
@@ -76,8 +82,8 @@ def _found(filesystem: Any, root: str, path: str) -> tuple[list[str], str]:
     if not matches:
         raise DataError(f"{path} matches nothing; [data] path is relative to the study file's folder")
     folders = [match for match in matches if filesystem.isdir(match)]
-    found = [name for folder in folders for name in filesystem.find(folder)] + matches
-    return [name for name in found if name.endswith(SUFFIXES)], root[: root.rfind("/", 0, wild) + 1]
+    names = [name for folder in folders for name in filesystem.find(folder)] + matches
+    return [name for name in names if name.endswith(SUFFIXES)], root[: root.rfind("/", 0, wild) + 1]
 
 
 def _hidden(relative: str) -> bool:
@@ -100,7 +106,7 @@ def _described(name: str, relative: str) -> ParquetFile:
 def _split_in(name: str) -> str | None:
     """The split that a name says, as a word by itself; None where it says none, or several."""
     words = re.split(r"[^a-z]+", name.lower())
-    said = [split for split, own in SPLITS.items() if any(word in own for word in words)]
+    said = [split for split, spellings in SPLITS.items() if any(word in spellings for word in words)]
     return said[0] if len(said) == 1 else None
 
 
@@ -128,13 +134,13 @@ def folder_values(files: Sequence[ParquetFile], column: str) -> list[int] | list
     Raises:
         DataError: some files have no value.
     """
-    found = [file.folders.get(column) for file in files]
-    if all(value is None for value in found):
+    texts = [file.folders.get(column) for file in files]
+    if all(value is None for value in texts):
         return None
-    for file, value in zip(files, found, strict=True):
+    for file, value in zip(files, texts, strict=True):
         if value is None or value == NO_VALUE:
             raise DataError(f"{file.name}: column '{column}' is the name of a folder, and has no value here")
-    values = [value for value in found if value is not None]
+    values = [value for value in texts if value is not None]
     for kind in (int, float):
         try:
             return [kind(value) for value in values]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lossray.training.recognise import Group, group_rate, known, parent_of, plain_group, state_name
+from lossray.training.recognise import Group, group_rate, parent_of, plain_group, recognise, state_name
 from lossray.training.update_rules import OPTIMIZERS
 
 MOMENTUM, SCALE, THRESHOLD, RATE = "momentum", "scale", "threshold", "rate"  # entries of a recorded state
@@ -26,19 +26,32 @@ ALIKE = 1e-9  # thresholds that differ by no more, relatively, are one
 
 @dataclass(frozen=True)
 class Reading:
-    """What an optimizer says of itself at one checkpoint."""
+    """What an optimizer says of itself at one checkpoint.
 
-    name: str  # of OPTIMIZERS, or of its class where lossray does not know it
-    kind: str  # of its class
-    settings: Mapping[str, Any] | None = None  # see `Known`; None where lossray does not know it
+    Attributes:
+        name: of OPTIMIZERS, or of its class where lossray does not know it.
+        kind: name of its class.
+        settings: see `Recognised`; None where lossray does not know the optimizer.
+        exact: whether ``settings`` say all of its rule.
+        state: of ENTRIES those that exist, by name.
+        notes: what is not known, one line each.
+    """
+
+    name: str
+    kind: str
+    settings: Mapping[str, Any] | None = None
     exact: bool = False
-    state: Mapping[str, Tensor] = field(default_factory=dict)  # of ENTRIES those that exist
-    notes: tuple[str, ...] = ()  # what is not known, one line each
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class RecordedOptimizer:
-    """The optimizer of a recorded checkpoint: what a `PackedOptimizer` of one member would say."""
+    """The optimizer of a recorded checkpoint: what a `PackedOptimizer` of one member would say.
+
+    Attributes:
+        state: of the member, by name of the entry, as in `Reading`.
+    """
 
     state: Mapping[str, Tensor]
 
@@ -92,8 +105,8 @@ def read_optimizer(
         parameters: the trainable parameters of the model by name, in order.
         step: optimizer steps taken so far.
     """
-    kind, found = type(optimizer).__name__, known(optimizer)
-    if found is None:
+    kind, recognised = type(optimizer).__name__, recognise(optimizer)
+    if recognised is None:
         return Reading(kind, kind, notes=(_unknown(optimizer),))
     where = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     strangers = [name for name, parameter in parameters.items() if id(parameter) not in where]
@@ -102,7 +115,7 @@ def read_optimizer(
             f"no momentum, preconditioner, threshold: {_some(strangers, parameters)} in no group of the "
             "optimizer; requires_grad_(False) leaves out what is not trained"
         )
-        return Reading(found.name, kind, found.settings, found.exact, notes=(text,))
+        return Reading(recognised.name, kind, recognised.settings, recognised.exact, notes=(text,))
     parent = parent_of(optimizer)
     assert parent is not None  # or it would not be known
     pieces = [
@@ -110,17 +123,17 @@ def read_optimizer(
         for name, p in parameters.items()
     ]
     state, notes = _read(pieces, step)
-    return Reading(found.name, kind, found.settings, found.exact, state, notes)
+    return Reading(recognised.name, kind, recognised.settings, recognised.exact, state, notes)
 
 
 def _read(pieces: Sequence[_Piece], step: int) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     notes = [_maximising()] if any(piece.group.get("maximize") for piece in pieces) else []
     state = {RATE: torch.tensor(max(_rates(pieces, "lr")), dtype=torch.float64)}
-    for name, found in ((MOMENTUM, _momentum(pieces)), (SCALE, _scale(pieces))):
-        if isinstance(found, str):
-            notes.append(found)
-        elif found is not None:
-            state[name] = found
+    for name, value in ((MOMENTUM, _momentum(pieces)), (SCALE, _scale(pieces))):
+        if isinstance(value, str):
+            notes.append(value)
+        elif value is not None:
+            state[name] = value
     threshold = _threshold(pieces, step)
     if isinstance(threshold, str):
         notes.append(threshold)
@@ -225,11 +238,11 @@ def _rates(pieces: Sequence[_Piece], key: str) -> list[float]:
 
 def _threshold(pieces: Sequence[_Piece], step: int) -> float | str | None:
     """That of all parameters, where they have one."""
-    found = {_threshold_of(piece, int(piece.steps) or step) for piece in pieces}
-    numbers = {number for number in found if number is not None}
+    thresholds = {_threshold_of(piece, int(piece.steps) or step) for piece in pieces}
+    numbers = {number for number in thresholds if number is not None}
     if not numbers:
         return None
-    if len(numbers) < len(found) or max(numbers) > min(numbers) * (1 + ALIKE):
+    if len(numbers) < len(thresholds) or max(numbers) > min(numbers) * (1 + ALIKE):
         return "no threshold: the parameter groups differ in momentum, and so in theirs"
     return max(numbers)
 

@@ -29,7 +29,7 @@ STEPPING = ("step", "_init_group")  # what a subclass must leave alone to step a
 
 
 @dataclass(frozen=True)
-class Known:
+class Recognised:
     """An optimizer whose state lossray can read.
 
     Attributes:
@@ -58,7 +58,7 @@ def state_name(kind: type, group: Group) -> str:
     return "amsgrad" if group.get("amsgrad") else NAMES[kind](group)
 
 
-def known(optimizer: torch.optim.Optimizer) -> Known | None:
+def recognise(optimizer: torch.optim.Optimizer) -> Recognised | None:
     """What it is called, and what decides its step; None for an optimizer that lossray does not know.
 
     The rule is compared with that of a twin that lossray builds: AMSGrad is told from Adam, and a momentum
@@ -71,9 +71,9 @@ def known(optimizer: torch.optim.Optimizer) -> Known | None:
     name = max((NAMES[kind](group) for group in groups), key=list(OPTIMIZERS).index)
     if _is_ours(name, groups):
         ours = OPTIMIZERS[name].settings.model_fields
-        own = {key: _json(value) for key, value in _rule(groups[0]).items() if key in ours}
-        return Known(name, {"name": name, **own}, exact=True)
-    return Known(name, {"name": name, **_described(kind, groups)}, exact=False)
+        values = {key: _json(value) for key, value in _rule(groups[0]).items() if key in ours}
+        return Recognised(name, {"name": name, **values}, exact=True)
+    return Recognised(name, {"name": name, **_described(kind, groups)}, exact=False)
 
 
 def rate(optimizer: torch.optim.Optimizer) -> float | None:
@@ -139,9 +139,9 @@ def _is_ours(name: str, groups: Sequence[Group]) -> bool:
     if entry.optimizer is None or len({group_rate(group) for group in groups}) != 1:  # muon is two of torch's
         return False
     rules = [_rule(group) for group in groups]
-    own = {key: rules[0][key] for key in entry.settings.model_fields if key in rules[0]}
+    values = {key: rules[0][key] for key in entry.settings.model_fields if key in rules[0]}
     try:
-        settings = optimizer_settings({"name": name, **own})
+        settings = optimizer_settings({"name": name, **values})
     except ValidationError:  # a value that ours does not take
         return False
     expected = _rule(entry.build([torch.zeros(1)], settings).param_groups[0])

@@ -149,8 +149,8 @@ def _check_model(model: Any, optimizer: Any) -> None:
     if not isinstance(model, nn.Module):
         raise StudyError(f"model: found {name}; allowed: a torch.nn.Module")
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
-        found = type(optimizer).__name__
-        raise StudyError(f"optimizer: found {found}; allowed: a torch.optim.Optimizer, or None")
+        kind = type(optimizer).__name__
+        raise StudyError(f"optimizer: found {kind}; allowed: a torch.optim.Optimizer, or None")
     if any(isinstance(parameter, UninitializedParameter) for parameter in model.parameters()):
         raise ModelError(
             f"{name} has lazy layers without a shape yet: record it after its first forward pass"
@@ -181,9 +181,9 @@ def _check_store(store: Store) -> None:
         return
     strangers = [path for path in store.paths() if not path.startswith((f"{FOLDER}/", "checkpoints/"))]
     if strangers or (store.paths("checkpoints") and not store.paths(FOLDER)):
-        found = strangers[0] if strangers else "checkpoints/"
+        example = strangers[0] if strangers else "checkpoints/"
         raise StoreError(
-            f"{store.url}: found files that lossray.record has not written, such as {found}; "
+            f"{store.url}: found files that lossray.record has not written, such as {example}; "
             "allowed: a new or empty folder, or one that is recorded into"
         )
 
@@ -213,7 +213,7 @@ def _recording(
     run: str, model: nn.Module, optimizer: torch.optim.Optimizer | None, reading: Reading | None
 ) -> Recording:
     parameters, buffers = tensors_of(model)
-    known = reading is not None and reading.settings is not None
+    recognised = reading is not None and reading.settings is not None
     return Recording(
         run=run,
         parameters={name: list(tensor.shape) for name, tensor in parameters.items()},
@@ -223,7 +223,7 @@ def _recording(
         lr=base_rate(optimizer) if optimizer is not None else None,
         kind=reading.kind if reading else None,
         exact=reading is None or reading.exact,
-        adaptive=OPTIMIZERS[reading.name].adaptive if known and reading else None,
+        adaptive=OPTIMIZERS[reading.name].adaptive if recognised and reading else None,
         notes=reading.notes if reading else (),
     )
 
@@ -324,10 +324,10 @@ def _check_same_run(store: Store, before: Recording, now: Recording) -> None:
         changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
         if changed:
             name = changed[0]
-            found, allowed = (
+            new_shape, old_shape = (
                 f"{shape}" if shape is not None else "none" for shape in (new.get(name), old.get(name))
             )
-            raise StoreError(f"{kind}: found {name} {found}, before {allowed}; {remedy}")
+            raise StoreError(f"{kind}: found {name} {new_shape}, before {old_shape}; {remedy}")
     if None not in (before.optimizer, now.optimizer) and not _of_one_kind(before, now):
         raise StoreError(f"optimizer: found {now.optimizer}, before {before.optimizer}; {remedy}")
 

@@ -21,17 +21,29 @@ from lossray.training.update_rules import OptimizerSettings
 
 @dataclass(frozen=True)
 class ReplayedStep:
-    """One step of R members; the rows of those that are not alive after it mean nothing."""
+    """One step of R members; the rows of those that are not alive after it mean nothing.
 
-    step: int  # steps taken before
-    theta: Tensor  # [R, d] parameters before it
-    losses: Tensor  # [R] of its minibatches, in train mode
-    gradient: Tensor  # [R, d] of these losses, without weight decay
-    update: Tensor  # [R, d] the change that it made, weight decay included
-    momentum: Tensor | None  # [R, d] the buffer that it used, this gradient in it; None where there is none
-    scale: Tensor | None  # [R, d] diagonal of the preconditioner P that it used; None where it has none
-    shadows: Mapping[str, Tensor]  # by optimizer: the update [R, d] that it would have made
-    alive: Tensor  # [R] bool, after the step
+    Attributes:
+        step: steps taken before.
+        theta: [R, d] parameters before it.
+        losses: [R] of its minibatches, in train mode.
+        gradient: [R, d] of these losses, without weight decay.
+        update: [R, d] the change that it made, weight decay included.
+        momentum: [R, d] the buffer that it used, with this gradient in it; None where there is none.
+        scale: [R, d] diagonal of the preconditioner P that it used; None where it has none.
+        shadows: by optimizer: the update [R, d] that it would have made.
+        alive: [R] bool, after the step.
+    """
+
+    step: int
+    theta: Tensor
+    losses: Tensor
+    gradient: Tensor
+    update: Tensor
+    momentum: Tensor | None
+    scale: Tensor | None
+    shadows: Mapping[str, Tensor]
+    alive: Tensor
 
 
 def replay(

@@ -78,5 +78,7 @@ def load_shadow_states(shadows: Sequence[Shadow], states: Mapping[str, Tensor]) 
     """Inverse of `shadow_states`."""
     for shadow in shadows:
         prefix = f"{shadow.name}/"
-        own = {name.removeprefix(prefix): value for name, value in states.items() if name.startswith(prefix)}
-        shadow.load_state(own)
+        state = {
+            name.removeprefix(prefix): value for name, value in states.items() if name.startswith(prefix)
+        }
+        shadow.load_state(state)

@@ -27,16 +27,27 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class RawExamples:
-    """Examples as read, before splitting and standardising."""
+    """Examples as read, before splitting and standardising.
 
-    # [N, ...] float64; from a user's function also int64 (token ids), or a tuple or dict of such arrays
+    Attributes:
+        inputs: [N, ...] float64; from a user's function also int64 (token ids), or a tuple or dict of such
+            arrays.
+        targets: [N, ...] int64 (classes) or float64, in the shape in which they came.
+    """
+
     inputs: Inputs
-    targets: Array  # [N, ...] int64 (classes) or float64, in the shape in which they came
+    targets: Array
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Examples that their source has split itself."""
+    """Examples that their source has split itself.
+
+    Attributes:
+        train: the training examples.
+        validation: the validation examples.
+        test: the test examples.
+    """
 
     train: RawExamples
     validation: RawExamples
@@ -127,9 +138,9 @@ def read_function(settings: FunctionSettings, base: Path | None) -> tuple[RawExa
         return _examples(settings, returned, ""), None
     names = ("train", "validation", "test")
     if set(returned) != set(names):
-        found = ", ".join(repr(name) for name in returned)
+        keys = ", ".join(repr(name) for name in returned)
         raise DataError(
-            f"{settings.source} returned a mapping of {found}; expected 'train', 'validation', 'test'"
+            f"{settings.source} returned a mapping of {keys}; expected 'train', 'validation', 'test'"
         )
     parts = Parts(*(_examples(settings, returned[name], f"{name} ") for name in names))
     for name, part in (("validation", parts.validation), ("test", parts.test)):
@@ -190,13 +201,13 @@ def _inputs(value: object, what: str) -> Inputs:
     """One array, or a tuple or dict of arrays: of tensors, arrays or tables, not of numbers or lists."""
     if isinstance(value, Mapping):
         if not value or not all(isinstance(name, str) for name in value):
-            found = ", ".join(repr(name) for name in value) or "none"
+            keys = ", ".join(repr(name) for name in value) or "none"
             raise DataError(
-                f"{what} are a mapping with the keys {found}; expected names, the model's keywords"
+                f"{what} are a mapping with the keys {keys}; expected names, the model's keywords"
             )
-        return {name: _array(own, f"{what}[{name!r}]") for name, own in sorted(value.items())}
-    if isinstance(value, tuple) and value and all(getattr(own, "ndim", 0) > 0 for own in value):
-        return tuple(_array(own, f"{what}[{i}]") for i, own in enumerate(value))
+        return {name: _array(part, f"{what}[{name!r}]") for name, part in sorted(value.items())}
+    if isinstance(value, tuple) and value and all(getattr(part, "ndim", 0) > 0 for part in value):
+        return tuple(_array(part, f"{what}[{i}]") for i, part in enumerate(value))
     return _array(value, what)
 
 
@@ -209,7 +220,7 @@ def _array(value: object, what: str) -> Array:
     try:
         array = np.asarray(value)
     except ValueError:
-        several = isinstance(value, list) and all(getattr(own, "ndim", 0) > 0 for own in value)
+        several = isinstance(value, list) and all(getattr(part, "ndim", 0) > 0 for part in value)
         remedy = f"; {len(value)} inputs of a model are a tuple or a mapping" if several else ""  # type: ignore[arg-type]
         raise DataError(f"{what} are ragged: every example must have the same shape{remedy}") from None
     if array.ndim == 0 or array.size == 0:
@@ -236,7 +247,7 @@ def _kind(inputs: Inputs) -> object:
 
 def _describe(inputs: Inputs) -> str:
     if isinstance(inputs, dict):
-        return f"a mapping of {', '.join(f'{name!r}: {_describe(own)}' for name, own in inputs.items())}"
+        return f"a mapping of {', '.join(f'{name!r}: {_describe(part)}' for name, part in inputs.items())}"
     if isinstance(inputs, tuple):
-        return f"a tuple of {', '.join(_describe(own) for own in inputs)}"
+        return f"a tuple of {', '.join(_describe(part) for part in inputs)}"
     return f"{inputs.dtype} {list(inputs.shape)}"

@@ -25,6 +25,10 @@ class LearningRates:
     A factor on the gradient, in front of the optimizer, is one for plain, heavy-ball and Nesterov descent,
     and leaves their weight decay alone. Behind the optimizer it is one for the others, decoupled weight decay
     included.
+
+    Attributes:
+        gradient: factors in front of the optimizer.
+        update: factors behind it.
     """
 
     gradient: Tensor | None = None
@@ -33,7 +37,20 @@ class LearningRates:
 
 @dataclass(frozen=True)
 class TrainingTask:
-    """What stays as it is during training."""
+    """What stays as it is during training.
+
+    Attributes:
+        stack: the architecture.
+        loss: ``loss(outputs, targets)``, the mean over examples.
+        dataset: on the device of the training.
+        training: the settings of the study's training.
+        optimizer: the settings of the pack's optimizer.
+        pack_id: recorded in the checkpoints.
+        seeds: one per member.
+        shadow: names of the shadow optimizers.
+        rate: learning rate by step; None for the optimizer's schedule.
+        rates: the factors of it, parameter by parameter.
+    """
 
     stack: Stack
     loss: Loss
@@ -42,8 +59,8 @@ class TrainingTask:
     optimizer: OptimizerSettings
     pack_id: str
     seeds: tuple[int, ...]
-    shadow: tuple[str, ...] = ()  # names of shadow optimizers
-    rate: Callable[[int], float] | None = None  # learning rate by step; None: the optimizer's schedule
+    shadow: tuple[str, ...] = ()
+    rate: Callable[[int], float] | None = None
     rates: LearningRates = LearningRates()
 
     def learning_rate(self, step: int) -> float:
@@ -55,16 +72,28 @@ class TrainingTask:
 
 @dataclass
 class PackState:
-    """What training changes. Members that are not alive are never changed again."""
+    """What training changes. Members that are not alive are never changed again.
 
-    theta: Tensor  # [R, d]
-    buffers: dict[str, Tensor]  # name -> [R, *shape]
+    Attributes:
+        theta: [R, d] parameters.
+        buffers: by name, [R, *shape].
+        optimizer: with the state of all members.
+        alive: [R] bool.
+        diverged_at: [R] int64, the step; -1 where alive.
+        initial_loss: [R] float64, NaN before the first evaluation.
+        shadows: optimizers that compute the updates that they would have made.
+        anyone: alive.any(), without a wait for the device.
+        everyone: alive.all(), in the same way.
+    """
+
+    theta: Tensor
+    buffers: dict[str, Tensor]
     optimizer: PackedOptimizer
-    alive: Tensor  # [R] bool
-    diverged_at: Tensor  # [R] int64, -1 where alive
-    initial_loss: Tensor  # [R] float64, NaN before the first evaluation
+    alive: Tensor
+    diverged_at: Tensor
+    initial_loss: Tensor
     shadows: list[Shadow] = field(default_factory=list)
-    anyone: bool = True  # alive.any() and alive.all(), without a wait for the device
+    anyone: bool = True
     everyone: bool = True
 
     def bury(self, healthy: Tensor, step: int) -> bool:
@@ -80,16 +109,16 @@ class PackState:
 
 def fresh(task: TrainingTask, theta: Tensor, buffers: Mapping[str, Tensor]) -> PackState:
     """A pack at step 0, with copies of ``theta`` [R, d] and ``buffers``."""
-    own = theta.detach().clone()
-    members = len(own)
+    parameters = theta.detach().clone()
+    members = len(parameters)
     return PackState(
-        theta=own,
+        theta=parameters,
         buffers={name: tensor.detach().clone() for name, tensor in buffers.items()},
-        optimizer=PackedOptimizer(task.optimizer, own, task.stack.layout),
-        alive=torch.ones(members, dtype=torch.bool, device=own.device),
-        diverged_at=torch.full((members,), -1, device=own.device),
-        initial_loss=torch.full((members,), torch.nan, dtype=torch.float64, device=own.device),
-        shadows=make_shadows(task.shadow, own, task.stack.layout),
+        optimizer=PackedOptimizer(task.optimizer, parameters, task.stack.layout),
+        alive=torch.ones(members, dtype=torch.bool, device=parameters.device),
+        diverged_at=torch.full((members,), -1, device=parameters.device),
+        initial_loss=torch.full((members,), torch.nan, dtype=torch.float64, device=parameters.device),
+        shadows=make_shadows(task.shadow, parameters, task.stack.layout),
     )
 
 
@@ -109,12 +138,19 @@ def resumed(task: TrainingTask, theta: Tensor, checkpoint: Checkpoint) -> PackSt
 
 @dataclass(frozen=True)
 class Step:
-    """One step that a pack has taken."""
+    """One step that a pack has taken.
 
-    before: Tensor  # [R, d] parameters before it
-    losses: Tensor  # [R] of its minibatches, in train mode
-    gradient: Tensor  # [R, d] of these losses, without weight decay
-    shadows: dict[str, Tensor]  # by optimizer: the update [R, d] that it would have made
+    Attributes:
+        before: [R, d] parameters before it.
+        losses: [R] of its minibatches, in train mode.
+        gradient: [R, d] of these losses, without weight decay.
+        shadows: by optimizer: the update [R, d] that it would have made.
+    """
+
+    before: Tensor
+    losses: Tensor
+    gradient: Tensor
+    shadows: dict[str, Tensor]
 
 
 def take_step(task: TrainingTask, pack: PackState, step: int) -> Step:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lossray.training.recognise import base_rate, known, rate
+from lossray.training.recognise import base_rate, rate, recognise
 from lossray.training.update_rules import OPTIMIZERS, optimizer_settings
 
 OURS = [name for name, entry in OPTIMIZERS.items() if entry.optimizer]
@@ -28,9 +28,9 @@ def net():
 def test_each_optimizer_is_recognised_by_its_rule(name):
     settings = optimizer_settings({"name": name, "lr": 0.01, **OWN.get(name, {})})
     optimizer = OPTIMIZERS[name].build(list(net().parameters()), settings)
-    found = known(optimizer)
-    assert (found.name, found.exact) == (name, True)
-    assert optimizer_settings(found.settings | {"lr": 0.01}) == settings
+    recognised = recognise(optimizer)
+    assert (recognised.name, recognised.exact) == (name, True)
+    assert optimizer_settings(recognised.settings | {"lr": 0.01}) == settings
 
 
 @pytest.mark.parametrize(
@@ -49,24 +49,24 @@ def test_each_optimizer_is_recognised_by_its_rule(name):
     ],
 )
 def test_options_that_a_study_cannot_name_are_described(optimizer, options, name, key, value):
-    found = known(optimizer(net().parameters(), lr=0.1, **options))
-    assert (found.name, found.exact) == (name, False)
-    assert found.settings["name"] == name
-    assert found.settings[key] == value
+    recognised = recognise(optimizer(net().parameters(), lr=0.1, **options))
+    assert (recognised.name, recognised.exact) == (name, False)
+    assert recognised.settings["name"] == name
+    assert recognised.settings[key] == value
 
 
 def test_decoupled_decay_is_adamw_by_either_name():
-    mine = known(torch.optim.Adam(net().parameters(), weight_decay=0.03, decoupled_weight_decay=True))
-    theirs = known(torch.optim.AdamW(net().parameters(), weight_decay=0.03))
-    assert mine == theirs
-    assert mine.exact
+    adam = recognise(torch.optim.Adam(net().parameters(), weight_decay=0.03, decoupled_weight_decay=True))
+    adamw = recognise(torch.optim.AdamW(net().parameters(), weight_decay=0.03))
+    assert adam == adamw
+    assert adam.exact
 
 
 @pytest.mark.parametrize(
     "kind", [torch.optim.Rprop, torch.optim.LBFGS, torch.optim.Adafactor, torch.optim.ASGD]
 )
 def test_an_optimizer_with_another_rule_is_not_known(kind):
-    assert known(kind(net().parameters(), lr=0.1)) is None
+    assert recognise(kind(net().parameters(), lr=0.1)) is None
 
 
 def test_a_subclass_is_known_where_it_leaves_the_step_alone():
@@ -84,29 +84,29 @@ def test_a_subclass_is_known_where_it_leaves_the_step_alone():
 
     for first in (Named, Other, Grouped):  # torch wraps a class's step when one is made
         first(net().parameters())
-    found = known(Named(net().parameters()))
-    assert (found.name, found.settings["betas"]) == ("adamw", [0.8, 0.9])
-    assert known(Other(net().parameters())) is None
-    assert known(Grouped(net().parameters())) is None
+    recognised = recognise(Named(net().parameters()))
+    assert (recognised.name, recognised.settings["betas"]) == ("adamw", [0.8, 0.9])
+    assert recognise(Other(net().parameters())) is None
+    assert recognise(Grouped(net().parameters())) is None
 
 
 @pytest.mark.parametrize(
     "options", [{"foreach": True}, {"fused": True}, {"capturable": False}, {"lr": torch.tensor(0.1)}]
 )
 def test_how_a_step_is_computed_does_not_matter(options):
-    found = known(torch.optim.Adam(net().parameters(), **options))
-    assert (found.name, found.exact) == ("adam", True)
+    recognised = recognise(torch.optim.Adam(net().parameters(), **options))
+    assert (recognised.name, recognised.exact) == ("adam", True)
 
 
 def test_groups_that_differ_are_listed():
     model = net()
     groups = [{"params": list(model[0].parameters())}, {"params": list(model[2].parameters())}]
-    assert known(torch.optim.Adam(copy.deepcopy(groups))).exact
+    assert recognise(torch.optim.Adam(copy.deepcopy(groups))).exact
     for key, value in {"weight_decay": 0.1, "lr": 0.5, "betas": (0.5, 0.999), "eps": 1e-3}.items():
-        found = known(torch.optim.Adam([groups[0], {**groups[1], key: value}]))
-        assert (found.name, found.exact) == ("adam", False)
-        assert found.settings[key][1] == (list(value) if key == "betas" else value)
-        assert [name for name, own in found.settings.items() if own == [0.0, 0.1]] == (
+        recognised = recognise(torch.optim.Adam([groups[0], {**groups[1], key: value}]))
+        assert (recognised.name, recognised.exact) == ("adam", False)
+        assert recognised.settings[key][1] == (list(value) if key == "betas" else value)
+        assert [name for name, values in recognised.settings.items() if values == [0.0, 0.1]] == (
             ["weight_decay"] if key == "weight_decay" else []
         )
 
@@ -117,14 +117,14 @@ def test_an_optimizer_is_called_by_the_richest_of_its_groups():
         {"params": list(model[0].parameters())},
         {"params": list(model[2].parameters()), "momentum": 0.7},
     ]
-    found = known(torch.optim.SGD(groups, lr=0.1))
-    assert (found.name, found.settings["momentum"]) == ("momentum", [0.0, 0.7])
+    recognised = recognise(torch.optim.SGD(groups, lr=0.1))
+    assert (recognised.name, recognised.settings["momentum"]) == ("momentum", [0.0, 0.7])
 
 
 def test_a_schedule_changes_neither_the_rule_nor_the_base_rate():
     optimizer = torch.optim.SGD(net().parameters(), lr=0.5)
     torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)  # a warm-up starts at 0
-    assert known(optimizer).name == "sgd"
+    assert recognise(optimizer).name == "sgd"
     assert (rate(optimizer), base_rate(optimizer)) == (0.0, 0.5)
 
 
