@@ -16,12 +16,19 @@ from tasks.jobs import Attempt
 
 @dataclass
 class Stopwatch:
-    """Times one piece of work; `restart` begins the next."""
+    """Times one piece of work; `restart` begins the next.
+
+    Attributes:
+        attempt: at the task.
+        device: where it works: "cpu", or the kind of GPU.
+        started: when the piece of work began, in seconds since the epoch.
+        queued: seconds between the submission and the start.
+    """
 
     attempt: Attempt
     device: str
     started: float = field(default_factory=time.time)
-    queued: float = field(init=False)  # seconds between the submission and the start
+    queued: float = field(init=False)
 
     def __post_init__(self) -> None:
         """The first piece of work may have waited for a worker."""

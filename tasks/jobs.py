@@ -30,7 +30,12 @@ class Context:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One try at a task, from its submission on (seconds since the epoch, on the driver's clock)."""
+    """One try at a task, from its submission on (seconds since the epoch, on the driver's clock).
+
+    Attributes:
+        number: of the try, from 1.
+        submitted: when.
+    """
 
     number: int = 1
     submitted: float = field(default_factory=time.time)
@@ -57,7 +62,15 @@ class TrainingJob:
 
 @dataclass(frozen=True)
 class CurvatureJob:
-    """Analyse the checkpoint of a pack at one step."""
+    """Analyse the checkpoint of a pack at one step.
+
+    Attributes:
+        context: of the study.
+        pack: the runs.
+        step: of the checkpoint.
+        key: of this task.
+        attempt: which one.
+    """
 
     context: Context
     pack: Pack
@@ -69,7 +82,14 @@ class CurvatureJob:
 
 @dataclass(frozen=True)
 class PairJob:
-    """Compare two neighbouring checkpoints of a pack, both of them analysed."""
+    """Compare two neighbouring checkpoints of a pack, both of them analysed.
+
+    Attributes:
+        earlier: the analysis of the first.
+        later: that of the second.
+        key: of this task.
+        attempt: which one.
+    """
 
     earlier: CurvatureJob
     later: CurvatureJob
@@ -95,7 +115,15 @@ class PairJob:
 
 @dataclass(frozen=True)
 class DegeneracyJob:
-    """Count the small eigenvalues at one checkpoint of a pack."""
+    """Count the small eigenvalues at one checkpoint of a pack.
+
+    Attributes:
+        context: of the study.
+        pack: the runs.
+        step: of the checkpoint.
+        key: of this task.
+        attempt: which one.
+    """
 
     context: Context
     pack: Pack
@@ -107,7 +135,15 @@ class DegeneracyJob:
 
 @dataclass(frozen=True)
 class TrajectoryJob:
-    """Find the principal axes of the runs of a pack, from the checkpoints at ``steps``."""
+    """Find the principal axes of the runs of a pack, from the checkpoints at ``steps``.
+
+    Attributes:
+        context: of the study.
+        pack: the runs.
+        steps: of the checkpoints.
+        key: of this task.
+        attempt: which one.
+    """
 
     context: Context
     pack: Pack
@@ -127,6 +163,14 @@ class SeparationsJob:
     """Compare the runs of a pack with each other, and with those of earlier packs of their setting.
 
     So a pack that is added to a store adds rows and changes none.
+
+    Attributes:
+        context: of the study.
+        pack: the runs.
+        earlier: packs of the same setting that come before.
+        steps: of the checkpoints.
+        key: of this task.
+        attempt: which one.
     """
 
     context: Context
@@ -197,7 +241,16 @@ class ConnectivityJob:
 
 @dataclass(frozen=True)
 class EnsembleJob:
-    """Build and score the ensembles of one method on a pack's runs, from the checkpoints at ``steps``."""
+    """Build and score the ensembles of one method on a pack's runs, from the checkpoints at ``steps``.
+
+    Attributes:
+        context: of the study.
+        pack: the base runs.
+        method: by its name in `lossray.ensembles.methods.METHODS`.
+        steps: of the checkpoints.
+        key: of this task.
+        attempt: which one.
+    """
 
     context: Context
     pack: Pack

@@ -32,11 +32,17 @@ from tasks.worker import device_name, local_device, prepare_worker
 
 @dataclass(frozen=True)
 class Published:
-    """A checkpoint is on disk and its rows are committed."""
+    """A checkpoint is on disk and its rows are committed.
+
+    Attributes:
+        pack_id: the pack.
+        step: of the checkpoint.
+        alive: members that have not diverged.
+    """
 
     pack_id: str
     step: int
-    alive: int  # members that have not diverged
+    alive: int
 
 
 def train_pack(job: TrainingJob, device: torch.device | None = None) -> Iterator[Published]:
@@ -54,10 +60,10 @@ def train_pack(job: TrainingJob, device: torch.device | None = None) -> Iterator
     whole = Stopwatch(job.attempt, device_name(device))
     segments = _Segments(job, store, Stopwatch(job.attempt, device_name(device)))
     if job.pack.recorded:
-        found = _recorded(job, segments, device)
+        checkpoint_stream = _recorded(job, segments, device)
     else:
-        found = _trained(store, job, segments.committed, device)
-    for checkpoint in found:
+        checkpoint_stream = _trained(store, job, segments.committed, device)
+    for checkpoint in checkpoint_stream:
         yield segments.commit(checkpoint)
         segments.watch.restart()  # after the yield: without Ray the analysis runs meanwhile
     store.publish("runs", job.key, segments.run_rows(whole.device))

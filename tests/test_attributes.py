@@ -15,6 +15,7 @@ ROOMS = (
     "lossray/measures",
     "lossray/nullity",
     "lossray/storage",
+    "tasks",
 )
 
 
