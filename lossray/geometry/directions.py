@@ -15,61 +15,97 @@ from lossray.spectra.operator import PackedOperator
 
 @dataclass(frozen=True)
 class Along:
-    """One direction of R members, and the Hessian along it; NaN where the direction is zero or not finite."""
+    """One direction of R members, and the Hessian along it; NaN where the direction is zero or not finite.
 
-    units: Tensor  # [R, d] u / |u|, float64
-    norms: Tensor  # [R] |u|
-    products: Tensor  # [R, d] H u / |u|
+    Attributes:
+        units: [R, d] float64, u / |u|.
+        norms: [R] float64, |u|.
+        products: [R, d] H u / |u|.
+    """
+
+    units: Tensor
+    norms: Tensor
+    products: Tensor
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What the curvature along a direction is held against."""
+    """What the curvature along a direction is held against.
 
-    gradient: Tensor  # [R, d] of the analysis set
-    trace: Tensor  # [R]; NaN where it is not known
-    trace_stderr: Tensor  # [R]
-    lambda_max: Tensor  # [R]
+    Attributes:
+        gradient: [R, d] of the loss over the analysis set.
+        trace: [R] of the Hessian; NaN where it is not known.
+        trace_stderr: [R] its standard error.
+        lambda_max: [R] the largest eigenvalue.
+    """
+
+    gradient: Tensor
+    trace: Tensor
+    trace_stderr: Tensor
+    lambda_max: Tensor
 
 
 @dataclass(frozen=True)
 class DirectionRow:
-    """One direction u of one member; NaN for a dead member, and where u = 0 leaves it undefined."""
+    """One direction u of one member; NaN for a dead member, and where u = 0 leaves it undefined.
+
+    Attributes:
+        member: index of the member in the pack.
+        direction: its name.
+        norm: |u|.
+        curvature: u'Hu / u'u.
+        finite_step_curvature: from losses at theta and a step to both sides of it, see `FiniteStep`.
+        finite_step_curvature_noise: estimate of its rounding error.
+        step_norm: length of that step.
+        relative_curvature: curvature over trace / d.
+        relative_curvature_stderr: its standard error, from that of the trace.
+        sharpness_share: curvature over lambda_max.
+        cosine_with_gradient: cosine of the angle to the gradient of the analysis set.
+    """
 
     member: int
     direction: str
-    norm: float  # |u|
-    curvature: float  # u'Hu / u'u
-    finite_step_curvature: float  # see `FiniteStep`
+    norm: float
+    curvature: float
+    finite_step_curvature: float
     finite_step_curvature_noise: float
     step_norm: float
-    relative_curvature: float  # curvature over trace / d
+    relative_curvature: float
     relative_curvature_stderr: float
-    sharpness_share: float  # curvature over lambda_max
-    cosine_with_gradient: float  # cosine of the angle to the gradient of the analysis set
+    sharpness_share: float
+    cosine_with_gradient: float
 
 
 @dataclass(frozen=True)
 class ShareRow:
-    """One layer's part of one direction u of one member."""
+    """One layer's part of one direction u of one member.
+
+    Attributes:
+        member: index of the member in the pack.
+        direction: its name.
+        block: name of the layer.
+        energy_share: |u_l|^2 / |u|^2.
+        curvature_part: u_l'(Hu)_l / u'u.
+        dim: number of parameters of the layer.
+    """
 
     member: int
     direction: str
-    block: str  # the layer
-    energy_share: float  # |u_l|^2 / |u|^2
-    curvature_part: float  # u_l'(Hu)_l / u'u
+    block: str
+    energy_share: float
+    curvature_part: float
     dim: int
 
 
 def measure(directions: Mapping[str, Tensor], operator: PackedOperator) -> dict[str, Along]:
     """Apply the members' Hessians to directions [R, d] by name: one product for each."""
-    found = {}
+    along = {}
     for name, vectors in directions.items():
         units, norms = unit_vectors(vectors)
         # Unit vectors do not overflow in float32; zeros for NaN keep it from spreading.
         products = operator.apply(torch.nan_to_num(units, nan=0.0))
-        found[name] = Along(units, norms, products)
-    return found
+        along[name] = Along(units, norms, products)
+    return along
 
 
 def direction_rows(

@@ -13,11 +13,17 @@ from lossray.operators.objectives import Objective, mean_losses
 
 @dataclass(frozen=True)
 class FiniteStep:
-    """[L(theta + s) - 2 L(theta) + L(theta - s)] / |s|^2 of R members."""
+    """[L(theta + s) - 2 L(theta) + L(theta - s)] / |s|^2 of R members.
 
-    curvature: Tensor  # [R] float64; NaN for a dead member, and where s = 0
-    noise: Tensor  # [R] an estimate of its rounding error, on the safe side: see `rounding_error`
-    norm: Tensor  # [R] |s|
+    Attributes:
+        curvature: [R] float64; NaN for a dead member, and where s = 0.
+        noise: [R] an estimate of its rounding error on the safe side, see `rounding_error`.
+        norm: [R] |s|.
+    """
+
+    curvature: Tensor
+    noise: Tensor
+    norm: Tensor
 
 
 def real_steps(directions: Mapping[str, Tensor], lr: float) -> dict[str, Tensor]:
@@ -41,7 +47,7 @@ def finite_steps(objective: Objective, steps: Mapping[str, Tensor]) -> dict[str,
     exact = objective.to(torch.float64)
     theta = exact.theta.detach()
     here, spread = mean_losses(exact, theta), shaken_spread(exact, theta)
-    found = {}
+    curvatures = {}
     for name, step in steps.items():
         step = torch.nan_to_num(step.to(theta), nan=0.0, posinf=0.0, neginf=0.0)
         ahead, behind = mean_losses(exact, theta + step), mean_losses(exact, theta - step)
@@ -49,5 +55,5 @@ def finite_steps(objective: Objective, steps: Mapping[str, Tensor]) -> dict[str,
         square = step.square().sum(dim=1)
         square = torch.where(square > 0, square, torch.nan).masked_fill(exact.dead, torch.nan)
         noise = (error + 2 * twice + other) / square
-        found[name] = FiniteStep((ahead - 2 * here + behind) / square, noise, square.sqrt())
-    return found
+        curvatures[name] = FiniteStep((ahead - 2 * here + behind) / square, noise, square.sqrt())
+    return curvatures

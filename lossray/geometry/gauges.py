@@ -16,10 +16,15 @@ COVECTORS = ("gradient", "minibatch_gradient", "momentum")  # all other directio
 
 @dataclass(frozen=True)
 class Gauge:
-    """Coordinates x = S^-1 theta of R members. Where S is zero a coordinate is dropped."""
+    """Coordinates x = S^-1 theta of R members. Where S is zero a coordinate is dropped.
 
-    name: str  # "raw", "balanced", "adaptive" or "preconditioned"
-    scale: Tensor  # S, [R, d] float64, >= 0
+    Attributes:
+        name: "raw", "balanced", "adaptive" or "preconditioned".
+        scale: [R, d] float64, S >= 0.
+    """
+
+    name: str
+    scale: Tensor
 
     @property
     def dropped(self) -> Tensor:

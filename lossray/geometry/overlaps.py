@@ -10,14 +10,23 @@ from lossray.spectra.certified_pairs import PackedEigenPairs
 
 @dataclass(frozen=True)
 class OverlapRow:
-    """The leading k-dimensional eigenspaces of one member at two points; NaN where either does not exist."""
+    """The leading k-dimensional eigenspaces of one member at two points; NaN where either does not exist.
+
+    Attributes:
+        member: index of the member in the pack.
+        k: dimension of the eigenspaces.
+        subspace_overlap: |V'W|_F^2 / k, the mean squared cosine of the principal angles.
+        chance: k / d, its mean where the subspaces have nothing to do with each other.
+        dim: d, the number of parameters.
+        resolved: whether both subspaces are known to RESOLVED; None for a dead member.
+    """
 
     member: int
     k: int
-    subspace_overlap: float  # |V'W|_F^2 / k, the mean squared cosine of the principal angles
-    chance: float  # k / d: its mean where the subspaces have nothing to do with each other
+    subspace_overlap: float
+    chance: float
     dim: int
-    resolved: bool | None  # whether both subspaces are known to RESOLVED; None for a dead member
+    resolved: bool | None
 
 
 def overlap_sizes(n_outputs: int, top: int, dim: int) -> list[int]:
@@ -48,9 +57,9 @@ def overlap_rows(
             continue
         # Rounding may lead above 1.
         overlaps = (cosines[:, :k, :k].square().sum(dim=(1, 2)) / k).clamp(max=1).tolist()
-        known = zip(subspace_resolved(earlier, k), subspace_resolved(later, k), strict=True)
+        resolved = zip(subspace_resolved(earlier, k), subspace_resolved(later, k), strict=True)
         rows += [
             OverlapRow(r, k, overlap, k / dim, dim, None if None in both else all(both))
-            for r, (overlap, both) in enumerate(zip(overlaps, known, strict=True))
+            for r, (overlap, both) in enumerate(zip(overlaps, resolved, strict=True))
         ]
     return rows

@@ -29,16 +29,33 @@ MARGIN = 1.2  # of a trajectory's plane around its checkpoints
 
 @dataclass(frozen=True)
 class Plane:
-    """A slice through one member's parameters; x = 1 is one length of the first axis vector."""
+    """A slice through one member's parameters; x = 1 is one length of the first axis vector.
+
+    Attributes:
+        kind: what its axes are.
+        x_axis: [d] float64, of the length that x = 1 stands for.
+        y_axis: [d] float64, likewise; None for a line.
+    """
 
     kind: SliceKind
-    x_axis: Tensor  # [d] float64, of the length that x = 1 stands for
-    y_axis: Tensor | None  # [d]; None for a line
+    x_axis: Tensor
+    y_axis: Tensor | None
 
 
 @dataclass(frozen=True)
 class SurfaceRow:
-    """The loss at one point of one plane."""
+    """The loss at one point of one plane.
+
+    Attributes:
+        i: index of the point along the first axis.
+        j: index along the second.
+        x: coordinate along the first axis.
+        y: coordinate along the second; 0 for a line.
+        x_norm: length that x = 1 stands for.
+        y_norm: length that y = 1 stands for; None for a line.
+        loss: mean over the examples.
+        accuracy: NaN in regression.
+    """
 
     i: int
     j: int
@@ -47,7 +64,7 @@ class SurfaceRow:
     x_norm: float
     y_norm: float | None
     loss: float
-    accuracy: float  # NaN in regression
+    accuracy: float
 
 
 def along_eigenvectors(
@@ -143,14 +160,14 @@ def surface_rows(
     line = plane.y_axis is None
     y_axis = torch.zeros_like(plane.x_axis) if plane.y_axis is None else plane.y_axis
     columns = [(0, 0.0)] if line else list(enumerate(ticks))
-    places = [(i, j, x, y) for i, x in enumerate(ticks) for j, y in columns]
-    shifts = torch.tensor([[x, y] for _, _, x, y in places], dtype=torch.float64, device=theta.device)
+    grid = [(i, j, x, y) for i, x in enumerate(ticks) for j, y in columns]
+    shifts = torch.tensor([[x, y] for _, _, x, y in grid], dtype=torch.float64, device=theta.device)
     axes = torch.stack([plane.x_axis, y_axis])
     losses, accuracies = _evaluate(stack, theta, shifts, axes, buffers, loss, examples)
     x_norm, y_norm = torch.linalg.vector_norm(axes, dim=1).tolist()
     return [
-        SurfaceRow(*place, x_norm, None if line else y_norm, height, accuracy)
-        for place, height, accuracy in zip(places, losses, accuracies, strict=True)
+        SurfaceRow(*point, x_norm, None if line else y_norm, height, accuracy)
+        for point, height, accuracy in zip(grid, losses, accuracies, strict=True)
     ]
 
 

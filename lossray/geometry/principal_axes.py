@@ -20,22 +20,36 @@ NEGLIGIBLE_SIZE = 1e-6  # of a coordinate, where those of all checkpoints togeth
 
 @dataclass(frozen=True)
 class TrajectoryPoint:
-    """One checkpoint of one member on the principal axes of its checkpoints; NaN for a missing axis."""
+    """One checkpoint of one member on the principal axes of its checkpoints; NaN for a missing axis.
+
+    Attributes:
+        member: index of the member in the pack.
+        step: of the checkpoint.
+        coordinates: on the three axes.
+        explained: shares of the variance along them.
+        random_walk: those of a random walk with the same checkpoints.
+    """
 
     member: int
     step: int
-    coordinates: tuple[float, ...]  # on the three axes
-    explained: tuple[float, ...]  # shares of the variance along them
-    random_walk: tuple[float, ...]  # those of a random walk with the same checkpoints
+    coordinates: tuple[float, ...]
+    explained: tuple[float, ...]
+    random_walk: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Axes:
-    """Principal axes of the checkpoints [T] of one run."""
+    """Principal axes of the checkpoints [T] of one run.
 
-    coordinates: NDArray[np.float64]  # [T, 3], NaN where there is no such axis
-    explained: NDArray[np.float64]  # [3] shares of the variance
-    weights: NDArray[np.float64]  # [T, 3]: axis a is the sum over t of weights[t, a] (theta_t - mean)
+    Attributes:
+        coordinates: [T, 3] float64, NaN where there is no such axis.
+        explained: [3] float64, shares of the variance.
+        weights: [T, 3] float64; axis a is the sum over t of weights[t, a] (theta_t - mean).
+    """
+
+    coordinates: NDArray[np.float64]
+    explained: NDArray[np.float64]
+    weights: NDArray[np.float64]
 
 
 def principal_axes(gram: NDArray[np.float64]) -> Axes:
@@ -95,8 +109,8 @@ def trajectory_points(steps: Sequence[int], gram: Tensor, alive: Tensor) -> list
             walk = tuple(random_walk_shares([steps[t] for t in living]).tolist())
         for t, step in enumerate(steps):
             if t in living:
-                place = tuple(axes.coordinates[living.index(t)].tolist())
-                points.append(TrajectoryPoint(r, step, place, explained, walk))
+                coordinates = tuple(axes.coordinates[living.index(t)].tolist())
+                points.append(TrajectoryPoint(r, step, coordinates, explained, walk))
             else:
                 points.append(TrajectoryPoint(r, step, missing, missing, missing))
     return points
@@ -107,7 +121,9 @@ def gram_of(points: Sequence[Tensor]) -> Tensor:
 
     Only one member's points are in float64 at a time.
     """
-    return torch.stack([_gram(torch.stack(own).double()) for own in zip(*points, strict=True)])
+    return torch.stack(
+        [_gram(torch.stack(member_points).double()) for member_points in zip(*points, strict=True)]
+    )
 
 
 def _gram(points: Tensor) -> Tensor:
@@ -117,11 +133,17 @@ def _gram(points: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Separation:
-    """How far two runs are from each other at one step."""
+    """How far two runs are from each other at one step.
 
-    distance: float  # |theta_a - theta_b|
-    cosine: float  # of the angle between theta_a and theta_b
-    displacement_cosine: float  # of that between their displacements; NaN at the first checkpoint
+    Attributes:
+        distance: |theta_a - theta_b|.
+        cosine: of the angle between theta_a and theta_b.
+        displacement_cosine: of that between their displacements; NaN at the first checkpoint.
+    """
+
+    distance: float
+    cosine: float
+    displacement_cosine: float
 
 
 def separation(a: Tensor, b: Tensor, a_first: Tensor, b_first: Tensor) -> Separation:

@@ -77,5 +77,5 @@ def critical_sharpness(objective: Objective, update: Tensor, lr: float) -> Tenso
     error = rounding_error(exact, here, here, shaken_spread(exact, theta))
     always, never = high & (factor < SMALLEST_FACTOR), ~high & (factor > LARGEST_FACTOR)
     ties = ~never & (here - halfway <= 2 * error)
-    found = torch.where(never, 0, 2 / (lr * critical))
-    return found.masked_fill(always | ties | idle, torch.nan)
+    sharpness = torch.where(never, 0, 2 / (lr * critical))
+    return sharpness.masked_fill(always | ties | idle, torch.nan)

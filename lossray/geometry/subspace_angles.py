@@ -19,33 +19,58 @@ RESOLVED = 0.1  # largest residual / gap, which bounds the sine of the eigenspac
 
 @dataclass(frozen=True)
 class AngleRow:
-    """One direction of one member against one eigenspace; NaN for a dead member or a zero direction."""
+    """One direction of one member against one eigenspace; NaN for a dead member or a zero direction.
+
+    Attributes:
+        member: index of the member in the pack.
+        direction: its name.
+        gauge: its name.
+        subspace: "v1", "top5", ..., "vmin".
+        cosine: of the angle between the direction and the subspace, >= 0.
+        angle_degrees: the angle, 0 to 90.
+        energy: chi^2: the direction's share inside the subspace.
+        null_ratio: chi^2 d / k, 1 on average for random directions.
+        null_p: P(Beta(k/2, (d-k)/2) >= chi^2).
+        null_p_lower: P(Beta(k/2, (d-k)/2) <= chi^2).
+        sign_flip_null: mean energy over random signs of the direction's components.
+        layer_null: mean energy of random directions with its norm in every layer.
+        k: dimension of the subspace.
+        dim: d, the coordinates that the gauge keeps.
+        dropped: number of the other coordinates.
+        resolved: whether the subspace is known to RESOLVED; None for a dead member.
+    """
 
     member: int
     direction: str
     gauge: str
-    subspace: str  # "v1", "top5", ..., "vmin"
-    cosine: float  # of the angle between the direction and the subspace, >= 0
-    angle_degrees: float  # 0 to 90
-    energy: float  # chi^2: the direction's share inside the subspace
-    null_ratio: float  # chi^2 d / k: 1 on average for random directions
-    null_p: float  # P(Beta(k/2, (d-k)/2) >= chi^2)
-    null_p_lower: float  # P(Beta(k/2, (d-k)/2) <= chi^2)
-    sign_flip_null: float  # mean energy over random signs of the direction's components
-    layer_null: float  # mean energy of random directions with its norm in every layer
+    subspace: str
+    cosine: float
+    angle_degrees: float
+    energy: float
+    null_ratio: float
+    null_p: float
+    null_p_lower: float
+    sign_flip_null: float
+    layer_null: float
     k: int
-    dim: int  # coordinates that the gauge keeps
-    dropped: int  # the others
-    resolved: bool | None  # whether the subspace is known to RESOLVED; None for a dead member
+    dim: int
+    dropped: int
+    resolved: bool | None
 
 
 @dataclass(frozen=True)
 class Eigenspace:
-    """A subspace spanned by eigenvectors of R members."""
+    """A subspace spanned by eigenvectors of R members.
+
+    Attributes:
+        name: as in `AngleRow.subspace`.
+        basis: [R, k, d] orthonormal rows.
+        resolved: [R] whether it is known to RESOLVED; None for a dead member.
+    """
 
     name: str
-    basis: Tensor  # [R, k, d] orthonormal rows
-    resolved: list[bool | None]  # [R]
+    basis: Tensor
+    resolved: list[bool | None]
 
 
 def eigenspaces(
@@ -168,27 +193,27 @@ def subspace_resolved(pairs: PackedEigenPairs, k: int, kept: Tensor | None = Non
     outside = pairs.values[:, k] if k < len(pairs) else pairs.complement
     gap = pairs.values[:, k - 1] - outside
     residual = torch.linalg.vector_norm(pairs.residuals[:, :k], dim=1)
-    known = pairs.converged[:, :k].all(dim=1) & pairs.confirmed & (gap > 0) & (residual <= RESOLVED * gap)
-    return _flags(pairs, known, k, kept)
+    resolved = pairs.converged[:, :k].all(dim=1) & pairs.confirmed & (gap > 0) & (residual <= RESOLVED * gap)
+    return _flags(pairs, resolved, k, kept)
 
 
 def _smallest_resolved(pairs: PackedEigenPairs, kept: Tensor) -> list[bool | None]:
     """Likewise of the smallest eigenvalue's vector; no further search confirms that nothing lies below."""
     gap = pairs.complement - pairs.values[:, 0]
-    known = pairs.converged[:, 0] & (gap > 0) & (pairs.residuals[:, 0] <= RESOLVED * gap)
-    return _flags(pairs, known, 1, kept)
+    resolved = pairs.converged[:, 0] & (gap > 0) & (pairs.residuals[:, 0] <= RESOLVED * gap)
+    return _flags(pairs, resolved, 1, kept)
 
 
-def _flags(pairs: PackedEigenPairs, known: Tensor, k: int, kept: Tensor | None) -> list[bool | None]:
-    """``known`` [R] for living members whose eigenspace lies in the coordinates that count.
+def _flags(pairs: PackedEigenPairs, resolved: Tensor, k: int, kept: Tensor | None) -> list[bool | None]:
+    """``resolved`` [R] for living members whose eigenspace lies in the coordinates that count.
 
     S H S has an eigenvalue 0 for each dropped coordinate, whose vector says nothing about directions.
     """
     if kept is not None:
         dropped = pairs.vectors[:, :k].square().sum(dim=1).masked_fill(kept, 0).sum(dim=1)
-        known = known & (dropped <= RESOLVED**2)
+        resolved = resolved & (dropped <= RESOLVED**2)
     dead = torch.isnan(pairs.values[:, 0])
-    return [None if gone else flag for gone, flag in zip(dead.tolist(), known.tolist(), strict=True)]
+    return [None if gone else flag for gone, flag in zip(dead.tolist(), resolved.tolist(), strict=True)]
 
 
 def _split_energy(units: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:

@@ -70,5 +70,5 @@ def _stored(field: str, tensor: Tensor) -> Tensor:
 
 
 def _pairs(tensors: Mapping[str, Tensor], prefix: str, device: str | torch.device) -> PackedEigenPairs:
-    own = {field: tensors[f"{prefix}/{field}"].to(device) for field in FIELDS}
-    return PackedEigenPairs(**own | {"vectors": own["vectors"].double()})
+    entries = {field: tensors[f"{prefix}/{field}"].to(device) for field in FIELDS}
+    return PackedEigenPairs(**entries | {"vectors": entries["vectors"].double()})

@@ -24,7 +24,12 @@ STEPS_AT_ONCE = 8  # that are projected together: the eigenvectors are read once
 
 @dataclass(frozen=True)
 class Frame:
-    """Leading eigenvectors at the start of a window, in one gauge."""
+    """Leading eigenvectors at the start of a window, in one gauge.
+
+    Attributes:
+        gauge: of all members.
+        pairs: the largest, in the gauge.
+    """
 
     gauge: Gauge
     pairs: PackedEigenPairs
@@ -32,21 +37,37 @@ class Frame:
 
 @dataclass(frozen=True)
 class AlignmentRow:
-    """One direction of one member over a window; NaN for a member that was not alive throughout."""
+    """One direction of one member over a window; NaN for a member that was not alive throughout.
+
+    Attributes:
+        member: index of the member in the pack.
+        direction: its name.
+        gauge: its name.
+        subspace: "v1" or "top10".
+        log_energy: S = ln(sum |V'u|^2 / sum |u|^2) over the window.
+        steps: number of those that had this direction, and not as zero.
+        sign_flip_null: mean of exp(S) over random signs of the directions' components.
+        layer_null: mean of exp(S) over random directions with the same norms in every layer.
+        isotropic_null: mean of S over random turns of the whole window in the raw coordinates.
+        k: dimension of the subspace.
+        dim: d, the coordinates that the gauge keeps.
+        dropped: number of the other coordinates.
+        resolved: whether the eigenspace is known; None for a dead member.
+    """
 
     member: int
     direction: str
     gauge: str
-    subspace: str  # "v1" or "top10"
-    log_energy: float  # S
-    steps: int  # that had this direction, and not as zero
-    sign_flip_null: float  # mean of exp(S) over random signs of the directions' components
-    layer_null: float  # mean of exp(S) over random directions with the same norms in every layer
-    isotropic_null: float  # mean of S over random turns of the whole window in the raw coordinates
+    subspace: str
+    log_energy: float
+    steps: int
+    sign_flip_null: float
+    layer_null: float
+    isotropic_null: float
     k: int
     dim: int
     dropped: int
-    resolved: bool | None  # whether the eigenspace is known; None for a dead member
+    resolved: bool | None
 
 
 class WindowAlignment:
@@ -114,7 +135,7 @@ class WindowAlignment:
             if k > min(len(frame.pairs), kept.shape[1] - 1):
                 continue
             weights = frame.pairs.vectors[:, :k].square().sum(dim=1)
-            found = torch.log(projected[:, :k].sum(dim=1) / total).tolist()
+            log_energies = torch.log(projected[:, :k].sum(dim=1) / total).tolist()
             flips = ((energies * weights).sum(dim=1) / total).tolist()
             layered = (nulls.expected(energies, weights) / total).tolist()
             turned = torch.where(total > 0, isotropic[k], torch.nan).tolist()
@@ -125,7 +146,7 @@ class WindowAlignment:
                     direction=name,
                     gauge=gauge.name,
                     subspace=subspace,
-                    log_energy=found[r],
+                    log_energy=log_energies[r],
                     steps=steps[r],
                     sign_flip_null=flips[r],
                     layer_null=layered[r],
@@ -135,7 +156,7 @@ class WindowAlignment:
                     dropped=kept.shape[1] - dims[r],
                     resolved=resolved[r],
                 )
-                for r in range(len(found))
+                for r in range(len(log_energies))
             ]
         return rows
 
