@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lossray.connectivity.connect import connect
     from lossray.measures.angles import angles
     from lossray.measures.sharpness import sharpness
+    from lossray.measures.surface import surface
     from lossray.measures.trajectory import trajectory
     from lossray.networks.balance import balance
     from lossray.networks.rescale import rescale
@@ -54,6 +55,7 @@ _HOMES = {
     "sharpness": "lossray.measures.sharpness",
     "spectral_density": "lossray.spectra.spectral_density",
     "structural_floor": "lossray.nullity.structural_floor",
+    "surface": "lossray.measures.surface",
     "trace": "lossray.spectra.trace",
     "trajectory": "lossray.measures.trajectory",
 }
@@ -80,6 +82,7 @@ __all__ = [
     "sharpness",
     "spectral_density",
     "structural_floor",
+    "surface",
     "trace",
     "trajectory",
 ]

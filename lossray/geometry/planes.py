@@ -1,4 +1,4 @@
-"""Slices of the loss: along eigenvectors, in the plane of a trajectory, along random directions.
+"""Slices of the loss: along eigenvectors or other directions, in the plane of a trajectory or of points.
 
 The points of a grid are members of one stack, evaluated in batches.
 """
@@ -25,6 +25,7 @@ POINTS_AT_ONCE = 64  # members of a stack
 PARAMETERS_AT_ONCE = 2**24  # of all its members: 128 MB in float64
 SMALL_LOSS = 0.1  # eigenvector axes reach at least this far up
 MARGIN = 1.2  # of a trajectory's plane around its checkpoints
+PARALLEL = 1e-6  # sine of an angle that counts as none
 
 
 @dataclass(frozen=True)
@@ -88,12 +89,52 @@ def along_eigenvectors(
     n = 1 if kind == "v1" else 2
     if len(vectors) < n or not bool(torch.isfinite(vectors[:n]).all()):
         return None
-    rise = max(abs(loss), SMALL_LOSS)
-    longest = float(torch.linalg.vector_norm(theta.double())) or 1.0
-    curvatures = values[:n].tolist()
-    lengths = [min(math.sqrt(2 * rise / c), longest) if c > 0 else longest for c in curvatures]
+    lengths = [reach(curvature, loss=loss, theta=theta) for curvature in values[:n].tolist()]
     axes = vectors[:n].double() * vectors.new_tensor(lengths, dtype=torch.float64)[:, None]
     return Plane(kind, axes[0], axes[1] if n == 2 else None)
+
+
+def reach(curvature: float, *, loss: float, theta: Tensor) -> float:
+    """How far along a unit vector a slice goes: see `along_eigenvectors`.
+
+    Args:
+        curvature: along it.
+        loss: at theta.
+        theta: [d] the parameters.
+    """
+    rise = max(abs(loss), SMALL_LOSS)
+    longest = float(torch.linalg.vector_norm(theta.double())) or 1.0
+    return min(math.sqrt(2 * rise / curvature), longest) if curvature > 0 else longest
+
+
+def across(direction: Tensor, vectors: Tensor) -> Tensor | None:
+    """What the first of some vectors that is not parallel to a direction has orthogonal to it, of length 1.
+
+    Args:
+        direction: [d], not zero.
+        vectors: [k, d] unit vectors.
+    """
+    unit = direction.double() / torch.linalg.vector_norm(direction.double())
+    for vector in vectors.double():
+        rest: Tensor = vector - (vector @ unit) * unit
+        rest = rest - (rest @ unit) * unit  # once leaves what rounding has brought back
+        length = float(torch.linalg.vector_norm(rest))
+        if length > PARALLEL:
+            return rest / length
+    return None
+
+
+def through_points(origin: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The axes [d] of the plane of three points [d]: from the origin to a, and what b has orthogonal to it.
+
+    The points lie at (0, 0), (1, 0) and (x, 1). None where they lie on a line.
+    """
+    x_axis, other = a.double() - origin.double(), b.double() - origin.double()
+    length = float(torch.linalg.vector_norm(other))
+    if not (length > 0 and bool((x_axis != 0).any())):
+        return None
+    rest = across(x_axis, other[None] / length)
+    return None if rest is None else (x_axis, (other @ rest) * rest)
 
 
 def along_trajectory(theta: Tensor, points: Sequence[Tensor]) -> Plane | None:

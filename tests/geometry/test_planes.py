@@ -12,7 +12,15 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from lossray.geometry import planes
-from lossray.geometry.planes import Plane, along_eigenvectors, along_random, along_trajectory, surface_rows
+from lossray.geometry.planes import (
+    Plane,
+    across,
+    along_eigenvectors,
+    along_random,
+    along_trajectory,
+    surface_rows,
+    through_points,
+)
 from lossray.geometry.principal_axes import gram_of, principal_axes
 from lossray.geometry.settings import SurfacesSettings
 from lossray.networks.losses import get_loss
@@ -330,3 +338,30 @@ def test_defaults() -> None:
 def test_impossible_settings_are_refused(changes: dict[str, object], says: str) -> None:
     with pytest.raises(ValidationError, match=says):
         SurfacesSettings.model_validate(changes)
+
+
+# ---- planes of a direction, and of three points
+
+
+def test_across_a_direction_lies_what_a_vector_has_orthogonal_to_it() -> None:
+    direction, vectors = torch.tensor([3.0, 0.0, 0.0]), torch.eye(3, dtype=torch.float64)
+    found = across(direction, vectors)
+    assert found is not None
+    assert found.tolist() == [0, 1, 0]  # the first vector is parallel
+    tilted = across(torch.tensor([1.0, 1.0, 0.0]), vectors)
+    assert tilted is not None
+    torch.testing.assert_close(tilted, torch.tensor([1.0, -1.0, 0.0]).double() / math.sqrt(2))
+    assert across(direction, vectors[:1]) is None
+
+
+def test_three_points_lie_at_corners_of_their_plane() -> None:
+    origin, a, b = (_drawn(6, seed=seed) for seed in (1, 2, 3))
+    found = through_points(origin, a, b)
+    assert found is not None
+    x_axis, y_axis = found
+    assert float(x_axis @ y_axis) == pytest.approx(0, abs=1e-12)
+    torch.testing.assert_close(origin + x_axis, a)
+    x = (b - origin) @ x_axis / (x_axis @ x_axis)
+    torch.testing.assert_close(origin + x * x_axis + y_axis, b)
+    for line in ((origin, origin, b), (origin, a, origin), (origin, a, origin + 2 * (a - origin))):
+        assert through_points(*line) is None
