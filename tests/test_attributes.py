@@ -12,9 +12,14 @@ ROOMS = (
     "lossray/connectivity",
     "lossray/ensembles",
     "lossray/findings",
+    "lossray/geometry",
     "lossray/measures",
+    "lossray/networks",
     "lossray/nullity",
+    "lossray/operators",
+    "lossray/spectra",
     "lossray/storage",
+    "lossray/training",
     "tasks",
 )
 

@@ -64,8 +64,8 @@ class Surface(Summarised):
 
     def summary(self) -> str:
         """The lowest and the highest loss, and what the axes are."""
-        found = self.loss.nan_to_num(nan=torch.inf)
-        lowest, highest = int(found.argmin()), int(self.loss.nan_to_num(nan=-torch.inf).argmax())
+        heights = self.loss.nan_to_num(nan=torch.inf)
+        lowest, highest = int(heights.argmin()), int(self.loss.nan_to_num(nan=-torch.inf).argmax())
         norms = torch.linalg.vector_norm(self.vectors, dim=0).tolist()
         bends = self.curvature.diagonal().tolist()
         lines = [
@@ -152,12 +152,12 @@ def surface(
         >>> _ = torch.nn.init.zeros_(model.weight)
         >>> data = (torch.diag(torch.tensor([3.0, 2.0])), torch.zeros(2, 1))
         >>> loss = lambda outputs, targets: (outputs - targets).square().mean()
-        >>> found = lossray.surface(model, loss, data, axes=torch.eye(2), points=3)
-        >>> found.loss
+        >>> surface = lossray.surface(model, loss, data, axes=torch.eye(2), points=3)
+        >>> surface.loss
         tensor([[6.5000, 4.5000, 6.5000],
                 [2.0000, 0.0000, 2.0000],
                 [6.5000, 4.5000, 6.5000]], dtype=torch.float64)
-        >>> found.curvature
+        >>> surface.curvature
         tensor([[9., 0.],
                 [0., 4.]], dtype=torch.float64)
     """
@@ -168,11 +168,11 @@ def surface(
     objective = ModuleObjective(origin, loss, data, closure=closure, outputs=outputs, dtype=dtype)
     hessian = _hessian(objective)
     plane = axes_of(given, objective, hessian, seed, update, optimizer)
-    places = list(plane.marks.values())
-    x, y = (_ticks(points, span, [place[i] for place in places]) for i in (0, 1))
+    coordinates = list(plane.marks.values())
+    x, y = (_ticks(points, span, [mark[i] for mark in coordinates]) for i in (0, 1))
     losses, accuracies = _evaluated(objective, torch.cartesian_prod(x, y), plane.vectors)
     slope, curvature, notes = _derivatives(hessian, plane.vectors)
-    if places and has_statistics(origin):
+    if coordinates and has_statistics(origin):
         notes.append("batch-norm statistics are those of the origin at all points")
     return Surface(
         x=x,

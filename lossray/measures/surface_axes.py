@@ -123,10 +123,10 @@ def _update(point: ModelPoint, update: Vector | None, optimizer: torch.optim.Opt
         return point.vector(update, "surface, update")[0]
     if optimizer is None:
         raise StudyError("surface, axes: 'update' needs update=, the step, or optimizer=")
-    found = read_user_optimizer(optimizer, point).virtual_update(point.operator.gradient)
-    if isinstance(found, str):
-        raise StudyError(f"surface: {found}; pass update=")
-    return found[0]
+    step = read_user_optimizer(optimizer, point).virtual_update(point.operator.gradient)
+    if isinstance(step, str):
+        raise StudyError(f"surface: {step}; pass update=")
+    return step[0]
 
 
 def _scaled(units: Tensor, words: tuple[str, str], hessian: PackedHessian, theta: Tensor) -> SurfaceAxes:
@@ -156,13 +156,13 @@ def _given(axes: Sequence[Any], objective: ModuleObjective, theta: Tensor) -> Su
         if not all(bool((vector != 0).any()) for vector in vectors):
             raise StudyError("surface, axes: a direction is zero")
         return SurfaceAxes(torch.stack(vectors), ("the first direction", "the second direction"))
-    found = through_points(theta, *vectors)
-    if found is None:
+    plane = through_points(theta, *vectors)
+    if plane is None:
         raise StudyError("surface, axes: the three points lie on a line, and span no plane")
-    x_axis = found[0]
+    x_axis = plane[0]
     x = float((vectors[1] - theta) @ x_axis / (x_axis @ x_axis))
     marks = {"origin": (0.0, 0.0), "a": (1.0, 0.0), "b": (x, 1.0)}
-    return SurfaceAxes(torch.stack(found), ("from the origin to a", "across, to b"), marks)
+    return SurfaceAxes(torch.stack(plane), ("from the origin to a", "across, to b"), marks)
 
 
 def _flat(given: Any, objective: ModuleObjective, name: str) -> Tensor:
