@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 LOSSRAY = Path(__file__).resolve().parents[1] / "lossray"
-ROOMS = ("connectivity", "networks", "nullity", "operators", "spectra", "training", "geometry")
+ROOMS = ("connectivity", "networks", "nullity", "operators", "spectra", "training", "geometry", "study")
 SOURCES = sorted(LOSSRAY.rglob("*.py"))
 ENTRY = re.compile(r"^    \*{0,2}(\w+): ", re.MULTILINE)
 SECTION = r"^{}:\n((?:    .*\n|\n)*)"

@@ -23,7 +23,7 @@ from lossray.training.update_rules import OPTIMIZERS, OptimizerSettings
 class _Built:
     """One model of the study, and why it lacks a symmetry; None where it has it."""
 
-    place: str  # in the file
+    key: str  # in the file
     name: str
     dim: int
     no_rescaling: str | None
@@ -61,13 +61,15 @@ def _built(study: Study, i: int, settings: ModelSettings, dataset: Dataset) -> _
     layout, data = layout_of(model), (dataset.train.inputs, None)
     names = settings.optimizers
     return _Built(
-        place=f"models[{i}]",
+        key=f"models[{i}]",
         name=settings.name,
         dim=layout.dim,
         no_rescaling=_refusal(lambda: rescaling_symmetry(model, layout, data)),
         no_permutation=_refusal(lambda: permutation_symmetry(model, data)),
         several=None if is_tensor(dataset.train.inputs) else SEVERAL_INPUTS,
-        optimizers=tuple(own for own in study.optimizers if names is None or own.name in names),
+        optimizers=tuple(
+            optimizer for optimizer in study.optimizers if names is None or optimizer.name in names
+        ),
     )
 
 
@@ -125,7 +127,7 @@ def _of_alignment(study: Study, models: Sequence[_Built]) -> Iterator[str]:
     permuted = ["paths aligned by 'permutation'"] if "permutation" in align else []
     yield from _by_reason(models, permuted, lambda model: model.no_permutation or model.several)
     either = ["paths aligned by 'both'"] if "both" in align else []
-    either += [f"ensembles {', '.join(own)}"] if (own := _methods(study, ("alignment",))) else []
+    either += [f"ensembles {', '.join(methods)}"] if (methods := _methods(study, ("alignment",))) else []
     yield from _by_reason(
         models, either, lambda model: (model.no_permutation if model.no_rescaling else None) or model.several
     )
@@ -135,8 +137,8 @@ def _by_reason(
     models: Sequence[_Built], lost: Sequence[str], reason: Callable[[_Built], str | None]
 ) -> Iterator[str]:
     """A line for each reason that some of the models give, with those models."""
-    for text, own in _grouped((reason(model), model.place) for model in models).items() if lost else ():
-        yield f"{', '.join(own)}: no {'; no '.join(lost)}: {text}"
+    for text, keys in _grouped((reason(model), model.key) for model in models).items() if lost else ():
+        yield f"{', '.join(keys)}: no {'; no '.join(lost)}: {text}"
 
 
 def _of_floors(study: Study, models: Sequence[_Built]) -> Iterator[str]:
@@ -149,7 +151,7 @@ def _of_size(study: Study, models: Sequence[_Built]) -> Iterator[str]:
     for model in models:
         if most is not None and model.dim > most:
             yield (
-                f"{model.place}: no rank and no exact nullity: its d = {model.dim:,} is above "
+                f"{model.key}: no rank and no exact nullity: its d = {model.dim:,} is above "
                 f"degeneracy.dense_up_to = {most:,}, so that the counts are a quadrature's"
             )
 
@@ -158,7 +160,7 @@ def _of_size(study: Study, models: Sequence[_Built]) -> Iterator[str]:
 
 
 def _of_optimizers(study: Study) -> Iterator[str]:
-    names = list(dict.fromkeys(own.name for own in study.optimizers))
+    names = list(dict.fromkeys(optimizer.name for optimizer in study.optimizers))
     plain = [name for name in names if OPTIMIZERS[name].momentum is None]
     if plain and "momentum" in study.angles.directions:
         yield f"{_listed(plain)}: no direction 'momentum': it keeps none"
@@ -179,8 +181,13 @@ def _of_optimizers(study: Study) -> Iterator[str]:
 def _of_rates(study: Study, models: Sequence[_Built]) -> Iterator[str]:
     methods = _methods(study, ("rates",))
     one = torch.ones(1)
-    trained = {own.name: own for model in models if not model.no_rescaling for own in model.optimizers}
-    names = [name for name, own in trained.items() if equivalent_rates(own, one) is None]
+    trained = {
+        optimizer.name: optimizer
+        for model in models
+        if not model.no_rescaling
+        for optimizer in model.optimizers
+    }
+    names = [name for name, optimizer in trained.items() if equivalent_rates(optimizer, one) is None]
     if methods and names:
         yield (
             f"{_listed(names)}: no ensembles {', '.join(methods)}: no learning rates are equal to a rescaling"

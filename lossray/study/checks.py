@@ -84,10 +84,11 @@ def _difference(model: nn.Module, recording: Recording) -> str | None:
     recorded |= {name: ("not trainable", list(shape)) for name, shape in recording.buffers.items()}
     for name in [*recorded, *built]:
         if recorded.get(name) != built.get(name):
-            found, allowed = (
-                f"{own[name][1]} {own[name][0]}" if name in own else "none" for own in (built, recorded)
+            built_text, recorded_text = (
+                f"{tensors[name][1]} {tensors[name][0]}" if name in tensors else "none"
+                for tensors in (built, recorded)
             )
-            return f"{name}: found {found}, recorded {allowed}"
+            return f"{name}: found {built_text}, recorded {recorded_text}"
     if list(parameters) != list(recording.parameters):
         return f"found its parameters in the order {', '.join(parameters)}, recorded in another"
     return None
@@ -109,17 +110,17 @@ def _sizes(study: Study, dataset: Dataset) -> list[Problem]:
 
 def _loss(study: Study, dataset: Dataset, outputs: Mapping[int, Tensor]) -> list[Problem]:
     """Try the loss on what the models return, or on numbers in place of it where none could be tried."""
-    place, name = ("training", "loss"), study.training.loss
+    key_path, name = ("training", "loss"), study.training.loss
     targets = _few(dataset).targets
     unfit = _targets_of_named(study, dataset)
     if unfit is not None:
-        return [Problem(place, unfit)]
+        return [Problem(key_path, unfit)]
     size = len(targets) * dataset.n_outputs
     tried = {tuple(values.shape): values for values in outputs.values()}
     for values in tried.values() or [torch.linspace(-1, 1, size).view(-1, dataset.n_outputs)]:
         problem = _trial(name, values.to(getattr(torch, study.training.dtype)), targets)
         if problem is not None:
-            return [Problem(place, problem)]
+            return [Problem(key_path, problem)]
     return []
 
 
@@ -134,7 +135,7 @@ def _targets_of_named(study: Study, dataset: Dataset) -> str | None:
         whole = bool((targets == targets.round()).all()) and targets.ndim == 1
         kind = "floats, though whole numbers: make them integers if they are classes" if whole else "floats"
         return f"found 'cross_entropy', but the targets of the data are {kind}; allowed: 'mse' or a function"
-    found = f"found {name!r} and integer targets {list(targets.shape)}"
+    mismatch = f"found {name!r} and integer targets {list(targets.shape)}"
     splits = (dataset.train, dataset.validation, dataset.test)
     smallest = min(int(split.targets.min()) for split in splits)
     largest = max(int(split.targets.max()) for split in splits)
@@ -143,7 +144,7 @@ def _targets_of_named(study: Study, dataset: Dataset) -> str | None:
     remedy = "a function of your own as loss, which reads them as you mean them"
     if targets.ndim == 1 and smallest > 0:
         remedy = f"subtract {smallest}, or {remedy}"
-    return f"{found} from {smallest} to {largest}; allowed: classes 0..C-1 of shape [N], or {remedy}"
+    return f"{mismatch} from {smallest} to {largest}; allowed: classes 0..C-1 of shape [N], or {remedy}"
 
 
 def _trial(name: str, outputs: Tensor, targets: Tensor) -> str | None:
@@ -187,16 +188,16 @@ def _few(dataset: Dataset) -> Split:
 
 
 def _models(study: Study, dataset: Dataset) -> tuple[dict[int, Tensor], list[Problem]]:
-    """The outputs of every model on a few examples, by its place, and what is wrong with the others."""
+    """The outputs of every model on a few examples, by its index, and what is wrong with the others."""
     examples, outputs, problems = _few(dataset), {}, []
     for i, model in enumerate(study.models):
         try:
             require_memory(model, dataset.input_shape, dataset.n_outputs)
             with allocations_that_fit(model.name):
-                _, found = try_model(model, examples.inputs, dataset.n_outputs)
-            if study.training.loss in LOSSES and found.shape != examples.targets.shape:
-                require_outputs(model.name, found, len(examples.targets), dataset.n_outputs)
-            outputs[i] = found
+                _, model_outputs = try_model(model, examples.inputs, dataset.n_outputs)
+            if study.training.loss in LOSSES and model_outputs.shape != examples.targets.shape:
+                require_outputs(model.name, model_outputs, len(examples.targets), dataset.n_outputs)
+            outputs[i] = model_outputs
         except (ModelError, StudyError) as error:
             problems.append(Problem(("models", i), str(error)))
     return outputs, problems
@@ -211,9 +212,9 @@ def _ensembles(study: Study, dataset: Dataset, outputs: Mapping[int, Tensor]) ->
         text = f"found targets that are {kind}; allowed: classes, whose probabilities an ensemble averages"
         return [Problem(("ensembles",), text)]
     problems = []
-    for i, found in outputs.items():
+    for i, model_outputs in outputs.items():
         try:
-            require_outputs(study.models[i].name, found, len(found), dataset.n_outputs)
+            require_outputs(study.models[i].name, model_outputs, len(model_outputs), dataset.n_outputs)
         except ModelError as error:
             text = f"{error}: an ensemble averages the probabilities of classes"
             problems.append(Problem(("ensembles",), text))

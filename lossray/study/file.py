@@ -10,7 +10,7 @@ from lossray import plugins
 from lossray.errors import StudyError
 from lossray.names import nearest
 from lossray.study.overrides import Override, apply_overrides, parse_override
-from lossray.study.problems import Place
+from lossray.study.problems import KeyPath
 from lossray.study.settings import Study
 from lossray.study.table import check_table, function_problems
 from lossray.study.toml import toml_text
@@ -67,7 +67,7 @@ def load_study(name: str | Path, overrides: Sequence[str] = ()) -> LoadedStudy:
         plugins.add_user_folders([Path.cwd(), folder])
         problems = function_problems(study)
     if study is None or problems:
-        lines = [problem.line(_origin(problem.place, changes, table) or str(path)) for problem in problems]
+        lines = [problem.line(_origin(problem.key_path, changes, table) or str(path)) for problem in problems]
         raise StudyError("\n".join(lines))
     if changes:
         text = f"# {path.name} with {'; '.join(change.origin for change in changes)}\n\n{toml_text(changed)}"
@@ -93,8 +93,8 @@ def _read(path: Path) -> tuple[str, dict[str, Any]]:
     try:
         text = path.read_bytes().decode("utf-8-sig")  # editors on Windows put a byte-order mark first
     except UnicodeDecodeError as error:
-        place = f"found a byte that is not UTF-8 at offset {error.start}"
-        raise StudyError(f"{path}: {place}; allowed: TOML, which is UTF-8") from None
+        fault = f"found a byte that is not UTF-8 at offset {error.start}"
+        raise StudyError(f"{path}: {fault}; allowed: TOML, which is UTF-8") from None
     except OSError as error:
         raise StudyError(f"{path}: cannot be read: {error.strerror}") from None
     try:
@@ -103,18 +103,18 @@ def _read(path: Path) -> tuple[str, dict[str, Any]]:
         raise StudyError(f"{path}: not TOML: {error}") from None
 
 
-def _origin(place: Place, overrides: Sequence[Override], table: Mapping[str, Any]) -> str | None:
-    """The override that a problem at `place` comes from; None where the file itself has it."""
+def _origin(key_path: KeyPath, overrides: Sequence[Override], table: Mapping[str, Any]) -> str | None:
+    """The override that a problem at `key_path` comes from; None where the file itself has it."""
     for override in reversed(overrides):
-        inside = place[: len(override.place)] == override.place
-        made = place == override.place[: len(place)] and not _has(table, place)
+        inside = key_path[: len(override.key_path)] == override.key_path
+        made = key_path == override.key_path[: len(key_path)] and not _has(table, key_path)
         if inside or made:
             return override.origin
     return None
 
 
-def _has(table: Any, place: Place) -> bool:
-    for key in place:
+def _has(table: Any, key_path: KeyPath) -> bool:
+    for key in key_path:
         is_key = isinstance(table, Mapping) and key in table
         is_index = isinstance(table, list) and isinstance(key, int) and key < len(table)
         if not (is_key or is_index):

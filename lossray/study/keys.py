@@ -43,16 +43,22 @@ PAIR_TABLES = ("overlaps", "directions", "shares", "angles")
 
 @dataclass(frozen=True)
 class StudyInputs:
-    """What a study depends on and does not contain."""
+    """What a study depends on and does not contain.
 
-    data_key: str  # content hash of the data: `Dataset.fingerprint`
-    sources: Mapping[str, str] = field(default_factory=dict)  # source hash by "package.module:function"
-    recordings: tuple[Recording, ...] = field(default=(), compare=False)  # in the store; not in its manifest
+    Attributes:
+        data_key: content hash of the data, their `Dataset.fingerprint`.
+        sources: source hash by "package.module:function".
+        recordings: the recorded runs in the store; not in its manifest.
+    """
+
+    data_key: str
+    sources: Mapping[str, str] = field(default_factory=dict)
+    recordings: tuple[Recording, ...] = field(default=(), compare=False)
 
     def recorded_steps(self, pack: Pack) -> Mapping[int, str]:
         """Of a recorded run: content hash of its checkpoint by step; ascending."""
-        found = [recording.steps for recording in self.recordings if recording.run == pack.pack_id]
-        return found[0] if found else {}
+        matching = [recording.steps for recording in self.recordings if recording.run == pack.pack_id]
+        return matching[0] if matching else {}
 
 
 def study_inputs(
@@ -80,13 +86,13 @@ def study_inputs(
     functions = study.user_functions()
     for name in functions.values():
         load(name)
-    places = {name: [at for at, other in functions.items() if other == name] for name in functions.values()}
+    uses = {name: [at for at, other in functions.items() if other == name] for name in functions.values()}
     sources = {}
-    for name, own in sorted(places.items()):
-        known = before.sources.get(name) if before else None
-        same_data = own == [("data", "source")] and before is not None and before.data_key == data_key
-        keep = known is not None and (same_data or known == file_hash(name))
-        sources[name] = known if keep and known else source_hash(name)
+    for name, key_paths in sorted(uses.items()):
+        old_hash = before.sources.get(name) if before else None
+        same_data = key_paths == [("data", "source")] and before is not None and before.data_key == data_key
+        keep = old_hash is not None and (same_data or old_hash == file_hash(name))
+        sources[name] = old_hash if keep and old_hash else source_hash(name)
     return StudyInputs(data_key, sources, tuple(recordings))
 
 
@@ -101,7 +107,7 @@ def versions_of(kind: str) -> dict[str, int]:
         that this version does not know.
     """
     training = {"training": KEY_VERSION, **_table_versions(TRAINING_TABLES)}
-    places = {**training, "places": PLACES_VERSION}
+    positions = {**training, "places": PLACES_VERSION}
     form = int(VECTORS_FORMAT.rpartition("/")[2])
     curvature = {"curvature": CURVATURE_VERSION, "vectors": form, **_table_versions(CURVATURE_TABLES)}
     versions = {
@@ -110,9 +116,9 @@ def versions_of(kind: str) -> dict[str, int]:
         "curvature": {**training, **curvature},
         "pair": {**training, **curvature, **_table_versions(PAIR_TABLES)},
         "degeneracy": {**training, "degeneracy": DEGENERACY_VERSION, **_table_versions(["degeneracy"])},
-        "trajectory": {**places, **_table_versions(["trajectory"])},
-        "separations": {**places, **_table_versions(["separations"])},
-        "surfaces": {**places, **curvature, **_table_versions(["surfaces"])},
+        "trajectory": {**positions, **_table_versions(["trajectory"])},
+        "separations": {**positions, **_table_versions(["separations"])},
+        "surfaces": {**positions, **curvature, **_table_versions(["surfaces"])},
         "connectivity": {
             **training,
             "connectivity": CONNECTIVITY_VERSION,
@@ -198,8 +204,8 @@ def trajectory_key(pack: Pack, study: Study, inputs: StudyInputs) -> str:
 def separations_key(pack: Pack, earlier: Sequence[Pack], study: Study, inputs: StudyInputs) -> str:
     """Key of the comparison of a pack's runs with each other and with those of earlier packs."""
     others = [_places(other, study, inputs, "separations") for other in earlier]
-    own = _places(pack, study, inputs, "separations")
-    return content_hash({"kind": "separations", "earlier": others, **own})
+    this_pack = _places(pack, study, inputs, "separations")
+    return content_hash({"kind": "separations", "earlier": others, **this_pack})
 
 
 def surface_key(pack: Pack, step: int, study: Study, inputs: StudyInputs) -> str:
@@ -237,7 +243,7 @@ def connectivity_key(
     """
     assert study.connectivity is not None
     settings = study.connectivity.content()
-    own = ("sigma",) if aligned == "rescaled" else ("kinds", "bends", "steps", "matching")
+    relevant = ("sigma",) if aligned == "rescaled" else ("kinds", "bends", "steps", "matching")
     return content_hash(
         {
             "kind": "connectivity",
@@ -245,7 +251,7 @@ def connectivity_key(
             "training": [training_key(pack, study, inputs) for pack in packs],
             "pairs": [list(pair) for pair in pairs],
             "aligned": aligned,
-            "settings": {name: settings[name] for name in ("points", *own)},
+            "settings": {name: settings[name] for name in ("points", *relevant)},
             "tables": {name: TABLES[name].version for name in CONNECTIVITY_TABLES},
         }
     )
@@ -296,13 +302,13 @@ def pair_tables(study: Study) -> tuple[str, ...]:
     """
     vectors = study.curvature.vectors
     displacement = "displacement" in study.angles.directions
-    wanted = {
+    demands = {
         "overlaps": vectors,
         "directions": displacement,
         "shares": displacement,
         "angles": vectors and displacement,
     }
-    return tuple(name for name, asked in wanted.items() if asked)
+    return tuple(name for name, asked in demands.items() if asked)
 
 
 def _origin(pack: Pack, step: int, study: Study, inputs: StudyInputs) -> Any:

@@ -82,10 +82,10 @@ class Manifest:
         Raises:
             StoreError: the file is of another format version, or damaged.
         """
-        found = plain.get("format_version") if isinstance(plain, dict) else None
-        if type(found) is not int or not 1 <= found <= FORMAT_VERSION:  # of 1 to now, all are read
+        version = plain.get("format_version") if isinstance(plain, dict) else None
+        if type(version) is not int or not 1 <= version <= FORMAT_VERSION:  # of 1 to now, all are read
             raise StoreError(
-                f"{where}: found format version {found}; this lossray, {installed('lossray')}, reads up to "
+                f"{where}: found format version {version}; this lossray, {installed('lossray')}, reads up to "
                 f"version {FORMAT_VERSION}; use the lossray that made the store, or another --out"
             )
         try:
@@ -145,10 +145,10 @@ def extended(
     study leaves out: the store has its rows. The folder goes with the study, since its data paths may be
     relative; None leaves that too.
     """
-    place = old.folder if folder is None else str(Path(folder).resolve())
+    study_folder = old.folder if folder is None else str(Path(folder).resolve())
     plain = study.plain()
     kept = {section: old.study.get(section) for section in ANALYSES if plain[section] is None}
-    return replace(old, study=plain | kept, inputs=inputs, packs=tuple(packs), folder=place)
+    return replace(old, study=plain | kept, inputs=inputs, packs=tuple(packs), folder=study_folder)
 
 
 def other_versions(old: Manifest | None) -> list[str]:
@@ -232,19 +232,19 @@ def _with_defaults(study: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _as_before(section: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     """The new section without what may be added to it."""
-    kept = {key: old[key] for place, key in GROWING if place == section and set(old[key]) <= set(new[key])}
+    kept = {key: old[key] for owner, key in GROWING if owner == section and set(old[key]) <= set(new[key])}
     return {**new, **kept}
 
 
-def _changes(place: str, old: Any, new: Any) -> Iterator[str]:
+def _changes(dotted_key: str, old: Any, new: Any) -> Iterator[str]:
     """``training.steps: the store has 1000, the study says 200``, for each value that differs."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in [*old, *(key for key in new if key not in old)]:
-            yield from _changes(f"{place}.{key}", old.get(key), new.get(key))
+            yield from _changes(f"{dotted_key}.{key}", old.get(key), new.get(key))
     elif isinstance(old, list) and isinstance(new, list) and _shown(old) == _shown(new) and old != new:
-        yield f"{place}: {_list_difference(old, new)}"
+        yield f"{dotted_key}: {_list_difference(old, new)}"
     elif old != new:
-        yield f"{place}: the store has {_shown(old)}, the study says {_shown(new)}"
+        yield f"{dotted_key}: the store has {_shown(old)}, the study says {_shown(new)}"
 
 
 def _list_difference(old: Sequence[Any], new: Sequence[Any]) -> str:
@@ -281,13 +281,13 @@ def _alone(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _lost_trainings(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
     """Optimizers that a model of the store was trained with, and that the study no longer gives it."""
-    given = {content_hash(model): own for model, own in _trainings(new)}
+    given = {content_hash(model): names for model, names in _trainings(new)}
     there = {entry["name"] for entry in new["optimizers"]}
-    for model, own in _trainings(old):
-        lost = sorted((own & there) - given.get(content_hash(model), own))
+    for model, names in _trainings(old):
+        lost = sorted((names & there) - given.get(content_hash(model), names))
         if lost:
-            place = f"models ({model['name']}).optimizers"
-            yield f"{place}: the store has {shown(lost)}, which the study lacks"
+            where = f"models ({model['name']}).optimizers"
+            yield f"{where}: the store has {shown(lost)}, which the study lacks"
 
 
 def _trainings(study: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], set[str]]]:

@@ -8,15 +8,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from lossray.errors import StudyError
-from lossray.study.problems import Place, dotted, shown
+from lossray.study.problems import KeyPath, dotted, shown
 
 
 @dataclass(frozen=True)
 class Override:
-    """A value and where it goes."""
+    """A value and where it goes.
 
-    text: str  # as given
-    place: Place
+    Attributes:
+        text: as given.
+        key_path: where the value goes.
+        value: as TOML has it.
+    """
+
+    text: str
+    key_path: KeyPath
     value: Any
 
     @property
@@ -38,8 +44,8 @@ def parse_override(text: str) -> Override:
     names = [name.strip() for name in re.sub(r"\[(\d+)\]", r".\1", keys).split(".")]
     if not equals or not all(names):
         raise StudyError(f"--set {text}: found no KEY=VALUE; allowed: for example training.steps=200")
-    place = tuple(int(name) if name.isdecimal() else name for name in names)
-    return Override(text, place, _value(text, value.strip()))
+    key_path = tuple(int(name) if name.isdecimal() else name for name in names)
+    return Override(text, key_path, _value(text, value.strip()))
 
 
 def _value(text: str, value: str) -> Any:
@@ -56,14 +62,14 @@ def apply_overrides(table: Mapping[str, Any], overrides: Sequence[Override]) -> 
     """A copy of the table with the values put in; sections that are absent are made.
 
     Raises:
-        StudyError: a list index out of range, or a place below something that is neither table nor list.
+        StudyError: a list index out of range, or a key below something that is neither table nor list.
     """
     changed: dict[str, Any] = copy.deepcopy(dict(table))
     for override in overrides:
         here: Any = changed
-        for i, key in enumerate(override.place):
-            _check_place(here, key, override, override.place[:i])
-            if i == len(override.place) - 1:
+        for i, key in enumerate(override.key_path):
+            _check_key_path(here, key, override, override.key_path[:i])
+            if i == len(override.key_path) - 1:
                 here[key] = override.value
             elif isinstance(here, dict):
                 here = here.setdefault(key, {})
@@ -72,7 +78,7 @@ def apply_overrides(table: Mapping[str, Any], overrides: Sequence[Override]) -> 
     return changed
 
 
-def _check_place(here: Any, key: str | int, override: Override, above: Place) -> None:
+def _check_key_path(here: Any, key: str | int, override: Override, above: KeyPath) -> None:
     name = dotted(above)
     if isinstance(here, list):
         if not isinstance(key, int) or key >= len(here):

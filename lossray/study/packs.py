@@ -21,22 +21,37 @@ AUTO_SIZE = {
 
 @dataclass(frozen=True)
 class Setting:
-    """One model with one optimizer setting: what the runs of a pack have in common."""
+    """One model with one optimizer setting: what the runs of a pack have in common.
+
+    Attributes:
+        setting_id: readable, fit for file names; changes with whatever changes the training of a seed but for
+            the data.
+        model: the model's settings.
+        optimizer: the optimizer's settings; None for that of a recorded run, if lossray does not know it.
+    """
 
     setting_id: str
     model: ModelSettings
-    optimizer: OptimizerSettings | None  # None: that of a recorded run, if lossray does not know it
+    optimizer: OptimizerSettings | None
 
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """What is known of a run that somebody's own script has trained."""
+    """What is known of a run that somebody's own script has trained.
+
+    Attributes:
+        run_id: its name.
+        optimizer: its name, or its class where lossray does not know it.
+        lr: before any schedule.
+        settings: what decides its step, as JSON, where a study file could not say it.
+        adaptive: see `OptimizerEntry`; None without ``settings``.
+    """
 
     run_id: str
-    optimizer: str | None  # its name, or its class where lossray does not know it
-    lr: float | None  # before any schedule
-    settings: str | None = None  # what decides its step, as JSON, where a study file could not say it
-    adaptive: bool | None = None  # see `OptimizerEntry`; with `settings`
+    optimizer: str | None
+    lr: float | None
+    settings: str | None = None
+    adaptive: bool | None = None
 
     def plain(self) -> dict[str, Any]:
         """As JSON-compatible values, those left out that only some recordings have."""
@@ -49,16 +64,26 @@ class Pack:
     """Runs of one setting, trained and analysed together. Once in a manifest it never changes.
 
     A recorded run is a pack of its own, whose checkpoints are there already.
+
+    Attributes:
+        pack_id: names it in the store.
+        setting_id: as in `Setting`.
+        model: the model's settings.
+        optimizer: the optimizer's settings; None for that of a recorded run, if lossray does not know it.
+        seeds: of the members, in order; a recorded run's names its random vectors only.
+        executor: "vmap" or "loop".
+        product_mode: how Hessian-vector products are formed.
+        recorded: the run that it is; None where the study trains it.
     """
 
     pack_id: str
     setting_id: str
     model: ModelSettings
-    optimizer: OptimizerSettings | None  # None: that of a recorded run, if lossray does not know it
-    seeds: tuple[int, ...]  # of the members, in order; a recorded run's names its random vectors only
-    executor: str  # "vmap" | "loop"
-    product_mode: ProductMode  # how Hessian-vector products are formed
-    recorded: RecordedRun | None = None  # None: trained by the study
+    optimizer: OptimizerSettings | None
+    seeds: tuple[int, ...]
+    executor: str
+    product_mode: ProductMode
+    recorded: RecordedRun | None = None
 
     @property
     def run_ids(self) -> tuple[str, ...]:
@@ -158,12 +183,14 @@ def partition(
         return _recorded_packs(study, frozen, decide, recordings)
     packs = list(frozen)
     for setting in settings_of(study) if settings is None else settings:
-        own = [pack for pack in frozen if pack.setting_id == setting.setting_id]
-        covered = {seed for pack in own for seed in pack.seeds}
+        earlier = [pack for pack in frozen if pack.setting_id == setting.setting_id]
+        covered = {seed for pack in earlier for seed in pack.seeds}
         seeds = [seed for seed in study.seeds if seed not in covered]
         if not seeds:
             continue
-        executor, product_mode = (own[0].executor, own[0].product_mode) if own else decide(setting)
+        executor, product_mode = (
+            (earlier[0].executor, earlier[0].product_mode) if earlier else decide(setting)
+        )
         size = AUTO_SIZE[executor] if study.resources.pack == "auto" else study.resources.pack
         for start in range(0, len(seeds), size):
             packs.append(_pack(setting, tuple(seeds[start : start + size]), executor, product_mode))

@@ -13,7 +13,7 @@ from lossray.nullity.settings import DegeneracySettings
 from lossray.operators.settings import CurvatureSettings
 from lossray.plugins import is_spec
 from lossray.settings import Settings, each_once
-from lossray.study.problems import Place
+from lossray.study.problems import KeyPath
 from lossray.training.data_settings import DataSettings, data_settings
 from lossray.training.settings import TrainingSettings
 from lossray.training.update_rules import OptimizerSettings
@@ -144,14 +144,14 @@ class Study(Settings):
             raise ValueError(f"found {twice[0]} twice; allowed: distinct integers from 0")
         return seeds
 
-    def user_functions(self) -> dict[Place, str]:
-        """Each ``package.module:function`` that the study names, by its place in the file."""
-        named: dict[Place, str] = {
+    def user_functions(self) -> dict[KeyPath, str]:
+        """Each ``package.module:function`` that the study names, by its key path in the file."""
+        named: dict[KeyPath, str] = {
             ("data", "source"): self.data.source,
             ("training", "loss"): self.training.loss,
         }
         named |= {("models", i, "name"): model.name for i, model in enumerate(self.models)}
-        return {place: name for place, name in named.items() if is_spec(name)}
+        return {key_path: name for key_path, name in named.items() if is_spec(name)}
 
     def not_computed(self) -> list[str]:
         """One line for each thing that the file asks for and that is not computed.

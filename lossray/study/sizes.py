@@ -67,7 +67,7 @@ def _count(settings: ModelSettings, input_shape: tuple[int, ...], n_outputs: int
 def _overflows(settings: ModelSettings) -> bool:
     """Whether products of neighbouring sizes leave 63 bits."""
     numbers = [value for value in settings.plain().values() if isinstance(value, list | tuple)]
-    sizes = [abs(n) for own in numbers for n in own if isinstance(n, int)]
+    sizes = [abs(n) for values in numbers for n in values if isinstance(n, int)]
     sizes += [abs(n) for n in settings.plain().values() if type(n) is int]
     return bool(sizes) and max(sizes) ** 2 * 64 > 2**63
 

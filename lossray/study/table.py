@@ -12,7 +12,7 @@ from lossray.errors import StudyError
 from lossray.names import unknown_name
 from lossray.networks.settings import MODELS, ModelSettings, model_settings
 from lossray.study.grids import expand_grid
-from lossray.study.problems import Place, Problem, problems_in, shown, without_consequences
+from lossray.study.problems import KeyPath, Problem, problems_in, shown, without_consequences
 from lossray.study.settings import LARGEST_INTEGER, Study
 from lossray.training.data_settings import DataSettings, data_settings
 from lossray.training.settings import TrainingSettings
@@ -43,12 +43,12 @@ def check_table(table: Mapping[str, Any]) -> tuple[Study | None, list[Problem]]:
     if problems:
         return None, problems
     rooms: dict[str, Any] = {}
-    rooms["data"], found = _data(table)
-    problems += found
-    rooms["models"], found = _models(table)
-    problems += found
-    rooms["optimizers"], found = _optimizers(table)
-    problems += found
+    rooms["data"], room_problems = _data(table)
+    problems += room_problems
+    rooms["models"], room_problems = _models(table)
+    problems += room_problems
+    rooms["optimizers"], room_problems = _optimizers(table)
+    problems += room_problems
     problems += _missing(table)
     try:
         study = Study.model_validate(
@@ -62,31 +62,31 @@ def check_table(table: Mapping[str, Any]) -> tuple[Study | None, list[Problem]]:
 def function_problems(study: Study) -> list[Problem]:
     """Import every function of the user's that the study names, and say which cannot be."""
     problems = []
-    for place, name in study.user_functions().items():
+    for key_path, name in study.user_functions().items():
         try:
             plugins.load(name)
         except StudyError as error:
-            problems.append(Problem(place, str(error)))
+            problems.append(Problem(key_path, str(error)))
     return problems
 
 
-def _impossible_values(value: Any, place: Place = ()) -> Iterator[Problem]:
+def _impossible_values(value: Any, key_path: KeyPath = ()) -> Iterator[Problem]:
     """What TOML can say but no setting can mean."""
     if isinstance(value, float) and not math.isfinite(value):
-        yield Problem(place, f"found {shown(value)}; allowed: a finite number")
+        yield Problem(key_path, f"found {shown(value)}; allowed: a finite number")
     elif isinstance(value, int) and abs(value) > LARGEST_INTEGER:
-        yield Problem(place, f"found {value}; allowed: integers of 64 bits")
+        yield Problem(key_path, f"found {value}; allowed: integers of 64 bits")
     elif isinstance(value, date | datetime | time):
         yield Problem(
-            place,
+            key_path,
             f"found the date or time {shown(value)}; allowed: numbers, strings, booleans, lists, tables",
         )
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _impossible_values(item, (*place, key))
+            yield from _impossible_values(item, (*key_path, key))
     elif isinstance(value, list | tuple):
         for i, item in enumerate(value):
-            yield from _impossible_values(item, (*place, i))
+            yield from _impossible_values(item, (*key_path, i))
 
 
 def _missing(table: Mapping[str, Any]) -> Iterator[Problem]:
@@ -155,9 +155,9 @@ def _unknown_optimizers(model: ModelSettings, table: Mapping[str, Any], i: int) 
     names = [str(entry["name"]) for _, entry in entries]
     for name in model.optimizers or ():
         if name not in names:
-            place = ("models", i, "optimizers")
+            key_path = ("models", i, "optimizers")
             yield Problem(
-                place, unknown_name(name, names) if names else f"found {name!r}; the study has none"
+                key_path, unknown_name(name, names) if names else f"found {name!r}; the study has none"
             )
 
 
@@ -166,17 +166,19 @@ def _optimizers(table: Mapping[str, Any]) -> tuple[tuple[OptimizerSettings, ...]
     optimizers: list[OptimizerSettings] = []
     first: dict[str, int] = {}
     for i, entry in tables:
-        place = ("optimizers", i)
+        key_path = ("optimizers", i)
         try:
             points = expand_grid(entry)
         except ValueError as error:
-            problems.append(_at_key(place, entry, str(error)))
+            problems.append(_at_key(key_path, entry, str(error)))
             continue
         for point in points:
             try:
                 optimizers.append(optimizer_settings(point))
             except ValidationError as error:
-                problems += [found for found in problems_in(error, point, place) if found not in problems]
+                problems += [
+                    problem for problem in problems_in(error, point, key_path) if problem not in problems
+                ]
             else:
                 problems += _repeated(optimizers[-1], first, "optimizers", i)
     return tuple(optimizers), problems
@@ -205,10 +207,10 @@ def _tables(
     return tables, problems
 
 
-def _at_key(place: Place, entry: Mapping[str, Any], message: str) -> Problem:
+def _at_key(key_path: KeyPath, entry: Mapping[str, Any], message: str) -> Problem:
     """Messages of `expand_grid` begin with the key."""
     key, _, text = message.partition(": ")
-    return Problem((*place, key), text) if key in entry else Problem(place, message)
+    return Problem((*key_path, key), text) if key in entry else Problem(key_path, message)
 
 
 def _repeated(
