@@ -94,18 +94,18 @@ class Bench:
     """What a method works with, and what it has taken so far for each base run, in gradients of examples.
 
     Attributes:
-        problem: the base runs.
+        base_runs: the base runs.
         budget: what the method may spend.
         bends: control points of a curve between its ends.
     """
 
-    problem: BaseRuns
+    base_runs: BaseRuns
     budget: Budget
     bends: int = 1
 
     def __post_init__(self) -> None:
         """Nothing is spent yet."""
-        self.spent: Array = np.zeros(len(self.problem.seeds))  # [R], replaced when something is paid
+        self.spent: Array = np.zeros(len(self.base_runs.seeds))  # [R], replaced when something is paid
         self._initial_loss: Tensor | None = None  # [R], what divergence is judged by
 
     def pay(self, gradients: float | Array) -> None:
@@ -117,14 +117,14 @@ class Bench:
     def base(self) -> PackedWeights:
         """The base runs after those steps of their own training that the budget has for them."""
         steps = self.budget.base_steps
-        problem, checkpoint = self.problem, self.problem.checkpoint(steps)
-        task = self._task(problem.training, problem.optimizer, problem.seeds)
-        device = problem.dataset.train.targets.device
-        like = torch.empty(0, dtype=getattr(torch, problem.training.dtype), device=device)
+        base_runs, checkpoint = self.base_runs, self.base_runs.checkpoint(steps)
+        task = self._task(base_runs.training, base_runs.optimizer, base_runs.seeds)
+        device = base_runs.dataset.train.targets.device
+        like = torch.empty(0, dtype=getattr(torch, base_runs.training.dtype), device=device)
         pack = resumed(task, like, checkpoint)
         self._initial_loss = pack.initial_loss
         self._advance(task, pack, range(checkpoint.step, steps))
-        self.pay(steps * problem.batch)
+        self.pay(steps * base_runs.batch)
         return _point(pack)
 
     def fresh_runs(self, purpose: str, number: int, steps: int) -> PackedWeights:
@@ -135,14 +135,14 @@ class Bench:
             number: names them too.
             steps: of training.
         """
-        problem = self.problem
-        seeds = self.seeds(purpose, number) if purpose else problem.seeds
-        theta, buffers = problem.build(seeds)
-        task = self._task(self._training(steps), problem.optimizer, seeds)
+        base_runs = self.base_runs
+        seeds = self.seeds(purpose, number) if purpose else base_runs.seeds
+        theta, buffers = base_runs.build(seeds)
+        task = self._task(self._training(steps), base_runs.optimizer, seeds)
         pack = fresh(task, theta, buffers)
         pack.initial_loss = self.initial_loss()
         self._advance(task, pack, range(steps))
-        self.pay(steps * problem.batch)
+        self.pay(steps * base_runs.batch)
         return _point(pack)
 
     def retrain(
@@ -175,10 +175,10 @@ class Bench:
         rates: LearningRates | None = None,
     ) -> list[PackedWeights]:
         """The points after each of the steps ``captures`` of one training with a rate of its own."""
-        problem = self.problem
+        base_runs = self.base_runs
         seeds = self.seeds("cycle", cycle)
         task = replace(
-            self._task(self._training(steps), problem.optimizer, seeds),
+            self._task(self._training(steps), base_runs.optimizer, seeds),
             rate=rate,
             rates=rates or LearningRates(),
         )
@@ -190,19 +190,19 @@ class Bench:
             self._advance(task, pack, range(done, step))
             points.append(_point(pack))
             done = step
-        self.pay(done * problem.batch)
+        self.pay(done * base_runs.batch)
         return points
 
     def curve(self, a: PackedWeights, b: PackedWeights, steps: int, *, cycle: int = 0) -> Path:
         """A Bezier curve from a to b, trained for ``steps``; NaN where it diverges or an end is dead."""
-        problem = self.problem
+        base_runs = self.base_runs
         task = replace(
-            self._task(self._training(steps), problem.optimizer, self.seeds("curve", cycle)),
+            self._task(self._training(steps), base_runs.optimizer, self.seeds("curve", cycle)),
             rate=self.cosine(steps),
         )
         path = bent("bezier", a.theta, b.theta, self.bends)
         curves = train_curves(task, path, a.buffers, initial_loss=self.initial_loss())
-        self.pay(steps * problem.batch)
+        self.pay(steps * base_runs.batch)
         healthy = curves.alive & a.alive & b.alive
         inner = curves.path.points.masked_fill(~healthy[:, None], torch.nan)
         return replace(curves.path, points=inner)
@@ -219,39 +219,41 @@ class Bench:
 
     def refreshed(self, point: PackedWeights) -> PackedWeights:
         """The same weights with batch-norm statistics of the training examples; free where there are none."""
-        if not has_statistics(self.problem.stack.template):
+        if not has_statistics(self.base_runs.stack.template):
             return point
-        self.pay(FORWARD * self.problem.examples)
-        inputs = self.problem.dataset.train.inputs
+        self.pay(FORWARD * self.base_runs.examples)
+        inputs = self.base_runs.dataset.train.inputs
         return replace(
-            point, buffers=refresh_statistics(self.problem.stack, point.theta, point.buffers, inputs)
+            point, buffers=refresh_statistics(self.base_runs.stack, point.theta, point.buffers, inputs)
         )
 
     def cosine(self, steps: int) -> Callable[[int], float]:
         """Half a cosine from the run's learning rate to 0."""
-        settings = self.problem.optimizer.model_copy(update={"schedule": "cosine", "floor": 0.0})
+        settings = self.base_runs.optimizer.model_copy(update={"schedule": "cosine", "floor": 0.0})
         return lambda step: learning_rate(settings, step, steps)
 
     def seeds(self, purpose: str, number: int) -> tuple[int, ...]:
         """Seeds that depend on those of the base runs and a name."""
-        return tuple(stream(seed, f"ensembles/{purpose}", number) for seed in self.problem.seeds)
+        return tuple(stream(seed, f"ensembles/{purpose}", number) for seed in self.base_runs.seeds)
 
     def initial_loss(self) -> Tensor:
         """The base runs' initial losses; read from their first checkpoint where no base was asked for."""
         if self._initial_loss is None:
-            device = self.problem.dataset.train.targets.device
-            self._initial_loss = self.problem.checkpoint(0).initial_loss.to(device)
+            device = self.base_runs.dataset.train.targets.device
+            self._initial_loss = self.base_runs.checkpoint(0).initial_loss.to(device)
         return self._initial_loss
 
     def _training(self, steps: int) -> TrainingSettings:
         """The [training] section for another number of steps."""
-        return self.problem.training.model_copy(update={"steps": steps})
+        return self.base_runs.training.model_copy(update={"steps": steps})
 
     def _task(
         self, training: TrainingSettings, optimizer: OptimizerSettings, seeds: tuple[int, ...]
     ) -> TrainingTask:
-        problem = self.problem
-        return TrainingTask(problem.stack, problem.loss, problem.dataset, training, optimizer, "", seeds)
+        base_runs = self.base_runs
+        return TrainingTask(
+            base_runs.stack, base_runs.loss, base_runs.dataset, training, optimizer, "", seeds
+        )
 
     def _advance(self, task: TrainingTask, pack: PackState, steps: range) -> None:
         for step in steps:

@@ -51,7 +51,7 @@ def lr_equivalent(bench: Bench, options: Options) -> EnsembleMembers:
 def fge(bench: Bench, options: Options) -> EnsembleMembers:
     """Fast geometric ensembling (1802.10026): triangular learning rates, a member at each minimum."""
     base, before = bench.base(), bench.spent
-    high = bench.problem.optimizer.lr
+    high = bench.base_runs.optimizer.lr
     half = bench.budget.cycle_steps // 2
     period = max(1, 2 * half)  # a cycle of one step has no triangle
 
@@ -62,7 +62,7 @@ def fge(bench: Bench, options: Options) -> EnsembleMembers:
     # The step at the lowest rate is made.
     captures = [half + 1 + period * k for k in range(bench.budget.cycles)]
     points = bench.course(base, bench.budget.extra_steps, captures, rate=rate)
-    costs = [before + steps * bench.problem.batch for steps in captures]
+    costs = [before + steps * bench.base_runs.batch for steps in captures]
     return EnsembleMembers((base, *points), (before, *costs))
 
 
@@ -114,7 +114,7 @@ def swa(bench: Bench, options: Options) -> EnsembleMembers:
 def swag(bench: Bench, options: Options) -> EnsembleMembers:
     """Draws from SWA-Gaussian (1902.02476)."""
     points = _iterates(bench)
-    drawn = gaussian_samples(points, bench.problem.seeds, bench.budget.size)
+    drawn = gaussian_samples(points, bench.base_runs.seeds, bench.budget.size)
     members, costs = [], []
     for point in drawn:
         members.append(bench.refreshed(point))
@@ -131,7 +131,7 @@ def simplex(bench: Bench, options: Options) -> EnsembleMembers:
     corners = torch.stack([vertex.theta for vertex in vertices])
     points = [vertices[0], *(bench.refreshed(vertex) for vertex in vertices[1:])][: bench.budget.size]
     for k in range(len(points), bench.budget.size):
-        shares = uniform_shares(bench.problem.seeds, VERTICES, 0, k).to(corners)
+        shares = uniform_shares(bench.base_runs.seeds, VERTICES, 0, k).to(corners)
         theta = torch.einsum("vrd,rv->rd", corners, shares)
         points.append(bench.refreshed(replace(vertices[0], theta=theta)))
     return EnsembleMembers(tuple(point.where(healthy) for point in points), (bench.spent,) * len(points))
@@ -139,7 +139,7 @@ def simplex(bench: Bench, options: Options) -> EnsembleMembers:
 
 def deep_ensemble(bench: Bench, options: Options) -> EnsembleMembers:
     """As many independent runs as the others have members, each in full: more than the budget."""
-    return _independent(bench, bench.budget.size, bench.problem.training.steps)
+    return _independent(bench, bench.budget.size, bench.base_runs.training.steps)
 
 
 def deep_ensemble_equal_total(bench: Bench, options: Options) -> EnsembleMembers:
@@ -156,7 +156,7 @@ def independent(bench: Bench, options: Options) -> EnsembleMembers:
 
 def _displaced(bench: Bench, point: PackedWeights, distance: Tensor, number: int) -> PackedWeights:
     """Moved by a distance [R] in a random direction."""
-    draws = [generator(seed, "ensembles/perturbation", number) for seed in bench.problem.seeds]
+    draws = [generator(seed, "ensembles/perturbation", number) for seed in bench.base_runs.seeds]
     dim = point.theta.shape[1]
     noise = torch.stack([torch.randn(dim, generator=draw, dtype=torch.float64) for draw in draws])
     noise = torch.nn.functional.normalize(noise.to(distance.device), dim=1) * distance[:, None]
@@ -168,7 +168,7 @@ def _iterates(bench: Bench) -> Sequence[PackedWeights]:
     base = bench.base()
     every = max(1, bench.budget.cycle_steps // AVERAGES_PER_CYCLE)
     captures = list(range(every, bench.budget.extra_steps + 1, every)) or [bench.budget.extra_steps]
-    rate = AVERAGED_RATE * bench.problem.optimizer.lr
+    rate = AVERAGED_RATE * bench.base_runs.optimizer.lr
     return bench.course(base, bench.budget.extra_steps, captures, rate=lambda step: rate)
 
 

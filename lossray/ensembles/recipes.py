@@ -47,7 +47,7 @@ def gauges_of(bench: Bench, options: Options) -> Gauges:
 
 def rates_of(bench: Bench, rescaling: Rescaling) -> LearningRates:
     """The learning rates that equal a rescaling."""
-    optimizer = bench.problem.optimizer
+    optimizer = bench.base_runs.optimizer
     rates = equivalent_rates(optimizer, rescaling.diagonal)
     assert rates is not None  # see Method.needs
     return rates

@@ -15,15 +15,15 @@ from lossray.networks.permutations import permutation_symmetry
 from lossray.networks.symmetry import rescaling_symmetry
 
 
-def refusal(method: Method, problem: BaseRuns) -> str | None:
+def refusal(method: Method, base_runs: BaseRuns) -> str | None:
     """Why a method cannot be applied to these runs; None where it can."""
-    model, optimizer = problem.stack.template, problem.optimizer
-    if method.needs is not None and not is_tensor(problem.dataset.train.inputs):
+    model, optimizer = base_runs.stack.template, base_runs.optimizer
+    if method.needs is not None and not is_tensor(base_runs.dataset.train.inputs):
         return SEVERAL_INPUTS
-    data = (problem.dataset.train.inputs, None)
+    data = (base_runs.dataset.train.inputs, None)
     if method.needs is not None:
         try:
-            rescaling_symmetry(model, problem.stack.layout, data)
+            rescaling_symmetry(model, base_runs.stack.layout, data)
         except ModelError as error:
             if method.needs != "alignment" or not _can_be_permuted(model, data):
                 return str(error)

@@ -88,9 +88,9 @@ class Gauges:
     """
 
     def __init__(self, bench: Bench, *, sigma: float, powers_of_two: bool) -> None:
-        stack = bench.problem.stack
+        stack = bench.base_runs.stack
         self.bench, self.sigma, self.powers_of_two = bench, sigma, powers_of_two
-        self.inputs = bench.problem.dataset.train.inputs
+        self.inputs = bench.base_runs.dataset.train.inputs
         self.symmetry = rescaling_symmetry(stack.template, stack.layout, (self.inputs, None))
         self.drawn: list[Rescaling] = []
         self._dead: Tensor | None = None  # [R, units]
@@ -98,16 +98,16 @@ class Gauges:
     def draw(self, point: PackedWeights) -> Rescaling:
         """The next rescaling, at ``point``."""
         bench = self.bench
-        stack, train = bench.problem.stack, bench.problem.dataset.train
+        stack, train = bench.base_runs.stack, bench.base_runs.dataset.train
         dead = self._dead_units(point)
-        before = largest_eigenvalue(bench.problem, point)
-        sigma = torch.full((len(bench.problem.seeds),), self.sigma, dtype=torch.float64)
+        before = largest_eigenvalue(bench.base_runs, point)
+        sigma = torch.full((len(bench.base_runs.seeds),), self.sigma, dtype=torch.float64)
         trying = np.ones(len(sigma), dtype=bool)
         for trial in range(HALVINGS + 1):
             exact = self._diagonal(sigma, dead).to(point.theta.device)
             diagonal = exact.to(point.theta.dtype)
             scaled = replace(point, theta=point.theta * diagonal)
-            after = largest_eigenvalue(bench.problem, scaled)
+            after = largest_eigenvalue(bench.base_runs, scaled)
             bench.pay(self._estimate * trying)
             trying = trying & self._too_steep(before, after).numpy()
             if trial == 0:
@@ -123,7 +123,7 @@ class Gauges:
             after,
             output_change(stack, point.theta, scaled.theta, point.buffers, train.inputs),
             torch.linalg.vector_norm(scaled.theta.double() - point.theta.double(), dim=1),
-            line_barrier(bench.problem, point, scaled, train),
+            line_barrier(bench.base_runs, point, scaled, train),
             dead.sum(dim=1),
         )
         self.drawn.append(rescaling)
@@ -131,11 +131,11 @@ class Gauges:
 
     def _require_kept(self, point: PackedWeights, diagonal: Tensor) -> None:
         """Refuse a rescaling that changes the function of a run by more than rounding."""
-        stack, scaled = self.bench.problem.stack, point.theta.double() * diagonal
+        stack, scaled = self.bench.base_runs.stack, point.theta.double() * diagonal
         eps = self.symmetry.seen.eps
         kept = keeps_function(stack, point.theta, scaled, point.buffers, self.inputs, eps=eps)
         if bool((point.alive & ~kept).any()):
-            seed = self.bench.problem.seeds[int((point.alive & ~kept).nonzero()[0])]
+            seed = self.bench.base_runs.seeds[int((point.alive & ~kept).nonzero()[0])]
             raise ModelError(
                 f"the run of seed {seed}: its outputs change by more than rounding where its units are "
                 "rescaled: they depend on more than its layers show; take the methods that rescale out of "
@@ -164,7 +164,7 @@ class Gauges:
 
         Adaptive methods adapt to the gauge: their preconditioner is not known before they have made steps.
         """
-        optimizer = self.bench.problem.optimizer
+        optimizer = self.bench.base_runs.optimizer
         entry = OPTIMIZERS[optimizer.name]
         if entry.scale != "identity" or entry.threshold is None:
             return None
@@ -173,14 +173,14 @@ class Gauges:
     @property
     def _estimate(self) -> float:
         """What one estimate of the largest eigenvalue costs; nothing where it decides nothing."""
-        examples = min(SHARPNESS_EXAMPLES, self.bench.problem.examples)
+        examples = min(SHARPNESS_EXAMPLES, self.bench.base_runs.examples)
         return 0.0 if self._limit is None else (1 + PRODUCT * LANCZOS_STEPS) * examples
 
     def _too_steep(self, before: Tensor, after: Tensor) -> Tensor:
         """Whether the learning rate is unstable at D theta, [R]."""
         if self._limit is None:
             return torch.zeros(len(after), dtype=torch.bool)
-        lr = self.bench.problem.optimizer.lr
+        lr = self.bench.base_runs.optimizer.lr
         return (lr * after >= torch.clamp(WORSE * lr * before, min=self._limit)).cpu()
 
 
@@ -207,18 +207,18 @@ def dead_units(bench: Bench, symmetry: RescalingSymmetry, point: PackedWeights) 
 
     Their outgoing weights have no gradient, whatever the loss is: here a random combination of the outputs.
     """
-    problem = bench.problem
-    inputs = problem.dataset.train.inputs
+    base_runs = bench.base_runs
+    inputs = base_runs.dataset.train.inputs
     weights = torch.randn(
         count(inputs),
-        problem.dataset.n_outputs,
+        base_runs.dataset.n_outputs,
         generator=generator(0, "ensembles/dead units"),
         dtype=torch.float64,
     ).to(point.theta)
     size = _at_once(point)
     active = torch.zeros(len(point.theta), symmetry.units, dtype=torch.bool, device=point.theta.device)
     for some, some_weights in zip(chunks(inputs, size), weights.split(size), strict=True):
-        _, gradient = problem.stack.gradients(
+        _, gradient = base_runs.stack.gradients(
             point.theta,
             point.buffers,
             some,
@@ -226,27 +226,29 @@ def dead_units(bench: Bench, symmetry: RescalingSymmetry, point: PackedWeights) 
             lambda outputs, targets: (outputs * targets).mean(),
         )
         active |= symmetry.outgoing_sums(gradient.abs()) != 0
-    bench.pay(problem.examples)
+    bench.pay(base_runs.examples)
     return ~active
 
 
 @torch.no_grad()
-def largest_eigenvalue(problem: BaseRuns, point: PackedWeights) -> Tensor:
+def largest_eigenvalue(base_runs: BaseRuns, point: PackedWeights) -> Tensor:
     """A lower bound of the largest Hessian eigenvalue, [R] float64: Lanczos on some examples."""
-    train = problem.dataset.train
-    some = min(SHARPNESS_EXAMPLES, problem.examples)
+    train = base_runs.dataset.train
+    some = min(SHARPNESS_EXAMPLES, base_runs.examples)
     objective = PackedObjective(
-        problem.stack,
+        base_runs.stack,
         point.theta.masked_fill(~point.alive[:, None], torch.nan),
         point.buffers,
-        problem.loss,
+        base_runs.loss,
         [(rows(train.inputs, slice(some)), train.targets[:some])],
         dtype=point.theta.dtype,
     )
     hessian = PackedHessian(objective)
     draws = [
-        torch.randn(problem.stack.dim, generator=generator(seed, "ensembles/sharpness"), dtype=torch.float64)
-        for seed in problem.seeds
+        torch.randn(
+            base_runs.stack.dim, generator=generator(seed, "ensembles/sharpness"), dtype=torch.float64
+        )
+        for seed in base_runs.seeds
     ]
     noise = normalize(torch.stack(draws).to(point.theta.device), dim=1)
     start = normalize(hessian.gradient, dim=1) + NOISE * noise

@@ -28,31 +28,31 @@ def grow(bench: Bench, vertices: Sequence[PackedWeights], steps: int) -> PackedW
         vertices: those that stay, at least one.
         steps: of training.
     """
-    problem = bench.problem
+    base_runs = bench.base_runs
     number = len(vertices)
     fixed = torch.stack([vertex.theta for vertex in vertices])  # [V, R, d]
     middle = fixed.mean(dim=0)
-    draws = [generator(seed, "ensembles/vertex", number) for seed in problem.seeds]
-    away = torch.stack([torch.randn(problem.stack.dim, generator=draw) for draw in draws]).to(middle)
+    draws = [generator(seed, "ensembles/vertex", number) for seed in base_runs.seeds]
+    away = torch.stack([torch.randn(base_runs.stack.dim, generator=draw) for draw in draws]).to(middle)
     length = START * torch.linalg.vector_norm(fixed[0], dim=1) / torch.linalg.vector_norm(away, dim=1)
     theta = middle + length[:, None] * away
     healthy = torch.stack([vertex.alive for vertex in vertices]).all(dim=0)
     seeds, rate = bench.seeds("vertex", number), bench.cosine(steps)
     initial_loss = bench.initial_loss()
-    optimizer = PackedOptimizer(problem.optimizer, theta, problem.stack.layout)
+    optimizer = PackedOptimizer(base_runs.optimizer, theta, base_runs.stack.layout)
     buffers = {name: tensor.clone() for name, tensor in vertices[0].buffers.items()}
     for step in range(steps):
-        shares = uniform_shares(problem.seeds, number + 1, number, step).to(theta)  # [R, V + 1]
+        shares = uniform_shares(base_runs.seeds, number + 1, number, step).to(theta)  # [R, V + 1]
         here = torch.einsum("vrd,rv->rd", fixed, shares[:, :-1]) + shares[:, -1:] * theta
-        batch = next_minibatch(problem.dataset, problem.training, seeds, step)
+        batch = next_minibatch(base_runs.dataset, base_runs.training, seeds, step)
         losses, gradient = gradient_in_training(
-            problem.stack, here, buffers, problem.loss, batch, seeds, step
+            base_runs.stack, here, buffers, base_runs.loss, batch, seeds, step
         )
-        bounded = below_limit(losses, initial_loss, problem.training.diverged_above, theta.dtype)
+        bounded = below_limit(losses, initial_loss, base_runs.training.diverged_above, theta.dtype)
         healthy = healthy & bounded & all_finite(gradient)
         pull = shares[:, -1:] * gradient - VOLUME * _growth(theta, fixed)
         optimizer.step(torch.where(healthy[:, None], pull, 0.0), rate(step), alive=healthy)
-    bench.pay(steps * problem.batch)
+    bench.pay(steps * base_runs.batch)
     return replace(vertices[0], theta=optimizer.theta.clone(), alive=healthy & all_finite(optimizer.theta))
 
 

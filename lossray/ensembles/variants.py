@@ -99,12 +99,12 @@ def _retrained(
 
 def _aligned(bench: Bench, points: PackedWeights, to: PackedWeights) -> PackedWeights:
     """Permutation and scale of each run's point to another; the same functions."""
-    problem = bench.problem
+    base_runs = bench.base_runs
     alignment = packed_align(
-        problem.stack,
+        base_runs.stack,
         (points.theta, points.buffers),
         (to.theta, to.buffers),
-        problem.dataset.train.inputs,
+        base_runs.dataset.train.inputs,
         alive=points.alive & to.alive,
     )
     return PackedWeights(alignment.theta, alignment.buffers, points.alive)

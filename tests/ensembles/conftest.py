@@ -64,27 +64,27 @@ def make_problem():
 
 
 @pytest.fixture(scope="session")
-def problem(make_problem):
+def base_runs(make_problem):
     """Plain descent in float64."""
     return make_problem()
 
 
 @pytest.fixture
 def bench_of():
-    """``bench_of(problem, trainings)``: a fresh bench."""
+    """``bench_of(base_runs, trainings)``: a fresh bench."""
 
-    def make(problem, trainings=2.0, cycle=4):
-        return Bench(problem, Budget(trainings, problem.training.steps, cycle))
+    def make(base_runs, trainings=2.0, cycle=4):
+        return Bench(base_runs, Budget(trainings, base_runs.training.steps, cycle))
 
     return make
 
 
 @pytest.fixture(scope="session")
 def outputs_of():
-    """``outputs_of(problem, point)``: outputs on the test split, [R, N, C]."""
+    """``outputs_of(base_runs, point)``: outputs on the test split, [R, N, C]."""
 
-    def outputs(problem, point):
+    def outputs(base_runs, point):
         with torch.no_grad():
-            return problem.stack.outputs(point.theta, point.buffers, problem.dataset.test.inputs)
+            return base_runs.stack.outputs(point.theta, point.buffers, base_runs.dataset.test.inputs)
 
     return outputs
