@@ -43,10 +43,18 @@ DENSE_SECONDS = 1.0  # all eigenvalues of one matrix of order 3,000; grows with 
 
 @dataclass(frozen=True)
 class Cost:
-    """Estimated cost of one pack."""
+    """Estimated cost of one pack.
+
+    Attributes:
+        n_params: d of the model.
+        products: Hessian-vector products, each for all members at once.
+        training_seconds: of the training's steps and evaluations.
+        curvature_seconds: of the analyses and of all that follows them, retraining included.
+        disk_bytes: of its results in the store.
+    """
 
     n_params: int
-    products: int  # Hessian-vector products, each for all members at once
+    products: int
     training_seconds: float
     curvature_seconds: float
     disk_bytes: int
@@ -114,8 +122,8 @@ def _further_gauges(study: Study, pack: Pack) -> int:
     if not asks_for_angles(study):
         return 0
     scaled = pack.optimizer is not None and callable(OPTIMIZERS[pack.optimizer.name].scale)
-    own = {"raw": False, "balanced": True, "adaptive": True, "preconditioned": scaled}
-    return sum(own[name] for name in study.angles.gauges)
+    searched = {"raw": False, "balanced": True, "adaptive": True, "preconditioned": scaled}
+    return sum(searched[name] for name in study.angles.gauges)
 
 
 def _searches_sharpness(study: Study, pack: Pack) -> bool:
@@ -150,8 +158,8 @@ def _retraining_steps(pack_plan: PackPlan, study: Study) -> float:
     for job in pack_plan.further.values():
         if isinstance(job, ConnectivityJob) and study.connectivity is not None and job.aligned != RESCALED:
             curves = sum(kind != "line" for kind in study.connectivity.kinds)
-            own = study.connectivity.steps or study.training.steps
-            steps += curves * own * len(job.pairs) / len(pack_plan.pack.seeds)
+            curve_steps = study.connectivity.steps or study.training.steps
+            steps += curves * curve_steps * len(job.pairs) / len(pack_plan.pack.seeds)
         elif isinstance(job, EnsembleJob) and study.ensembles is not None:
             budgets = [study.ensembles.budget(b, study.training.steps) for b in study.ensembles.budgets]
             steps += sum(METHODS[job.method].steps(budget) for budget in budgets)
@@ -216,7 +224,7 @@ def _time_training(pack: Pack, study: Study, dataset: Dataset) -> _Timed:
     # Each is so many steps and an evaluation. The quickest of several counts, since a hiccup of the machine
     # is many steps long.
     short, long = (
-        min(own.seconds for before, own in pairwise(segments[1:]) if own.step - before.step == steps)
+        min(after.seconds for before, after in pairwise(segments[1:]) if after.step - before.step == steps)
         for steps in (1, LONG_SEGMENT)
     )
     per_step = max(long - short, 0.0) / (LONG_SEGMENT - 1)

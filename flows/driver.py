@@ -85,12 +85,19 @@ class Ready(NamedTuple):
 
 @dataclass
 class Trainer:
-    """A training actor at work."""
+    """A training actor at work.
+
+    Attributes:
+        plan: of the pack that it trains.
+        actor: Ray's handle.
+        attempt: the try at the training.
+        seen: steps whose checkpoints have arrived, over all attempts.
+    """
 
     plan: PackPlan
     actor: Any
     attempt: Attempt
-    seen: set[int] = field(default_factory=set)  # steps whose checkpoints have arrived, over all attempts
+    seen: set[int] = field(default_factory=set)
 
 
 class Driver:

@@ -89,11 +89,11 @@ def _packs(plan: Plan, costs: Sequence[Cost]) -> list[str]:
     lines = [f"{'setting':36} {'parameters':>10} {'runs':>5} {'packs':>5}  executor  products       cost"]
     packs = [(plan.pack, cost) for plan, cost in zip(plan.packs, costs, strict=True)]
     for setting in dict.fromkeys(pack.setting_id for pack, _ in packs):
-        own = [(pack, cost) for pack, cost in packs if pack.setting_id == setting]
-        (pack, cost), runs = own[0], sum(len(pack.seeds) for pack, _ in own)
+        of_setting = [(pack, cost) for pack, cost in packs if pack.setting_id == setting]
+        (pack, cost), runs = of_setting[0], sum(len(pack.seeds) for pack, _ in of_setting)
         lines.append(
-            f"{setting:36} {cost.n_params:10,} {runs:5} {len(own):5}  {pack.executor:8}  "
-            f"{pack.product_mode:9} {duration(sum(cost.seconds for _, cost in own)):>8}"
+            f"{setting:36} {cost.n_params:10,} {runs:5} {len(of_setting):5}  {pack.executor:8}  "
+            f"{pack.product_mode:9} {duration(sum(cost.seconds for _, cost in of_setting)):>8}"
         )
     return lines
 
@@ -132,7 +132,7 @@ def _tuned(request: Request, tuning: Round) -> list[str]:
         f"learning rates are tuned: the best of each of {grids} grids is analysed, the other runs are only "
         f"trained; beyond an edge that is the best up to {most} rates are added, a factor of {factor:g} "
         f"each: {most_added(study)} settings at most",
-        *(f"  {name}: lr {', '.join(f'{lr:g}' for lr in sorted(own))}" for name, own in rates.items()),
+        *(f"  {name}: lr {', '.join(f'{lr:g}' for lr in sorted(grid))}" for name, grid in rates.items()),
     ]
 
 

@@ -67,9 +67,11 @@ def _decided(study: Study, dataset: Dataset, device: str, setting: Setting) -> t
     else:
         stack, theta, buffers = build_stack(build, study.seeds[:size], executor=executor, dtype=dtype)
     for split in ("train", "validation", "test"):
-        own = getattr(dataset, split)
-        if len(own.targets):
-            whole = PackedObjective(stack, theta, buffers, loss, [(own.inputs, own.targets)], dtype=dtype)
+        examples = getattr(dataset, split)
+        if len(examples.targets):
+            whole = PackedObjective(
+                stack, theta, buffers, loss, [(examples.inputs, examples.targets)], dtype=dtype
+            )
             require_example_mean(whole, purpose=f"the loss over the {split} split", anywhere=True)
     n_examples = len(analysis_set(dataset, study.curvature.examples).targets)
     mode = choose_product_mode(stack, theta, buffers, loss, few, n_examples=n_examples, dtype=dtype)

@@ -48,14 +48,23 @@ AnalysisJob = CurvatureJob | PairJob | FurtherJob
 
 @dataclass(frozen=True)
 class PackPlan:
-    """The tasks of one pack; one that is only trained has no keys but those of its training."""
+    """The tasks of one pack; one that is only trained has no keys but those of its training.
+
+    Attributes:
+        pack: whose tasks they are.
+        training_key: key of its training.
+        checkpoint_keys: by step, key of the training segment that ends there.
+        curvature_keys: by step, key of the checkpoint's analysis.
+        pair_keys: by two neighbouring steps, key of their comparison.
+        further: other jobs, which wait for several things.
+    """
 
     pack: Pack
     training_key: str
-    checkpoint_keys: Mapping[int, str]  # step -> key of the training segment that ends there
-    curvature_keys: Mapping[int, str]  # step -> key of the checkpoint's analysis
-    pair_keys: Mapping[tuple[int, int], str]  # two neighbouring steps -> key of their comparison
-    further: Mapping[Follower, FurtherJob]  # other jobs, which wait for several things
+    checkpoint_keys: Mapping[int, str]
+    curvature_keys: Mapping[int, str]
+    pair_keys: Mapping[tuple[int, int], str]
+    further: Mapping[Follower, FurtherJob]
 
     @property
     def followers(self) -> Iterator[Follower]:
@@ -74,7 +83,12 @@ class PackPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """All tasks of a study."""
+    """All tasks of a study.
+
+    Attributes:
+        context: what all jobs share.
+        packs: the tasks of each pack.
+    """
 
     context: Context
     packs: tuple[PackPlan, ...]
@@ -200,14 +214,14 @@ def _trajectory(
     study, recorded = context.study, pack.recorded is not None
     if study.trajectory is None or not steps:
         return
-    own = _events("trained", pack, steps)
+    events = _events("trained", pack, steps)
     axes = TrajectoryJob(context, pack, steps, trajectory_key(pack, study, inputs), Attempt())
-    yield Follower(axes.kind, pack.pack_id, axes.step, axes.key, own), axes
+    yield Follower(axes.kind, pack.pack_id, axes.step, axes.key, events), axes
     earlier = tuple(other for other in before if other.setting_id == pack.setting_id)
     if study.trajectory.between_seeds and not recorded and (earlier or len(pack.seeds) > 1):
         key = separations_key(pack, earlier, study, inputs)
         job = SeparationsJob(context, pack, earlier, steps, key, Attempt())
-        needs = own.union(*(_events("trained", other, steps) for other in earlier))
+        needs = events.union(*(_events("trained", other, steps) for other in earlier))
         yield Follower(job.kind, pack.pack_id, job.step, key, needs), job
 
 
@@ -239,15 +253,15 @@ def _connectivity(
     step = study.training.steps
     earlier = tuple(other for other in before if other.setting_id == pack.setting_id)
     pairs = tuple(pairs_of(settings, pack, earlier))
-    wanted: dict[AlignmentKind | Literal["rescaled"], tuple[tuple[str, str], ...]]
-    wanted = {name: pairs for name in settings.align if pairs}
+    pairs_by_alignment: dict[AlignmentKind | Literal["rescaled"], tuple[tuple[str, str], ...]]
+    pairs_by_alignment = {name: pairs for name in settings.align if pairs}
     if settings.rescaled:
-        wanted[RESCALED] = tuple((run_id, run_id) for run_id in pack.run_ids)
-    for aligned, own in wanted.items():
-        needed = {run_id for pair in own for run_id in pair}
+        pairs_by_alignment[RESCALED] = tuple((run_id, run_id) for run_id in pack.run_ids)
+    for aligned, run_pairs in pairs_by_alignment.items():
+        needed = {run_id for pair in run_pairs for run_id in pair}
         packs = [other for other in (*earlier, pack) if not needed.isdisjoint(other.run_ids)]
-        key = connectivity_key(packs, own, aligned, study, inputs)
-        job = ConnectivityJob(context, pack, tuple(packs[:-1]), own, aligned, step, key, Attempt())
+        key = connectivity_key(packs, run_pairs, aligned, study, inputs)
+        job = ConnectivityJob(context, pack, tuple(packs[:-1]), run_pairs, aligned, step, key, Attempt())
         events: frozenset[Event] = frozenset().union(*(_events("trained", other, [step]) for other in packs))
         yield Follower(job.kind, pack.pack_id, step, key, events), job
 

@@ -19,23 +19,43 @@ LINE_SECONDS = 10.0  # between two plain lines
 
 @dataclass
 class Counts:
-    """What there is to do and what is done; resumed work counts as done from the start."""
+    """What there is to do and what is done; resumed work counts as done from the start.
+
+    Attributes:
+        runs: to be trained.
+        runs_done: of them.
+        runs_failed: of them.
+        checkpoints: of packs, to be trained.
+        checkpoints_trained: of them.
+        to_analyse: checkpoints that are to be analysed; not all where rates are tuned.
+        checkpoints_analysed: of them.
+        checkpoints_failed: of them.
+        pairs: of neighbouring checkpoints, to be compared.
+        pairs_done: of them.
+        pairs_failed: of them.
+        further: other jobs, such as degeneracy, trajectories, surfaces.
+        further_done: of them.
+        further_failed: of them.
+        units: checkpoints trained and analysed, pairs compared, and the other jobs: the measure of the time
+            left.
+        units_done: of them.
+    """
 
     runs: int = 0
     runs_done: int = 0
     runs_failed: int = 0
-    checkpoints: int = 0  # of packs
+    checkpoints: int = 0
     checkpoints_trained: int = 0
-    to_analyse: int = 0  # checkpoints; not all where rates are tuned
+    to_analyse: int = 0
     checkpoints_analysed: int = 0
     checkpoints_failed: int = 0
-    pairs: int = 0  # of neighbouring checkpoints, to be compared
+    pairs: int = 0
     pairs_done: int = 0
     pairs_failed: int = 0
-    further: int = 0  # other jobs: degeneracy, trajectories, surfaces
+    further: int = 0
     further_done: int = 0
     further_failed: int = 0
-    units: int = 0  # checkpoints trained and analysed, pairs compared, the others: the measure of time left
+    units: int = 0
     units_done: int = 0
 
 
@@ -43,10 +63,12 @@ class Counts:
 class Progress:
     """Shows and publishes the counts.
 
-    Args:
+    Attributes:
         store: whose progress.json is written.
         counts: mutated by the driver, then shown by `refresh`.
         running: names what runs at this moment.
+        state: such as "running", for display and file.
+        started: when, on the monotonic clock.
     """
 
     store: Store

@@ -47,15 +47,25 @@ Rule = Callable[[Setting], tuple[str, ProductMode]]  # executor and product mode
 
 @dataclass(frozen=True)
 class Request:
-    """A study that has been checked against its data and its store; nothing has been written yet."""
+    """A study that has been checked against its data and its store; nothing has been written yet.
+
+    Attributes:
+        loaded: the study as its file has it.
+        store: where its results go.
+        context: what all jobs share.
+        inputs: what the study depends on and does not contain.
+        dataset: its data.
+        manifest: of the store; None where it has none.
+        recompute: whether to withdraw what was computed with other source of the user's functions.
+    """
 
     loaded: LoadedStudy
     store: Store
     context: Context
     inputs: StudyInputs
     dataset: Dataset
-    manifest: Manifest | None  # of the store, where it has one
-    recompute: bool = False  # withdraw what was computed with other source of the user's functions
+    manifest: Manifest | None
+    recompute: bool = False
 
     @property
     def edited(self) -> dict[str, list[str]]:
@@ -132,10 +142,10 @@ def superseded(request: Request, plan: Plan) -> list[Superseded]:
         return []
     made_with = request.manifest.versions.get("lossray", "unknown")
     kept = kept_keys(request, plan)
-    found = find_superseded(request.store, plan, kept, made_with, request.edited)
+    entries = find_superseded(request.store, plan, kept, made_with, request.edited)
     if not request.recompute:
-        check_edited(found)
-    return found
+        check_edited(entries)
+    return entries
 
 
 def kept_keys(request: Request, plan: Plan) -> set[str]:
@@ -177,10 +187,10 @@ def try_settings(request: Request, device: str) -> Rule:
             decided[model] = decide(study, request.dataset, device, setting)
         return decided[model]
 
-    known = {pack.setting_id for pack in request.frozen}
+    frozen = {pack.setting_id for pack in request.frozen}
     try:
         for setting in settings_of(study, request.inputs.recordings):
-            if setting.setting_id not in known:
+            if setting.setting_id not in frozen:
                 rule(setting)
     except ModelError as error:
         raise ModelError(f"{path}: models: {error}") from error

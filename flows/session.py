@@ -26,7 +26,12 @@ CONNECT_SECONDS = 5.0  # Ray itself keeps trying for many minutes to reach a hea
 
 @dataclass(frozen=True)
 class Share:
-    """What one task of a kind takes."""
+    """What one task of a kind takes.
+
+    Attributes:
+        cpus: CPUs of Ray, or a fraction of one.
+        gpus: GPUs, likewise.
+    """
 
     cpus: float
     gpus: float
@@ -38,13 +43,21 @@ class Share:
 
 @dataclass(frozen=True)
 class Capacity:
-    """How a study divides a cluster."""
+    """How a study divides a cluster.
+
+    Attributes:
+        train: what a training actor takes.
+        curvature: what a curvature task takes.
+        trainers: training actors at a time; leaves one curvature slot wherever two tasks fit.
+        trainers_alone: likewise, when nothing is to be analysed.
+        curvatures: curvature tasks at a time when nothing trains.
+    """
 
     train: Share
     curvature: Share
-    trainers: int  # training actors at a time; leaves one curvature slot wherever two tasks fit
-    trainers_alone: int  # likewise, when nothing is to be analysed
-    curvatures: int  # curvature tasks at a time when nothing trains
+    trainers: int
+    trainers_alone: int
+    curvatures: int
 
 
 @contextmanager
@@ -71,7 +84,7 @@ def ray_session(
     said = f"--address {address}" if address else f"RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}"
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     _check_reachable(address, said)
-    own = {"include_dashboard": dashboard} if address == "local" else {}
+    options = {"include_dashboard": dashboard} if address == "local" else {}
     environment = {
         "env_vars": {USER_FOLDERS_VARIABLE: os.pathsep.join(user_folders)},
         "worker_process_setup_hook": "lossray.imports.worker_setup",
@@ -83,7 +96,7 @@ def ray_session(
             runtime_env=environment,
             log_to_driver=False,
             logging_level="ERROR",
-            **own,
+            **options,
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise _no_ray(address, said, error) from error

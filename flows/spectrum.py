@@ -48,25 +48,42 @@ PROBES, STEPS = 4, 64  # of the density
 
 @dataclass(frozen=True)
 class SpectrumRequest:
-    """What to analyse."""
+    """What to analyse.
+
+    Attributes:
+        model: ``package.module:function`` that builds it.
+        data: a function that returns them, a Parquet file, or "digits".
+        weights: path of a file; None for those that the function makes.
+        loss: name of a loss, or a function.
+        top: eigenpairs at the large end.
+        examples: size of a stratified part of the data; None for all.
+        dtype: of the products.
+        operator: "hessian", "ggn" or "fisher".
+    """
 
     model: str
     data: str
     weights: str | None = None
     loss: str = "cross_entropy"
     top: int = 10
-    examples: int | None = None  # None: all
+    examples: int | None = None
     dtype: str = "float32"
     operator: str = "hessian"
 
 
 @dataclass(frozen=True)
 class ModelAndData:
-    """The model and the examples, read and checked."""
+    """The model and the examples, read and checked.
+
+    Attributes:
+        model: with its weights, in eval mode.
+        data: of which the examples are taken.
+        examples: number of those that are analysed.
+    """
 
     model: nn.Module
     data: Dataset
-    examples: int | Literal["all"]  # of the data
+    examples: int | Literal["all"]
 
 
 def spectrum(request: SpectrumRequest, out: str | None = None) -> str:
@@ -83,12 +100,12 @@ def spectrum(request: SpectrumRequest, out: str | None = None) -> str:
         LossrayError: bad input; nothing was written.
     """
     add_user_folders([os.getcwd()])
-    for name, found, allowed in (
+    for name, given, allowed in (
         ("--operator", request.operator, OPERATORS),
         ("--dtype", request.dtype, DTYPES),
     ):
-        if found not in allowed:
-            raise StudyError(f"{name}: {unknown_name(found, allowed)}")
+        if given not in allowed:
+            raise StudyError(f"{name}: {unknown_name(given, allowed)}")
     store = open_store(out) if out is not None else None
     watch = Stopwatch(Attempt(), device="cpu")
     point = read_point(request)

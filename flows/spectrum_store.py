@@ -21,9 +21,16 @@ from tasks.commit_record import Stopwatch
 
 @dataclass(frozen=True)
 class Origin:
-    """What a spectrum was computed from."""
+    """What a spectrum was computed from.
 
-    request: Mapping[str, Any]  # JSON-compatible; with "model", "operator" and "dtype"
+    Attributes:
+        request: JSON-compatible, with "model", "operator" and "dtype".
+        model: with its weights.
+        data: of which the examples are taken.
+        examples: number of those that were analysed.
+    """
+
+    request: Mapping[str, Any]
     model: nn.Module
     data: Dataset
     examples: int | Literal["all"]
@@ -58,15 +65,15 @@ def publish(
     # With the versions of its numbers: those of another lossray stand beside, under another run.
     key = content_hash({"kind": "spectrum", "versions": versions_of("curvature"), **content})
     run_id = f"{request['model'].rpartition(':')[2]}-{key[:8]}"
-    own = {"run_id": run_id, "step": 0, "operator": request["operator"], "block": "all"}
+    columns = {"run_id": run_id, "step": 0, "operator": request["operator"], "block": "all"}
     settings = {
         "n_examples": len(analysis_set(origin.data, origin.examples).targets),
         "data_fingerprint": analysis_fingerprint(origin.data, origin.examples),
         "dtype": request["dtype"],
     }
-    store.publish("eigenvalues", key, eigenvalue_rows([own], analysis))
-    store.publish("density", key, density_rows([own], analysis))
-    store.publish("curvature", key, curvature_rows([own], analysis, operator, settings))
+    store.publish("eigenvalues", key, eigenvalue_rows([columns], analysis))
+    store.publish("density", key, density_rows([columns], analysis))
+    store.publish("curvature", key, curvature_rows([columns], analysis, operator, settings))
     store.commit(watch.record(key, "curvature", step=0) | {"run_id": run_id})
     publish_tables(store)
 

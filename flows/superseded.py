@@ -98,7 +98,7 @@ def find_superseded(
     ]
 
 
-def check_edited(found: Sequence[Superseded]) -> None:
+def check_edited(superseded: Sequence[Superseded]) -> None:
     """Refuse to lose results that were computed with functions of the user's that were edited since.
 
     A pack whose training has failed has nothing to lose: what is left of it was mended.
@@ -106,8 +106,8 @@ def check_edited(found: Sequence[Superseded]) -> None:
     Raises:
         StoreError: naming the functions and what depends on them.
     """
-    failed = {entry.pack_id for entry in found if entry.kind == "training" and not entry.done}
-    lost = [entry for entry in found if entry.done and entry.edited and entry.pack_id not in failed]
+    failed = {entry.pack_id for entry in superseded if entry.kind == "training" and not entry.done}
+    lost = [entry for entry in superseded if entry.done and entry.edited and entry.pack_id not in failed]
     if lost:
         functions = ", ".join(sorted({name for entry in lost for name in entry.edited}))
         counts = Counter(entry.kind for entry in lost)
@@ -143,7 +143,7 @@ def withdraw(store: Store, keep: Collection[str]) -> None:
 
 def explained(superseded: Iterable[Superseded]) -> list[str]:
     """One line for each kind and reason: "curvature of 24 checkpoints will be computed again: ..."."""
-    groups = Counter((found.kind, found.again, found.reason) for found in superseded if found.done)
+    groups = Counter((entry.kind, entry.again, entry.reason) for entry in superseded if entry.done)
     order = sorted(groups, key=lambda group: (list(OBJECTS).index(group[0]), not group[1], group[2]))
     return [
         f"{_counted(kind, groups[kind, again, reason])} will be "
@@ -169,34 +169,34 @@ def _check_not_later(store: Store, rows: Iterable[Mapping[str, str | None]]) -> 
             )
 
 
-def _later(found: Mapping[str, int], current: Mapping[str, int]) -> list[str]:
+def _later(stored: Mapping[str, int], current: Mapping[str, int]) -> list[str]:
     """The versions found that are later than the current ones.
 
     One that this lossray does not know is a later lossray's, unless another one is earlier: then it was
     given up.
     """
-    known = {name: version for name, version in found.items() if name in current}
-    if any(version < current[name] for name, version in known.items()):
-        return [f"{name} {version}" for name, version in known.items() if version > current[name]]
-    return [f"{name} {version}" for name, version in found.items() if version > current.get(name, 0)]
+    common = {name: version for name, version in stored.items() if name in current}
+    if any(version < current[name] for name, version in common.items()):
+        return [f"{name} {version}" for name, version in common.items() if version > current[name]]
+    return [f"{name} {version}" for name, version in stored.items() if version > current.get(name, 0)]
 
 
 def _reason(row: Mapping[str, str | None], made_with: str, *, recorded: bool) -> str:
     """Why the key of a record is not planned: other versions, or other inputs."""
     current = versions_of(str(row["kind"]))
-    found = versions_in(row["versions"]) if row["versions"] else None
+    stored = versions_in(row["versions"]) if row["versions"] else None
     changed = [
-        f"{name} {found.get(name, 'none')}, now {version}"
+        f"{name} {stored.get(name, 'none')}, now {version}"
         for name, version in current.items()
-        if found is not None and found.get(name) != version
+        if stored is not None and stored.get(name) != version
     ]
-    if found is not None and not changed:
+    if stored is not None and not changed:
         return REPLACED if recorded else OTHERWISE
     here, there = installed("lossray"), row["lossray_version"] or made_with
     them = f"the {there} that made them" if there != here else "the one that made them"
     what = "writes other tables" if changed and not _numbers(changed) else "computes other numbers"
     reason = f"lossray {here} {what} than {them}" + (f" ({'; '.join(changed)})" if changed else "")
-    return f"{REPLACED}, or {reason}" if recorded and found is None else reason
+    return f"{REPLACED}, or {reason}" if recorded and stored is None else reason
 
 
 def _numbers(changed: Iterable[str]) -> bool:

@@ -70,15 +70,15 @@ def round_of(study: Study, packs: Sequence[Pack], runs: pd.DataFrame) -> Round:
     if not runs_of(study, settings=settings) <= set(runs["run_id"]):
         return Round(settings, frozenset(), settled=False)
     described = described_runs({"runs": runs})
-    found = edges(described)
-    bests = [*_finished(found, settings), *_diverged(described, found, settings)]
+    edge_rows = edges(described)
+    bests = [*_finished(edge_rows, settings), *_diverged(described, edge_rows, settings)]
     added = [_beyond(study, settings, best) for best in bests]
     lines = [_line(best, new) for best, new in zip(bests, added, strict=True) if best.edges]
     if any(added):
-        new = [setting for own in added for setting in own]
+        new = [setting for beyond in added for setting in beyond]
         return Round((*settings, *new), frozenset(), settled=False, lines=tuple(lines))
-    inside = f"{int(found['inside'].sum())} of {len(bests)} best learning rates are inside their grids"
-    return Round(settings, frozenset(found["setting_id"]), lines=(*lines, inside))
+    inside = f"{int(edge_rows['inside'].sum())} of {len(bests)} best learning rates are inside their grids"
+    return Round(settings, frozenset(edge_rows["setting_id"]), lines=(*lines, inside))
 
 
 def trained_runs(store: Store, plan: Plan, given_up: Collection[str] = ()) -> pd.DataFrame:
@@ -123,27 +123,27 @@ def rate_of(setting: Setting) -> float:
 
 def _with_added(study: Study, packs: Sequence[Pack]) -> tuple[Setting, ...]:
     """The settings of the study, and those that earlier rounds have added to its store."""
-    own = {setting.setting_id: setting for setting in settings_of(study)}
+    asked = {setting.setting_id: setting for setting in settings_of(study)}
     stored = {pack.setting_id: Setting(pack.setting_id, pack.model, pack.optimizer) for pack in packs}
-    return tuple({**stored, **own}[name] for name in {**own, **stored})
+    return tuple({**stored, **asked}[name] for name in {**asked, **stored})
 
 
-def _finished(found: pd.DataFrame, settings: Sequence[Setting]) -> Iterator[_Best]:
+def _finished(edge_rows: pd.DataFrame, settings: Sequence[Setting]) -> Iterator[_Best]:
     """The best setting of every optimizer and model of which a run has finished."""
     by_id = {setting.setting_id: setting for setting in settings}
-    for row in found.to_dict("records"):
+    for row in edge_rows.to_dict("records"):
         name = f"{row['optimizer']} on {row['architecture']}"
         yield _Best(name, by_id[row["setting_id"]], row["lr"], row["lowest"], row["highest"])
 
 
-def _diverged(runs: pd.DataFrame, found: pd.DataFrame, settings: Sequence[Setting]) -> Iterator[_Best]:
+def _diverged(runs: pd.DataFrame, edge_rows: pd.DataFrame, settings: Sequence[Setting]) -> Iterator[_Best]:
     """The smallest rate of every other optimizer and model, where its runs have diverged."""
     by_id = {setting.setting_id: setting for setting in settings}
-    finished = set(zip(found["architecture"], found["optimizer"], strict=True))
+    finished = set(zip(edge_rows["architecture"], edge_rows["optimizer"], strict=True))
     diverged = runs[runs["status"] == "diverged"].sort_values("lr")
-    for (architecture, optimizer), own in diverged.groupby(["architecture", "optimizer"]):
+    for (architecture, optimizer), rows in diverged.groupby(["architecture", "optimizer"]):
         if (architecture, optimizer) not in finished:
-            first = own.iloc[0]
+            first = rows.iloc[0]
             name, lr = f"{optimizer} on {architecture}", first["lr"]
             yield _Best(name, by_id[first["setting_id"]], lr, lr, np.inf, finished=False)
 
@@ -153,12 +153,12 @@ def _beyond(study: Study, settings: Sequence[Setting], best: _Best) -> list[Sett
     assert study.tuning is not None
     factor, most = study.tuning.factor, study.tuning.extensions
     have, given = _rates(settings, best.setting), _rates(settings_of(study), best.setting)
-    wanted = []
+    rates = []
     if "lower" in best.edges and sum(lr < min(given) for lr in have) < most:
-        wanted.append(best.lr / factor)
+        rates.append(best.lr / factor)
     if "upper" in best.edges and sum(lr > max(given) for lr in have) < most:
-        wanted.append(best.lr * factor)
-    rounded = [float(f"{lr:.{DIGITS}g}") for lr in wanted]
+        rates.append(best.lr * factor)
+    rounded = [float(f"{lr:.{DIGITS}g}") for lr in rates]
     return [_at_rate(study, best.setting, lr) for lr in rounded if lr not in have]
 
 

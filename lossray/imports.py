@@ -69,5 +69,5 @@ def _settle(name: str, folder: Path) -> None:
 
 
 def _is_from(module: ModuleType | None, file: Path) -> bool:
-    found = getattr(module, "__file__", None)
-    return found is not None and os.path.realpath(found) == os.path.realpath(file)
+    loaded_from = getattr(module, "__file__", None)
+    return loaded_from is not None and os.path.realpath(loaded_from) == os.path.realpath(file)

@@ -138,13 +138,15 @@ class StudyResults:
             StoreError: the store is damaged.
         """
         table = self.table("logits")
-        own = table[(table["ensemble_id"] == ensemble_id) & (table["split"] == split)].sort_values("member")
-        if own.empty:
-            found = nearest(ensemble_id, table["ensemble_id"].unique())
-            hint = f"; did you mean {found!r}?" if found and found != ensemble_id else ""
+        entries = table[(table["ensemble_id"] == ensemble_id) & (table["split"] == split)].sort_values(
+            "member"
+        )
+        if entries.empty:
+            guess = nearest(ensemble_id, table["ensemble_id"].unique())
+            hint = f"; did you mean {guess!r}?" if guess and guess != ensemble_id else ""
             raise StudyError(f"no logits of ensemble {ensemble_id!r} on split {split!r}{hint}")
-        rows = [np.asarray(values, dtype=np.float32) for values in own["logits"]]
-        n_examples, n_outputs = own[["n_examples", "n_outputs"]].iloc[0]
+        rows = [np.asarray(values, dtype=np.float32) for values in entries["logits"]]
+        n_examples, n_outputs = entries[["n_examples", "n_outputs"]].iloc[0]
         return np.stack(rows).reshape(len(rows), int(n_examples), int(n_outputs))
 
     def _warn_of_edits(self, name: str) -> None:
@@ -165,7 +167,7 @@ class StudyResults:
         for pack in packs:
             if run_id in pack.run_ids:
                 return pack, pack.run_ids.index(run_id)
-        guess = nearest(run_id, [own for pack in packs for own in pack.run_ids])
+        guess = nearest(run_id, [candidate for pack in packs for candidate in pack.run_ids])
         raise StudyError(f"the study has no run {run_id!r}" + (f"; did you mean {guess!r}?" if guess else ""))
 
 

@@ -146,11 +146,11 @@ class _Slice:
 
     def texts(self) -> dict[str, Text]:
         """The text that counts, by module; modules of which nothing does are left out."""
-        found: dict[str, Text] = dict(self._unread)
+        by_module: dict[str, Text] = dict(self._unread)
         for name, counted in self._counted.items():
             if counted:
-                found[name] = "\n".join(self._statements[name][i].text for i in sorted(counted))
-        return found
+                by_module[name] = "\n".join(self._statements[name][i].text for i in sorted(counted))
+        return by_module
 
     def _read(self, name: str) -> None:
         """Take up a module, the packages around it, and what its own import imports."""

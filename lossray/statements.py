@@ -54,13 +54,21 @@ ASSIGNMENTS = (ast.Assign, ast.AnnAssign)
 
 @dataclass(frozen=True)
 class Statement:
-    """One top-level statement, or one name of an import statement."""
+    """One top-level statement, or one name of an import statement.
 
-    defines: frozenset[str]  # the names; none where the statement runs for its effects
-    uses: frozenset[str]  # every identifier in it, and every string that could be one
-    open_ended: bool  # it may use names that it computes
+    Attributes:
+        defines: the names; none where the statement runs for its effects.
+        uses: every identifier in it, and every string that could be one.
+        open_ended: whether it may use names that it computes.
+        node: its syntax tree.
+        text: its source without comments, docstrings and blank lines.
+    """
+
+    defines: frozenset[str]
+    uses: frozenset[str]
+    open_ended: bool
     node: ast.stmt
-    text: str  # without comments, docstrings and blank lines
+    text: str
 
     @property
     def runs(self) -> bool:
@@ -79,15 +87,15 @@ def statements(source: bytes) -> list[Statement]:
     encoding, _ = tokenize.detect_encoding(io.BytesIO(source).readline)
     lines = _Lines(io.TextIOWrapper(io.BytesIO(source), encoding).read(), tree)
     outside = frozenset(_bound_by_imports(tree))
-    found: list[Statement] = []
+    kept: list[Statement] = []
     for node in tree.body:
         if isinstance(node, ast.Import | ast.ImportFrom):
-            found += _imports(node)
+            kept += _imports(node)
         elif _is_script(node):
-            found += [_statement(inner, lines, outside) for inner in getattr(node, "orelse", [])]
+            kept += [_statement(inner, lines, outside) for inner in getattr(node, "orelse", [])]
         elif not _is_docstring(node):
-            found.append(_statement(node, lines, outside))
-    return found
+            kept.append(_statement(node, lines, outside))
+    return kept
 
 
 def _statement(node: ast.stmt, lines: "_Lines", outside: frozenset[str]) -> Statement:
@@ -270,11 +278,11 @@ class _Lines:
         """The text of a statement, its decorators included, without blank lines and trailing blanks."""
         first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
         last = node.end_lineno or node.lineno
-        own = self.lines[first - 1 : last]
-        own[-1] = own[-1][: node.end_col_offset]
+        lines = self.lines[first - 1 : last]
+        lines[-1] = lines[-1][: node.end_col_offset]
         if first == node.lineno:
-            own[0] = own[0][node.col_offset :]
-        rows = zip(range(first, last + 1), (line.decode() for line in own), strict=True)
+            lines[0] = lines[0][node.col_offset :]
+        rows = zip(range(first, last + 1), (line.decode() for line in lines), strict=True)
         kept = [(row, line if row in self.in_strings else line.rstrip()) for row, line in rows]
         return "\n".join(line.rstrip("\n") for row, line in kept if line)
 

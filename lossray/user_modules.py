@@ -85,7 +85,7 @@ class UserModules:
                 yield from (f"{name}.{public}" for public in _public_names(node))
 
     def _find(self, name: str) -> ModuleSpec | None:
-        parent, _, own = name.rpartition(".")
+        parent, _, last = name.rpartition(".")
         if parent:
             package = self.find(parent)
             if package is None or package.submodule_search_locations is None:
@@ -94,7 +94,7 @@ class UserModules:
             try:
                 return PathFinder.find_spec(name, folders)
             except KeyError:  # a namespace package below a package that is not imported
-                return _namespace(name, [os.path.join(folder, own) for folder in folders])
+                return _namespace(name, [os.path.join(folder, last) for folder in folders])
         try:
             spec = find_spec(name)  # a top-level name: looks it up, imports nothing
         except ValueError:  # in sys.modules without a spec, as __main__ is
@@ -160,8 +160,8 @@ def is_users(spec: ModuleSpec) -> bool:
     """Whether a top-level module is the user's: not the standard library's, not installed, not lossray's."""
     if spec.name in OWN_PACKAGES:
         return False
-    places = [spec.origin] if spec.has_location and spec.origin else spec.submodule_search_locations
-    return bool(places) and all(is_user_file(place) for place in places or ())
+    locations = [spec.origin] if spec.has_location and spec.origin else spec.submodule_search_locations
+    return bool(locations) and all(is_user_file(location) for location in locations or ())
 
 
 def is_user_file(path: str) -> bool:
