@@ -39,6 +39,7 @@ FLOORS = {
     "tasks": 10,
     "flows": 11,
 }
+EMPTY_NAMES = {"found", "known", "own", "place", "places", "theirs", "wanted"}
 SHARED_STEMS = {"__init__", "settings"}
 SOURCES = sorted(path for package in ("lossray", "tasks", "flows") for path in (ROOT / package).rglob("*.py"))
 
@@ -67,12 +68,12 @@ def imported(tree: ast.AST) -> set[str]:
 
 def upward(importer: str, tree: ast.AST) -> list[str]:
     """The imports of ``importer`` that break the rule."""
-    own = room(importer)
+    home = room(importer)
     others = {target: room(target) for target in imported(tree)}
     return sorted(
         target
-        for target, theirs in others.items()
-        if own and theirs and theirs != own and FLOORS[theirs] >= FLOORS[own] and FLOORS[own] > 1
+        for target, other in others.items()
+        if home and other and other != home and FLOORS[other] >= FLOORS[home] and FLOORS[home] > 1
     )
 
 
@@ -134,6 +135,22 @@ def test_public_class_names_are_unique_across_rooms():
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
     )
     assert [name for name, times in classes.items() if times > 1] == []
+
+
+def names_in(tree: ast.AST) -> set[str]:
+    """Every variable, parameter, attribute, function and class that a module names."""
+    return {
+        name
+        for node in ast.walk(tree)
+        for kind in ("id", "arg", "attr", "name")
+        if isinstance(name := getattr(node, kind, None), str)
+    }
+
+
+def test_names_say_what_they_hold():
+    """A result that is `found`, or a member's `own`, may be anything: rows, pairs, losses are called so."""
+    for path in SOURCES:
+        assert not names_in(ast.parse(path.read_text())) & EMPTY_NAMES, path
 
 
 def test_lossray_never_imports_ray_tasks_or_flows():
