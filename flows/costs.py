@@ -76,6 +76,7 @@ def estimate(pack_plan: PackPlan, plan: Plan, dataset: Dataset) -> Cost:
     products = sum(products_of(study.curvature, top, dim) for dim in spectra)
     pairs = gauge_pairs(study, dataset.n_outputs, n_params)
     products += gauges * min(n_params, search_products(pairs)) + round(_direction_products(study))
+    products += _layer_products(pack, study, dataset)
     products += min(n_params, search_products(1)) * _searches_sharpness(study, pack)
     dense = sum(follower.kind == "degeneracy" for follower in pack_plan.followers)
     dense_products, dense_seconds = _dense_cost(study, pack, n_params)
@@ -137,6 +138,15 @@ def _direction_products(study: Study) -> float:
     directions = len(study.angles.directions) + len(study.angles.shadow)
     searched = 30 * FORWARD  # for the critical learning rate
     return directions * (1 + 2 * FORWARD) + searched
+
+
+def _layer_products(pack: Pack, study: Study, dataset: Dataset) -> int:
+    """One for each direction and layer, where [angles] asks for it."""
+    if not study.angles.layers:
+        return 0
+    dtype = getattr(torch, study.training.dtype)
+    stack, _, _ = stack_of(pack, dataset, dtype=dtype, device=torch.device("cpu"))
+    return len(layers(stack.layout)) * (len(study.angles.directions) + len(study.angles.shadow))
 
 
 def _dense_cost(study: Study, pack: Pack, dim: int) -> tuple[int, float]:

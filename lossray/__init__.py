@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lossray.connectivity.align import align
     from lossray.connectivity.connect import connect
     from lossray.measures.angles import angles
+    from lossray.measures.directional_curvature import directional_curvature
     from lossray.measures.sharpness import sharpness
     from lossray.measures.surface import surface
     from lossray.measures.trajectory import trajectory
@@ -49,6 +50,7 @@ _HOMES = {
     "connect": "lossray.connectivity.connect",
     "degeneracy": "lossray.nullity.degeneracy",
     "eigenpairs": "lossray.spectra.eigenpairs",
+    "directional_curvature": "lossray.measures.directional_curvature",
     "open_study": "lossray.results",
     "record": "lossray.training.record",
     "rescale": "lossray.networks.rescale",
@@ -74,6 +76,7 @@ __all__ = [
     "balance",
     "connect",
     "degeneracy",
+    "directional_curvature",
     "eigenpairs",
     "main",
     "open_study",

@@ -1,5 +1,6 @@
 """Curvature along directions, as a whole and layer by layer: rows of `directions` and `shares`."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ from lossray.geometry.nulls import layer_index, layer_sums
 from lossray.networks.layout import Layout
 from lossray.networks.parameter_layers import layers
 from lossray.spectra.operator import PackedOperator
+
+LAYERS_AT_ONCE = 16  # whose products are formed together
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,8 @@ class ShareRow:
         energy_share: |u_l|^2 / |u|^2.
         curvature_part: u_l'(Hu)_l / u'u.
         dim: number of parameters of the layer.
+        curvature_within: u_l'H u_l / u'u; NaN where it was not asked for.
+        curvature_across: u_l'H (u - u_l) / u'u, what of the part other layers bring; NaN likewise.
     """
 
     member: int
@@ -95,6 +100,8 @@ class ShareRow:
     energy_share: float
     curvature_part: float
     dim: int
+    curvature_within: float = math.nan
+    curvature_across: float = math.nan
 
 
 def measure(directions: Mapping[str, Tensor], operator: PackedOperator) -> dict[str, Along]:
@@ -142,16 +149,43 @@ def direction_rows(
     return rows
 
 
-def share_rows(measured: Mapping[str, Along], layout: Layout) -> list[ShareRow]:
-    """One row per direction, layer and member."""
+def curvature_within_layers(
+    measured: Mapping[str, Along], operator: PackedOperator, layout: Layout
+) -> dict[str, Tensor]:
+    """The curvature u_l'H u_l / u'u [R, layers] of every direction: one product for each of its layers."""
+    index = layer_index(layout).to(operator.device)
+    numbers = torch.arange(len(layers(layout)), device=operator.device)
+    within = {}
+    for name, one in measured.items():
+        sums = []
+        for some in numbers.split(LAYERS_AT_ONCE):
+            pieces = one.units[:, None] * (index == some[:, None])  # [R, layers, d]
+            products = operator.apply(torch.nan_to_num(pieces, nan=0.0))
+            sums.append((pieces * products).sum(dim=2))
+        within[name] = torch.cat(sums, dim=1)
+    return within
+
+
+def share_rows(
+    measured: Mapping[str, Along], layout: Layout, within: Mapping[str, Tensor] | None = None
+) -> list[ShareRow]:
+    """One row per direction, layer and member.
+
+    Args:
+        measured: from `measure`.
+        layout: how d divides into parameters; a layer is the module that owns them.
+        within: from `curvature_within_layers`; None where that was not asked for.
+    """
     index, names = layer_index(layout), list(layers(layout))
     sizes = torch.bincount(index).tolist()
     rows = []
     for direction, one in measured.items():
         energies = layer_sums(one.units.square(), index).tolist()
-        parts = layer_sums(one.units * one.products, index).tolist()
+        parts = layer_sums(one.units * one.products, index)
+        own = torch.full_like(parts, math.nan) if within is None else within[direction]
+        part, inside, across = parts.tolist(), own.tolist(), (parts - own).tolist()
         rows += [
-            ShareRow(r, direction, block, energies[r][i], parts[r][i], sizes[i])
+            ShareRow(r, direction, block, energies[r][i], part[r][i], sizes[i], inside[r][i], across[r][i])
             for r in range(len(one.units))
             for i, block in enumerate(names)
         ]

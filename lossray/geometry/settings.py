@@ -26,6 +26,8 @@ class AnglesSettings(Settings):
         window: steps replayed from each checkpoint for the alignment statistic; 0 for none.
         subspaces: for which ones eigenpairs are computed in every gauge: "all", or "v1", the top eigenvector
             alone, which takes a third of the products.
+        layers: whether the curvature along a direction is told apart into what lies within each layer and
+            what between layers, in the table `shares`: a product for each direction and layer.
     """
 
     directions: Annotated[tuple[Direction, ...], Field(strict=False)] = (
@@ -44,6 +46,7 @@ class AnglesSettings(Settings):
     shadow: Annotated[tuple[str, ...], Field(strict=False)] = ()
     window: Annotated[int, Field(ge=0)] = 50
     subspaces: Annotated[Literal["all", "v1"], ADDED] = "all"
+    layers: Annotated[bool, ADDED] = False
 
     @field_validator("directions", "gauges", "shadow")
     @classmethod

@@ -163,16 +163,7 @@ def _directions(
     point: ModelPoint, given: Mapping[str, Vector] | None, optimizer: UserOptimizer | None
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Vectors [1, d] by name, and which of the optimizer's there are not."""
-    gradient = point.operator.gradient
-    if given is None:
-        vectors = {"gradient": gradient}
-    elif isinstance(given, Mapping):
-        vectors = {name: point.vector(vector, f"direction {name!r}") for name, vector in given.items()}
-    else:
-        raise StudyError(
-            f"angles, directions: found {type(given).__name__}; allowed: a dict of vectors by name, such as "
-            '{"update": u}'
-        )
+    gradient, vectors = point.operator.gradient, point.vectors(given, "angles")
     if optimizer is None:
         return vectors, []
     notes = []

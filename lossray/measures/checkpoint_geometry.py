@@ -5,7 +5,14 @@ from dataclasses import asdict, dataclass, field
 
 from torch import Tensor
 
-from lossray.geometry.directions import Reference, direction_rows, measure, share_rows
+from lossray.geometry.directions import (
+    Along,
+    Reference,
+    curvature_within_layers,
+    direction_rows,
+    measure,
+    share_rows,
+)
 from lossray.geometry.finite_step import finite_steps, real_steps
 from lossray.geometry.gauges import Gauge
 from lossray.geometry.subspace_angles import angle_rows
@@ -101,8 +108,15 @@ def _direction_rows(
     steps = finite_steps(objective_at(point), real_steps(directions, lr))
     return {
         "directions": [point.row(asdict(row)) for row in direction_rows(measured, reference, steps)],
-        "shares": [point.row(asdict(row)) for row in share_rows(measured, point.stack.layout)],
+        "shares": layer_shares(point, measured, stand.hessian),
     }
+
+
+def layer_shares(point: PackPoint, measured: Mapping[str, Along], hessian: PointOperator) -> list[Row]:
+    """Rows of `shares`, of directions along which the Hessians are known."""
+    layout = point.stack.layout
+    within = curvature_within_layers(measured, hessian, layout) if point.study.angles.layers else None
+    return [point.row(asdict(row)) for row in share_rows(measured, layout, within)]
 
 
 def _ends(stand: _Stand, gauge: Gauge) -> GaugeEnds:

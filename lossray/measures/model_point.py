@@ -1,5 +1,6 @@
 """One model at the parameters where its curvature matrix was made: where a notebook's measures start."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +44,21 @@ class ModelPoint:
     def vector(self, given: Vector, name: str) -> Tensor:
         """A vector of the user's as [1, d], float64; see `flat_vector`."""
         return flat_vector(given, self.model, self.layout, name=name)[None]
+
+    def vectors(self, given: Mapping[str, Vector] | None, caller: str) -> dict[str, Tensor]:
+        """Directions of the user's as [1, d] by name; for None the gradient.
+
+        Raises:
+            StudyError: no mapping, or a vector of another form, shape or name.
+        """
+        if given is None:
+            return {"gradient": self.operator.gradient}
+        if not isinstance(given, Mapping):
+            raise StudyError(
+                f"{caller}, directions: found {type(given).__name__}; allowed: a dict of vectors by name, "
+                'such as {"update": u}'
+            )
+        return {name: self.vector(vector, f"direction {name!r}") for name, vector in given.items()}
 
 
 def point_of(matrix: SingleOperator, caller: str) -> ModelPoint:

@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor
 
-from lossray.geometry.directions import Reference, direction_rows, measure, share_rows
+from lossray.geometry.directions import Reference, direction_rows, measure
 from lossray.geometry.finite_step import finite_steps
 from lossray.geometry.overlaps import overlap_rows
 from lossray.geometry.vectors import Name
 from lossray.measures.cells import Row
-from lossray.measures.checkpoint_geometry import angles_in
+from lossray.measures.checkpoint_geometry import angles_in, layer_shares
 from lossray.measures.checkpoint_spectra import HESSIAN
 from lossray.measures.gauged_pairs import gauges_at, stored_ends
 from lossray.measures.pack_point import PackPoint, hessian_at, objective_at
@@ -88,7 +88,7 @@ def displacement_rows(moved: Displacement, curvature: Mapping[str, Row]) -> dict
     steps = finite_steps(objective_at(point), moved.direction)
     return {
         "directions": [point.row(asdict(row)) for row in direction_rows(measured, reference, steps)],
-        "shares": [point.row(asdict(row)) for row in share_rows(measured, point.stack.layout)],
+        "shares": layer_shares(point, measured, hessian),
     }
 
 

@@ -62,6 +62,16 @@ SHARES = TableSchema(
             "u_l'(Hu)_l / u'u; a direction's sum to its curvature, couplings between layers are split evenly",
         ),
         Column("dim", INTEGER, "1", "parameters in the layer"),
+        number(
+            "curvature_within",
+            CURVATURE,
+            "u_l'H u_l / u'u, what the layer's part meets by itself; null unless [angles] layers is true",
+        ),
+        number(
+            "curvature_across",
+            CURVATURE,
+            "u_l'H (u - u_l) / u'u, what other layers bring: the two sum to curvature_part; null likewise",
+        ),
     ),
 )
 

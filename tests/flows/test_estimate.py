@@ -61,6 +61,13 @@ def test_polishing_counts_the_most_steps_that_it_can_take(study):
     assert products("degeneracy={polish=true}") == 1620 + 4 * 2 * 43 * 66
 
 
+def test_it_counts_the_products_of_layers(study):
+    text = dry_run(study, None, ["angles.layers=true"])
+    directions = int(re.search(r"about ([\d,]+) products", text)[1].replace(",", "")) - 1620
+    assert directions > 0
+    assert directions % (4 * 3 * 2) == 0  # packs, checkpoints, layers
+
+
 def test_it_counts_the_points_of_surfaces(study):
     def bytes_of(*overrides):
         text = dry_run(study, None, overrides=["resources.pack=1", *overrides])

@@ -9,6 +9,7 @@ from torch import Tensor
 from lossray.geometry.directions import (
     DirectionRow,
     Reference,
+    curvature_within_layers,
     direction_rows,
     measure,
     share_rows,
@@ -109,6 +110,72 @@ def test_the_layers_share_norm_and_curvature() -> None:
     (row,) = direction_rows(measured, _reference(operator, u), {})
     assert first.curvature_part + second.curvature_part == pytest.approx(row.curvature)
     assert second.curvature_part == pytest.approx(float(u[0, 3] * (matrix @ u[0])[3]) / 25)
+
+
+class Coupled(Diagonal):
+    """Operators of R members as dense symmetric matrices [R, d, d]."""
+
+    def __init__(self, matrices: Tensor) -> None:
+        super().__init__(matrices.diagonal(dim1=1, dim2=2))
+        self.matrices = matrices
+
+    def apply(self, vectors: Tensor) -> Tensor:
+        self.calls += vectors.shape[1] if vectors.ndim == 3 else 1
+        block = vectors if vectors.ndim == 3 else vectors[:, None]
+        return (block @ self.matrices).view(vectors.shape)
+
+
+LAYERS = Layout(
+    ("a.weight", "a.bias", "b.weight", "c.weight"),
+    tuple(torch.Size([size]) for size in (2, 1, 3, 1)),
+    ("other",) * 4,
+)
+
+
+def _coupled() -> tuple[Coupled, Tensor]:
+    """Two members' operators on LAYERS, and a direction of each."""
+    draws = torch.Generator().manual_seed(0)
+    matrices = torch.randn(2, 7, 7, dtype=torch.float64, generator=draws)
+    return Coupled(matrices + matrices.mT), torch.randn(2, 7, dtype=torch.float64, generator=draws)
+
+
+def test_curvature_within_and_across_layers_is_that_of_the_blocks() -> None:
+    operator, u = _coupled()
+    measured = measure({"u": u}, operator)
+    operator.calls = 0
+    within = curvature_within_layers(measured, operator, LAYERS)
+    assert operator.calls == 3  # one for each layer
+    rows = share_rows(measured, LAYERS, within)
+    ends = {"a": slice(0, 3), "b": slice(3, 6), "c": slice(6, 7)}
+    for row in rows:
+        own, matrix, part = u[row.member], operator.matrices[row.member], ends[row.block]
+        block = own[part] @ matrix[part, part] @ own[part] / (own @ own)
+        whole = own[part] @ matrix[part] @ own / (own @ own)
+        assert row.curvature_within == pytest.approx(float(block), rel=1e-12)
+        assert row.curvature_across == pytest.approx(float(whole - block), rel=1e-12)
+        assert row.curvature_within + row.curvature_across == pytest.approx(row.curvature_part, rel=1e-12)
+    for r in range(2):
+        total = sum(row.curvature_within + row.curvature_across for row in rows if row.member == r)
+        assert total == pytest.approx(float(u[r] @ operator.matrices[r] @ u[r] / (u[r] @ u[r])), rel=1e-12)
+
+
+def test_uncoupled_layers_have_nothing_across() -> None:
+    operator, u = _coupled()
+    block = torch.block_diag(*(torch.ones(n, n) for n in (3, 3, 1)))
+    operator.matrices = operator.matrices * block
+    measured = measure({"u": u}, operator)
+    rows = share_rows(measured, LAYERS, curvature_within_layers(measured, operator, LAYERS))
+    assert all(row.curvature_across == pytest.approx(0, abs=1e-14) for row in rows)
+    assert all(row.curvature_within == pytest.approx(row.curvature_part) for row in rows)
+
+
+def test_without_it_and_of_a_zero_direction_it_is_null() -> None:
+    operator, u = _coupled()
+    measured = measure({"u": u, "zero": 0 * u}, operator)
+    assert all(math.isnan(row.curvature_within) for row in share_rows(measured, LAYERS))
+    rows = share_rows(measured, LAYERS, curvature_within_layers(measured, operator, LAYERS))
+    nulls = {(row.direction, math.isnan(row.curvature_within)) for row in rows}
+    assert nulls == {("u", False), ("zero", True)}
 
 
 def test_a_zero_direction_has_a_norm_and_nothing_else() -> None:

@@ -264,6 +264,30 @@ def test_before_the_first_step_there_is_no_preconditioned_gauge_and_for_muon_nev
     assert frame(muon, "sharpness")["threshold"].isna().all()
 
 
+def test_shares_say_what_lies_within_and_across_layers(planned):
+    plan = relu(planned, angles={"layers": True, "window": 0})
+    train(plan)
+    analyse(plan, 1)
+    rows = frame(plan, "shares").query("direction == 'gradient'")
+    sizes = [7 * 5, 6 * 3]
+    for run_id, own in rows.groupby("run_id"):
+        exact = dense(plan, run_id, 1)
+        g, start = exact.gradient, 0
+        for row, size in zip(own.sort_values("block").to_dict("records"), sizes, strict=True):
+            part = slice(start, start + size)
+            block = g[part] @ exact.hessian[part, part] @ g[part] / (g @ g)
+            assert row["curvature_within"] == pytest.approx(block, rel=1e-9)
+            assert row["curvature_within"] + row["curvature_across"] == pytest.approx(row["curvature_part"])
+            start += size
+    other = relu(lambda **changes: planned("without", **changes), angles={"window": 0})
+    train(other)
+    analyse(other, 1)
+    without = frame(other, "shares")
+    added = ["curvature_within", "curvature_across"]
+    assert without[added].isna().all(axis=None)
+    assert without.drop(columns=added).equals(frame(plan, "shares").drop(columns=added))
+
+
 def test_shares_add_up_to_the_whole(planned):
     plan = relu(planned)
     train(plan)

@@ -107,6 +107,7 @@ def test_both_keys_change_with_data_and_sources_of_the_pack(changed):
         {"angles": {"directions": ["gradient"]}},
         {"angles": {"gauges": ["raw"]}},
         {"angles": {"window": 0}},
+        {"angles": {"layers": True}},
     ],
 )
 def test_analysis_settings_change_the_curvature_key_only(changes):
