@@ -182,8 +182,8 @@ def share_rows(
     for direction, one in measured.items():
         energies = layer_sums(one.units.square(), index).tolist()
         parts = layer_sums(one.units * one.products, index)
-        own = torch.full_like(parts, math.nan) if within is None else within[direction]
-        part, inside, across = parts.tolist(), own.tolist(), (parts - own).tolist()
+        blocks = torch.full_like(parts, math.nan) if within is None else within[direction]
+        part, inside, across = parts.tolist(), blocks.tolist(), (parts - blocks).tolist()
         rows += [
             ShareRow(r, direction, block, energies[r][i], part[r][i], sizes[i], inside[r][i], across[r][i])
             for r in range(len(one.units))
