@@ -6,17 +6,18 @@ that resumes goes on with the round in which an earlier one has stopped, and not
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from flows.plan import Plan
-from lossray.findings.learning_rates import edges
-from lossray.findings.matching import described_runs
 from lossray.storage.publish import assemble
 from lossray.storage.store import Store
 from lossray.study import Pack, Setting, Study, runs_of, setting_of, settings_of
 from lossray.training.update_rules import OptimizerSettings, optimizer_settings
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 DIGITS = 12  # of a rate that is added: 0.1 x 3 is 0.3
 
@@ -55,7 +56,7 @@ class _Best:
         return [name for name, end in ends.items() if end == self.lr]
 
 
-def round_of(study: Study, packs: Sequence[Pack], runs: pd.DataFrame) -> Round:
+def round_of(study: Study, packs: Sequence[Pack], runs: "pd.DataFrame") -> Round:
     """The round that follows from what is trained.
 
     All rates train first. Where the best one of an optimizer for a model is then at an edge, one is added
@@ -66,6 +67,9 @@ def round_of(study: Study, packs: Sequence[Pack], runs: pd.DataFrame) -> Round:
         packs: of its store.
         runs: of `trained_runs`.
     """
+    from lossray.findings.learning_rates import edges  # here: few studies tune, and these load pandas
+    from lossray.findings.matching import described_runs
+
     settings = _with_added(study, packs)
     if not runs_of(study, settings=settings) <= set(runs["run_id"]):
         return Round(settings, frozenset(), settled=False)
@@ -81,7 +85,7 @@ def round_of(study: Study, packs: Sequence[Pack], runs: pd.DataFrame) -> Round:
     return Round(settings, frozenset(edge_rows["setting_id"]), lines=(*lines, inside))
 
 
-def trained_runs(store: Store, plan: Plan, given_up: Collection[str] = ()) -> pd.DataFrame:
+def trained_runs(store: Store, plan: Plan, given_up: Collection[str] = ()) -> "pd.DataFrame":
     """The `runs` rows of all packs that are trained, as the plan has them.
 
     Args:
@@ -128,7 +132,7 @@ def _with_added(study: Study, packs: Sequence[Pack]) -> tuple[Setting, ...]:
     return tuple({**stored, **asked}[name] for name in {**asked, **stored})
 
 
-def _finished(edge_rows: pd.DataFrame, settings: Sequence[Setting]) -> Iterator[_Best]:
+def _finished(edge_rows: "pd.DataFrame", settings: Sequence[Setting]) -> Iterator[_Best]:
     """The best setting of every optimizer and model of which a run has finished."""
     by_id = {setting.setting_id: setting for setting in settings}
     for row in edge_rows.to_dict("records"):
@@ -136,7 +140,9 @@ def _finished(edge_rows: pd.DataFrame, settings: Sequence[Setting]) -> Iterator[
         yield _Best(name, by_id[row["setting_id"]], row["lr"], row["lowest"], row["highest"])
 
 
-def _diverged(runs: pd.DataFrame, edge_rows: pd.DataFrame, settings: Sequence[Setting]) -> Iterator[_Best]:
+def _diverged(
+    runs: "pd.DataFrame", edge_rows: "pd.DataFrame", settings: Sequence[Setting]
+) -> Iterator[_Best]:
     """The smallest rate of every other optimizer and model, where its runs have diverged."""
     by_id = {setting.setting_id: setting for setting in settings}
     finished = set(zip(edge_rows["architecture"], edge_rows["optimizer"], strict=True))

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import reduce
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from lossray.networks.permutations import ChannelUse, PermutationSymmetry
@@ -27,6 +26,8 @@ Weights = Mapping[str, Tensor]  # trainable parameters by name, float64 on the C
 
 def assignment(gain: Tensor) -> Tensor:
     """The permutation p [C] int64 that maximises sum_c gain[c, p(c)], for a finite gain [C, C]."""
+    from scipy.optimize import linear_sum_assignment  # here: half a second that few tasks need
+
     columns = linear_sum_assignment(gain.cpu().numpy(), maximize=True)[1]
     return torch.as_tensor(columns, dtype=torch.int64)
 

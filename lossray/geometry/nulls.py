@@ -5,7 +5,6 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.special import betainc, betaincc
 from torch import Tensor
 
 from lossray.geometry.gram import finite_eigenvalues
@@ -26,6 +25,8 @@ def null_p_values(chi2: Array, rest: Array, k: int, dim: int | IntArray) -> tupl
         k: dimension of the subspace.
         dim: dimension of the space, one or [n]; NaN where it is not above k.
     """
+    from scipy.special import betainc, betaincc  # here: half a second that training does not need
+
     a, b = k / 2, np.where(np.asarray(dim) > k, (np.asarray(dim) - k) / 2, np.nan)
     low = chi2 <= rest
     upper = np.where(low, betaincc(a, b, chi2), betainc(b, a, rest))

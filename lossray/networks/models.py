@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from lossray.errors import ModelError
+from lossray.networks.as_found import uncompiled_parts
 from lossray.networks.functional import call_model
 from lossray.networks.nests import Inputs, count, described, shapes, tensors_in
 from lossray.networks.settings import MODELS, ModelSettings, UserModelSettings
@@ -74,7 +75,8 @@ def try_model(settings: ModelSettings, inputs: Inputs, n_outputs: int) -> tuple[
         if floats:
             model = model.to(floats[0])
         try:
-            outputs, again = call_model(model, inputs), call_model(model, inputs)
+            with uncompiled_parts():
+                outputs, again = call_model(model, inputs), call_model(model, inputs)
         except Exception as error:  # a user's forward may raise anything
             raise ModelError(
                 f"model {settings.name!r} on inputs {described(inputs)}: {failure(error)}"

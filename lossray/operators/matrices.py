@@ -4,12 +4,11 @@ Vectors are flat, in the order of the trainable parameters in ``model.named_para
 """
 
 from collections.abc import Iterable
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
 
 from lossray.networks.losses import Loss
@@ -28,6 +27,9 @@ from lossray.operators.transforms import (
     PointOperator,
 )
 from lossray.spectra.operator import packed_of
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
 
 Vectors = TypeVar("Vectors", Tensor, NDArray[Any])
 
@@ -116,8 +118,9 @@ class CurvatureMatrix:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.shape[0]} x {self.shape[1]}, {self.dtype}, {self.device})"
 
-    def to_scipy(self) -> LinearOperator:
+    def to_scipy(self) -> "LinearOperator":
         """As a float64 operator for `scipy.sparse.linalg`; its products count in ``matvecs``."""
+        from scipy.sparse.linalg import LinearOperator
 
         def product(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
             return self @ np.asarray(vectors, dtype=np.float64)

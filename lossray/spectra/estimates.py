@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from scipy.special import stdtrit
 from torch import Tensor
 
 from lossray.spectra.summary import Summarised, estimate_summary
@@ -80,7 +79,11 @@ class Estimate(Summarised):
 
 
 def _factor(dof: int, level: float) -> float:
-    return float(stdtrit(dof, (1 + level) / 2)) if dof else 1.0
+    if not dof:
+        return 1.0
+    from scipy.special import stdtrit  # here: half a second that training does not need
+
+    return float(stdtrit(dof, (1 + level) / 2))
 
 
 def unit_of(scales: Tensor) -> Tensor:

@@ -79,6 +79,11 @@ class _Guard(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.name, self.free = name, int(SHARE * available_bytes("cpu"))
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: nothing compiled runs within it (see `try_model`), and the skipping loads torch._dynamo."""
+        return False
+
     def __torch_dispatch__(
         self,
         func: Any,

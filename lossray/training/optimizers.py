@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lossray.networks.layout import Layout
+from lossray.training.eager_optimizers import build_eagerly, step_eagerly
 from lossray.training.update_rules import OPTIMIZERS, MuonSettings, OptimizerEntry, OptimizerSettings
 
 
@@ -96,7 +97,7 @@ class PackedOptimizer:
                 leaf.grad = piece
             for group in part.optimizer.param_groups:
                 group["lr"] = lr
-            part.optimizer.step()
+            step_eagerly(part.optimizer)
             for leaf in part.leaves:
                 leaf.grad = None
 
@@ -190,7 +191,8 @@ def _muon_parts(settings: MuonSettings, theta: Tensor, layout: Layout) -> list[_
         return [pieces[name] for name in rest]
 
     leaves = others(theta)
-    adamw = torch.optim.AdamW(
+    adamw = build_eagerly(
+        torch.optim.AdamW,
         leaves,
         lr=settings.lr,
         betas=settings.betas,
@@ -208,7 +210,8 @@ def _muon_part(
     settings: MuonSettings, matrices: Callable[[Tensor], list[Tensor]], theta: Tensor, hidden: tuple[str, ...]
 ) -> _Part:
     leaves = matrices(theta)
-    muon = torch.optim.Muon(
+    muon = build_eagerly(
+        torch.optim.Muon,
         leaves,
         lr=settings.lr,
         weight_decay=settings.weight_decay,

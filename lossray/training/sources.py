@@ -4,6 +4,8 @@ A source reads everything in float64. Casting to the training dtype comes last, 
 data is the same whatever a study trains in.
 """
 
+import gzip
+import importlib.util
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -59,11 +61,26 @@ class Parts:
 
 def read_digits(settings: DigitsSettings, base: Path | None) -> tuple[RawExamples, int]:
     """Inputs [1797, 1, 8, 8] in 0..1 (the pixels are counts from 0 to 16), ten classes."""
-    from sklearn.datasets import load_digits
+    table = _digits()
+    inputs = table[:, :-1].reshape(-1, 1, 8, 8) / 16
+    return RawExamples(inputs, table[:, -1].astype(np.int64)), 10
+
+
+def _digits() -> Array:
+    """scikit-learn's table of digits [1797, 65] float64: 64 pixels and the class.
+
+    Its file is read where it lies: to import scikit-learn takes a second or two, in every worker.
+    """
+    package = importlib.util.find_spec("sklearn")
+    for folder in (package.submodule_search_locations or ()) if package else ():
+        path = Path(folder) / "datasets" / "data" / "digits.csv.gz"
+        if path.is_file():
+            with gzip.open(path, "rt") as file:
+                return np.loadtxt(file, delimiter=",")
+    from sklearn.datasets import load_digits  # of a version that keeps the file elsewhere
 
     digits = load_digits()
-    inputs = digits.images.astype(np.float64)[:, None] / 16
-    return RawExamples(inputs, digits.target.astype(np.int64)), 10
+    return np.column_stack([digits.data, digits.target])
 
 
 # --- gaussians

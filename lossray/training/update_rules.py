@@ -273,10 +273,11 @@ class OptimizerEntry:
 
     def build(self, leaves: list[Tensor], settings: OptimizerSettings) -> torch.optim.Optimizer:
         """The torch optimizer of a list of leaves."""
+        from lossray.training.eager_optimizers import build_eagerly  # here: it loads torch
+
         assert self.optimizer is not None
         chosen = {key: getattr(settings, key) for key in ("lr", "weight_decay", *self.keys)}
-        built: torch.optim.Optimizer = resolve(self.optimizer)(leaves, **chosen, **self.fixed)
-        return built
+        return build_eagerly(resolve(self.optimizer), leaves, **chosen, **self.fixed)
 
 
 def _plain(

@@ -79,5 +79,23 @@ def test_claims_that_are_not_current_are_computed_anew(out):
     assert "scipy.stats" in heavy
 
 
+def test_a_driver_gets_to_its_first_task_without_the_compiler_and_the_statistics(study_file, out):
+    sections = {"surfaces": {}, "trajectory": {}, "ensembles": {"methods": ["snapshot"], "budgets": [1]}}
+    digits = {"source": "digits", "n": None, "dim": None, "classes": None, "noise": None}
+    study = study_file(data=digits, connectivity={}, degeneracy={}, **sections)
+    assert run(PLANNED, study, f"{out}-other") == ([], [])
+
+
 # The claims of another version than the one that is in the store.
 STALE = "import sys, lossray, flows.verdicts; flows.verdicts.CLAIMS_VERSION += 1"
+
+# What `lossray run` does before anything is written or starts.
+PLANNED = """
+import sys
+import flows.study as study
+request = study.check_request(sys.argv[1], sys.argv[2], ())
+study.notes_of(request.loaded.study, request.dataset, ())
+assert study.plan_of(request, study.try_settings(request, "cpu")).packs
+heavy = ("torch._dynamo", "scipy", "sklearn", "pandas", "matplotlib", "PIL", "lossray.findings.claims")
+print([name for name in heavy if name in sys.modules])
+"""

@@ -5,12 +5,14 @@ import torch
 from torch import nn
 
 from lossray.errors import ModelError, StudyError
+from lossray.networks.models import try_model
 from lossray.networks.settings import model_settings
 from lossray.study import study_from_table
 from lossray.study.checks import check_against_data
 from lossray.study.sizes import allocations_that_fit, require_memory
 from lossray.training.data_settings import data_settings
 from lossray.training.datasets import load_dataset
+from tests.user_code import write
 
 DATA = {"source": "gaussians", "n": 60, "dim": 5, "classes": 3}
 
@@ -60,3 +62,29 @@ def test_a_block_that_fits_is_left_alone():
         meta = torch.empty(10**16, device="meta")
     assert values.shape == (1, 2)
     assert meta.numel() == 10**16
+
+
+def test_a_compiled_model_is_tried_as_it_was_written(tmp_path, monkeypatch):
+    """Within the guard nothing compiled runs: its own frames would be compiled with it."""
+    write(tmp_path, lrt_compiled=COMPILED)
+    monkeypatch.syspath_prepend(tmp_path)
+    with allocations_that_fit("lrt_compiled:net"):
+        model, outputs = try_model(model_settings({"name": "lrt_compiled:net"}), torch.ones(2, 3), 4)
+    assert outputs.shape == (2, 4)
+    assert not model.compiled_graphs
+
+
+COMPILED = """
+import torch
+
+graphs = []
+
+def backend(graph, inputs):
+    graphs.append(graph)
+    return graph.forward
+
+def net():
+    model = torch.compile(torch.nn.Linear(3, 4), backend=backend, fullgraph=True)
+    model.compiled_graphs = graphs
+    return model
+"""

@@ -189,6 +189,11 @@ def test_digits_are_split_exactly_and_stratified(digits):
     assert np.abs(counts - exact).max() < 1
 
 
+def test_digits_are_the_same_where_scikit_learn_keeps_them_elsewhere(digits, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert load(source="digits", standardise="none").fingerprint == digits.fingerprint
+
+
 def test_digits_are_scaled_to_the_unit_interval(digits):
     assert digits.train.inputs.min() == 0
     assert digits.train.inputs.max() == 1
