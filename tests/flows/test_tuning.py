@@ -163,7 +163,7 @@ def test_seeds_that_are_added_train_at_every_rate_and_nothing_analysed_is_withdr
         own = runs[runs["lr"] == 0.1].iloc[0]
         return found.assign(setting_id=own["setting_id"], lr=own["lr"])
 
-    monkeypatch.setattr(flows.tuning, "edges", other_best)
+    monkeypatch.setattr("lossray.findings.learning_rates.edges", other_best)
     assert run(study([1e-3, 0.01], seeds=2), out) == 0
     assert keys(out) > before
     assert rates(out) == tried
