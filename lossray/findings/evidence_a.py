@@ -10,7 +10,7 @@ from lossray.findings.families import intersection_union, least_attainable_p, se
 from lossray.findings.sign_flips import sign_flip_test
 from lossray.findings.skewness import safe_mean_test
 from lossray.findings.verdict_a import Evidence, GaugeEvidence
-from lossray.geometry.gauges import COVECTORS
+from lossray.geometry.direction_kinds import COVECTORS
 from lossray.study.settings import ClaimsSettings
 
 Array = NDArray[np.float64]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lossray.geometry.gauges import COVECTORS
+from lossray.geometry.direction_kinds import TIMES_RATE
 from lossray.geometry.rounding import rounding_error, shaken_spread
 from lossray.operators.objectives import Objective, mean_losses
 
@@ -31,8 +31,7 @@ def real_steps(directions: Mapping[str, Tensor], lr: float) -> dict[str, Tensor]
 
     So is P^-1 g, which the optimizer takes times ``lr`` too.
     """
-    rates = dict.fromkeys((*COVECTORS, "preconditioned_gradient"), lr)
-    return {name: rates.get(name, 1.0) * u.double() for name, u in directions.items()}
+    return {name: (lr if name in TIMES_RATE else 1.0) * u.double() for name, u in directions.items()}
 
 
 def finite_steps(objective: Objective, steps: Mapping[str, Tensor]) -> dict[str, FiniteStep]:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lossray.geometry.direction_kinds import COVECTORS
+
 SMALLEST = 1e-100  # below it S counts as zero: the square of what S^-1 gives could overflow
-COVECTORS = ("gradient", "minibatch_gradient", "momentum")  # all other directions are displacements
 
 
 @dataclass(frozen=True)

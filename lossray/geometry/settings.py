@@ -4,13 +4,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
+from lossray.geometry.direction_kinds import Direction
 from lossray.names import unknown_name
 from lossray.settings import ADDED, Settings, each_once
 from lossray.training.update_rules import OPTIMIZERS
 
-Direction = Literal[
-    "gradient", "minibatch_gradient", "update", "momentum", "preconditioned_gradient", "displacement"
-]
 GaugeName = Literal["raw", "balanced", "adaptive", "preconditioned"]
 SliceKind = Literal["v1", "eigenvectors", "pca", "random"]
 EIGENVECTOR_KINDS: tuple[SliceKind, ...] = ("v1", "eigenvectors")

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lossray.geometry.gauges import COVECTORS, Gauge
+from lossray.geometry.direction_kinds import COVECTORS
+from lossray.geometry.gauges import Gauge
 from lossray.geometry.gram import GramSketch, gram_shares
 from lossray.geometry.nulls import IsotropicNull, LayerNull
 from lossray.geometry.quadratic_forms import form_of

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lossray.errors import DataError, ModelError, StudyError
 from lossray.geometry import gauges as known_gauges
-from lossray.geometry.gauges import COVECTORS, Gauge
+from lossray.geometry.direction_kinds import COVECTORS
+from lossray.geometry.gauges import Gauge
 from lossray.geometry.nulls import LayerNull
 from lossray.geometry.subspace_angles import AngleRow, rows_of_spaces, spaces_of
 from lossray.measures.model_point import ModelPoint, point_of

@@ -30,11 +30,11 @@ from lossray.networks.nests import chunks, rows
 from lossray.networks.stack import build_stack
 from lossray.storage.checkpoints import Checkpoint
 from lossray.study import Pack, Study
+from lossray.study.keys import ENSEMBLE_TABLES
 from lossray.training.datasets import Dataset, Split
 from lossray.training.evaluation import CHUNK
 
 SPLITS = ("validation", "test")
-TABLES = ("ensembles", "members", "predictions", "rescalings", "logits")
 BARRIER_EXAMPLES = 256  # of the training split, on which barriers between members are looked for
 
 Array = NDArray[np.float64]
@@ -96,7 +96,7 @@ def ensemble_rows(
         runs: what the base runs have in common.
         settings: those of [ensembles].
     """
-    rows: dict[str, list[Row]] = {name: [] for name in TABLES}
+    rows: dict[str, list[Row]] = {name: [] for name in ENSEMBLE_TABLES}
     refused = refusal(METHODS[method], runs) is not None
     for budget in settings.budgets if not refused else ():
         built = _built(pack, method, runs, settings, budget)

@@ -8,13 +8,14 @@ import torch
 from lossray.ensembles.methods import METHODS
 from lossray.ensembles.rescaling import equivalent_rates
 from lossray.errors import ModelError
+from lossray.geometry.direction_kinds import OF_NEXT_BATCH
 from lossray.networks.layout import layout_of
 from lossray.networks.models import build_model
 from lossray.networks.nests import SEVERAL_INPUTS, is_tensor
 from lossray.networks.permutations import permutation_symmetry
 from lossray.networks.settings import ModelSettings
 from lossray.networks.symmetry import rescaling_symmetry
-from lossray.study.settings import OF_THE_NEXT_BATCH, Study
+from lossray.study.settings import Study
 from lossray.training.datasets import Dataset
 from lossray.training.update_rules import OPTIMIZERS, OptimizerSettings
 
@@ -89,7 +90,7 @@ def _of_recorded_runs(study: Study) -> Iterator[str]:
     if study.source is None:
         return
     asked = study.angles.model_fields_set
-    missing = [name for name in study.angles.directions if name in OF_THE_NEXT_BATCH]
+    missing = [name for name in study.angles.directions if name in OF_NEXT_BATCH]
     if "directions" not in asked and missing:
         yield f"{_quoted(missing)}: not computed, since the next batch of a recorded run is not known"
     if "window" not in asked and study.angles.window:

@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator
 
 from lossray.connectivity.settings import ConnectivitySettings
 from lossray.ensembles.settings import EnsemblesSettings
+from lossray.geometry.direction_kinds import OF_NEXT_BATCH
 from lossray.geometry.settings import EIGENVECTOR_KINDS, AnglesSettings, SurfacesSettings, TrajectorySettings
 from lossray.networks.settings import ModelSettings
 from lossray.nullity.settings import DegeneracySettings
@@ -20,7 +21,6 @@ from lossray.training.update_rules import OptimizerSettings
 
 MOST_SEEDS = 1_000_000
 LARGEST_INTEGER = 2**63 - 1  # int64, as in the tables
-OF_THE_NEXT_BATCH = ("minibatch_gradient", "update")  # of a recorded checkpoint it is not known
 OF_TRAINED_RUNS = ("connectivity", "ensembles")  # sections that retrain, which a recorded run cannot
 
 
@@ -164,7 +164,7 @@ class Study(Settings):
             if self.source is not None and getattr(self, name) is not None
         ]
         if self.source is not None and "directions" in self.angles.model_fields_set:
-            missing = [repr(name) for name in self.angles.directions if name in OF_THE_NEXT_BATCH]
+            missing = [repr(name) for name in self.angles.directions if name in OF_NEXT_BATCH]
             reason = "not computed, since the next batch of a recorded run is not known"
             lines += [f"angles.directions: {', '.join(missing)} {reason}"] if missing else []
         if self.source is not None:

@@ -150,6 +150,9 @@ def test_directions_of_the_next_batch_are_not_known_of_recorded_runs():
     asked = {"angles": {"directions": ["gradient", "update", "momentum"]}}
     (line,) = study_from_table(RECORDED | asked).not_computed()
     assert line.startswith("angles.directions: 'update' not computed, since")
+    asked = {"angles": {"directions": ["preconditioned_gradient", "displacement"]}}
+    (line,) = study_from_table(RECORDED | asked).not_computed()
+    assert line.startswith("angles.directions: 'preconditioned_gradient' not computed, since")
     assert study_from_table(RECORDED | {"angles": {"window": 0, "shadow": []}}).not_computed() == []
     for key, value in (("shadow", ["adam"]), ("window", 5)):
         (line,) = study_from_table(RECORDED | {"angles": {key: value}}).not_computed()

@@ -8,10 +8,10 @@ import torch
 from scipy.special import log_softmax, logsumexp
 
 from lossray.ensembles.methods import METHODS
-from lossray.measures.pack_ensembles import TABLES
 from lossray.storage import checkpoints
 from lossray.storage.publish import assemble
 from lossray.storage.store import Store
+from lossray.study.keys import ENSEMBLE_TABLES
 from lossray.training.datasets import load_dataset
 from tasks.build_ensembles import build_ensembles
 from tasks.jobs import Attempt, EnsembleJob
@@ -37,7 +37,7 @@ def work(plan):
             if isinstance(job, EnsembleJob):
                 build_ensembles(job)
     store = Store(plan.context.out)
-    return {name: assemble(store, name).to_pandas() for name in TABLES}
+    return {name: assemble(store, name).to_pandas() for name in ENSEMBLE_TABLES}
 
 
 @pytest.fixture(scope="module")
