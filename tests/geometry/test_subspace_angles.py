@@ -252,6 +252,7 @@ def test_settings_defaults_are_those_of_the_design() -> None:
         "shadow": [],
         "window": 50,
         "subspaces": "all",
+        "layers": False,
     }
     assert AnglesSettings.model_validate({"shadow": ["adam"], "window": 0}).shadow == ("adam",)
 
