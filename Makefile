@@ -45,6 +45,7 @@ check: $(INSTALLED)
 
 docs: $(INSTALLED)
 	$(BIN)/python -m lossray.storage.tables > docs/tables.md
+	$(BIN)/python -m lossray.study.settings_page > docs/settings.md
 
 benchmarks: $(INSTALLED) $(PEERS)
 	$(BIN)/python -m benchmarks.packs

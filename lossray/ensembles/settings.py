@@ -30,7 +30,7 @@ class EnsemblesSettings(Settings):
     """The [ensembles] section, which switches on the tables of ensembles.
 
     Attributes:
-        methods: which, by their names in `lossray.ensembles.methods.METHODS`, or "all".
+        methods: which, by their names, or "all" of them.
         budgets: what each may spend, the base run included, in trainings of a run.
         cycle: steps of one retraining, as a share of a run's.
         sigma: standard deviation of the logarithm of the factors by which units are rescaled. It is halved

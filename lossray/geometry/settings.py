@@ -15,7 +15,7 @@ EIGENVECTOR_KINDS: tuple[SliceKind, ...] = ("v1", "eigenvectors")
 
 
 class AnglesSettings(Settings):
-    """The [angles] section.
+    """The [angles] section: which directions are held against the leading eigenvectors, in which metrics.
 
     Attributes:
         directions: vectors whose angles are measured.
@@ -88,7 +88,7 @@ class SurfacesSettings(Settings):
     Attributes:
         kinds: which slices.
         points: along each axis, an odd number.
-        span: the axes reach from -span to span, in units of their lengths (see `Plane`).
+        span: the axes reach from -span to span, in units of their lengths.
         checkpoints: the last, the first and the last, or all.
         seeds: how many of each setting's seeds have surfaces, the first ones, or "all".
     """
@@ -102,7 +102,7 @@ class SurfacesSettings(Settings):
     points: Annotated[int, Field(ge=3), AfterValidator(_odd)] = 25
     span: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     checkpoints: Literal["last", "ends", "all"] = "last"
-    seeds: Annotated[int | Literal["all"], BeforeValidator(_seeds)] = 1
+    seeds: Annotated[Annotated[int, Field(ge=1)] | Literal["all"], BeforeValidator(_seeds)] = 1
 
     @field_validator("kinds")
     @classmethod

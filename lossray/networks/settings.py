@@ -47,7 +47,8 @@ class ModelSettings(Settings):
 
     Attributes:
         name: which model.
-        optimizers: names of those of the study's optimizers that train it; None: all. No part of the model.
+        optimizers: names of those of the study's optimizers that train it; left out, all do. No part of the
+            model.
     """
 
     name: str
@@ -170,8 +171,8 @@ class VitSettings(BuiltinSettings):
     """A small vision transformer with pre-norm blocks and mean pooling.
 
     Attributes:
-        patch: side of a patch in pixels; None takes the largest divisor of both image sides up to the root
-            of the shorter one.
+        patch: side of a patch in pixels; left out, the largest divisor of both image sides up to the root of
+            the shorter one.
         dim: of a token; a multiple of `heads`.
         depth: number of blocks.
         heads: of the attention.

@@ -26,7 +26,7 @@ def _examples(value: Any) -> Any:
 
 
 class CurvatureSettings(Settings):
-    """The [curvature] section.
+    """The [curvature] section: which spectra are computed at every checkpoint, and how finely.
 
     Attributes:
         operators: whose spectra to compute; with ":layers" one for each layer as well.
@@ -44,7 +44,7 @@ class CurvatureSettings(Settings):
     tolerance: Annotated[float, Field(gt=0, lt=1)] = 1e-3
     probes: Annotated[int, Field(ge=1)] = 4
     steps: Annotated[int, Field(ge=2)] = 64
-    examples: Annotated[int | Literal["all"], BeforeValidator(_examples)] = "all"
+    examples: Annotated[Annotated[int, Field(ge=1)] | Literal["all"], BeforeValidator(_examples)] = "all"
     dtype: Literal["float32", "float64"] = "float32"
     vectors: bool = True
 

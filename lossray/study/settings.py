@@ -53,7 +53,7 @@ Level = Annotated[float, Field(gt=0, le=1)]
 
 
 class ClaimsSettings(Settings):
-    """The [claims] section.
+    """The [claims] section: by which margins the paper's claims are judged; it is in no key.
 
     Attributes:
         margin_energy: chi_1^2 below it counts as "almost perpendicular".
@@ -75,10 +75,15 @@ class ClaimsSettings(Settings):
 
 
 class TaskResources(Settings):
-    """What one task asks of Ray. `gpus`: "auto" takes one, or a share, where the cluster has any."""
+    """What one task asks of Ray.
+
+    Attributes:
+        cpus: how many, or a share of one.
+        gpus: a share of one, or a whole number; "auto" takes half of one where the cluster has any.
+    """
 
     cpus: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    gpus: Annotated[float | Literal["auto"], BeforeValidator(_gpus)] = "auto"
+    gpus: Annotated[Annotated[float, Field(ge=0)] | Literal["auto"], BeforeValidator(_gpus)] = "auto"
 
 
 class Resources(Settings):
@@ -87,12 +92,12 @@ class Resources(Settings):
     Attributes:
         train: of a training actor.
         curvature: of a curvature task, and of the task that compares two checkpoints.
-        pack: runs per new pack, or "auto" (see `lossray.study.packs.partition`).
+        pack: runs per new pack; "auto": 16 where they are computed as one stack, 1 where in a loop.
     """
 
     train: TaskResources = TaskResources()
     curvature: TaskResources = TaskResources()
-    pack: Annotated[int | Literal["auto"], BeforeValidator(_pack)] = "auto"
+    pack: Annotated[Annotated[int, Field(ge=1)] | Literal["auto"], BeforeValidator(_pack)] = "auto"
 
 
 class TuningSettings(Settings):
@@ -116,6 +121,25 @@ class Study(Settings):
     `optimizers` holds one entry for each point of the grids in the file. With `source = "checkpoints"` a
     study analyses what `lossray.record` has put into its store: it has no seeds and optimizers, and one
     model, which says how to build the module that was recorded.
+
+    Attributes:
+        name: of the study.
+        source: "checkpoints" analyses what `lossray.record` has put into the store, and nothing is trained.
+        seeds: one run of every setting for each; a number n stands for 0 to n - 1. None of recorded runs.
+        data: the examples.
+        models: one or more.
+        optimizers: one or more; every one trains every model that does not name its own.
+        training: how every run is trained.
+        curvature: what is computed of the curvature at every checkpoint.
+        angles: which directions are held against the leading eigenvectors.
+        claims: how the paper's claims are judged.
+        tuning: whether learning rates are tuned.
+        resources: what tasks take of the cluster.
+        degeneracy: whether eigenvalues that are zero are counted.
+        trajectory: whether the runs' paths are followed.
+        surfaces: whether slices of the loss are evaluated.
+        connectivity: whether runs are joined by paths.
+        ensembles: whether ensembles are made of the runs.
     """
 
     name: Annotated[str, Field(min_length=1)]

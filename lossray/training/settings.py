@@ -23,7 +23,7 @@ class CheckpointsSettings(Settings):
 
     Attributes:
         count: how many, the ends included (fewer where the run has not that many steps).
-        spacing: "log" or "linear" between the ends.
+        spacing: how they lie between the ends.
         steps: these steps instead; goes with neither of the other two.
     """
 
@@ -46,13 +46,13 @@ class CheckpointsSettings(Settings):
 
 
 class TrainingSettings(Settings):
-    """The [training] section.
+    """The [training] section: how every run is trained.
 
     Attributes:
-        loss: name of a loss, or "package.module:function".
+        loss: its name, or a function of your own.
         steps: optimizer steps of every run.
         batch_size: examples per step, or "full"; the whole split also where it is not larger than this.
-        checkpoints: see `CheckpointsSettings`.
+        checkpoints: which steps are checkpoints.
         log_every: steps between rows of the training table (checkpoints have rows in any case).
         dtype: of parameters, data and arithmetic.
         diverged_above: a run has diverged when its training loss exceeds this multiple of the initial one
@@ -61,7 +61,7 @@ class TrainingSettings(Settings):
 
     loss: str = "cross_entropy"
     steps: Annotated[int, Field(ge=1)] = 1000
-    batch_size: Annotated[int | Literal["full"], BeforeValidator(_batch_size)] = 64
+    batch_size: Annotated[Annotated[int, Field(ge=1)] | Literal["full"], BeforeValidator(_batch_size)] = 64
     checkpoints: CheckpointsSettings = CheckpointsSettings()
     log_every: Annotated[int, Field(ge=1)] = 10
     dtype: Literal["float32", "float64"] = "float32"

@@ -34,7 +34,12 @@ State: TypeAlias = "Mapping[str, Tensor]"
 
 
 class OptimizerSettings(ScheduleSettings):
-    """What every optimizer takes; `weight_decay` adds to the gradient (L2) unless a class says otherwise."""
+    """What every optimizer takes.
+
+    Attributes:
+        name: which optimizer.
+        weight_decay: times the parameters is added to the gradient (L2), unless the optimizer says otherwise.
+    """
 
     name: str
     weight_decay: NonNegativeFloat = 0.0
@@ -48,7 +53,11 @@ class SGDSettings(OptimizerSettings):
 
 
 class MomentumSettings(OptimizerSettings):
-    """Heavy-ball momentum, as torch.optim.SGD has it: buffer <- momentum buffer + g; step -lr buffer."""
+    """Heavy-ball momentum, as torch.optim.SGD has it: buffer <- momentum buffer + g; step -lr buffer.
+
+    Attributes:
+        momentum: share of the buffer that stays.
+    """
 
     name: Literal["momentum"] = "momentum"
     lr: PositiveFloat = 0.05
@@ -56,7 +65,11 @@ class MomentumSettings(OptimizerSettings):
 
 
 class NesterovSettings(OptimizerSettings):
-    """Nesterov momentum, as torch.optim.SGD has it: step -lr (g + momentum buffer)."""
+    """Nesterov momentum, as torch.optim.SGD has it: step -lr (g + momentum buffer).
+
+    Attributes:
+        momentum: share of the buffer that stays.
+    """
 
     name: Literal["nesterov"] = "nesterov"
     lr: PositiveFloat = 0.05
@@ -64,7 +77,11 @@ class NesterovSettings(OptimizerSettings):
 
 
 class AdagradSettings(OptimizerSettings):
-    """Adagrad."""
+    """Adagrad.
+
+    Attributes:
+        eps: added to the root of the sum of squared gradients.
+    """
 
     name: Literal["adagrad"] = "adagrad"
     lr: PositiveFloat = 1e-2
@@ -72,7 +89,12 @@ class AdagradSettings(OptimizerSettings):
 
 
 class AdadeltaSettings(OptimizerSettings):
-    """Adadelta; its step is in the units of the parameters, so lr is near 1."""
+    """Adadelta; its step is in the units of the parameters, so lr is near 1.
+
+    Attributes:
+        rho: decay of the averages of squared gradients and squared steps.
+        eps: added to both averages.
+    """
 
     name: Literal["adadelta"] = "adadelta"
     lr: PositiveFloat = 1.0
@@ -81,7 +103,12 @@ class AdadeltaSettings(OptimizerSettings):
 
 
 class RMSpropSettings(OptimizerSettings):
-    """RMSprop, neither centred nor with momentum."""
+    """RMSprop, neither centred nor with momentum.
+
+    Attributes:
+        alpha: decay of the average of squared gradients.
+        eps: added to its root.
+    """
 
     name: Literal["rmsprop"] = "rmsprop"
     lr: PositiveFloat = 1e-3
@@ -90,7 +117,12 @@ class RMSpropSettings(OptimizerSettings):
 
 
 class AdamFamilySettings(OptimizerSettings):
-    """The keys that the Adam family shares."""
+    """The keys that the Adam family shares.
+
+    Attributes:
+        betas: decays of the averages of gradients and of squared gradients.
+        eps: added to the root of the second average.
+    """
 
     lr: PositiveFloat = 1e-3
     betas: Betas = (0.9, 0.999)
@@ -110,21 +142,34 @@ class AMSGradSettings(AdamFamilySettings):
 
 
 class AdamWSettings(AdamFamilySettings):
-    """Adam with decoupled weight decay: theta <- (1 - lr weight_decay) theta before the step."""
+    """Adam with decoupled weight decay: theta <- (1 - lr weight_decay) theta before the step.
+
+    Attributes:
+        weight_decay: decoupled: no part of the gradient.
+    """
 
     name: Literal["adamw"] = "adamw"
     weight_decay: NonNegativeFloat = 0.01
 
 
 class AdamaxSettings(AdamFamilySettings):
-    """Adam with the infinity norm."""
+    """Adam with the infinity norm.
+
+    Attributes:
+        betas: decays of the average of gradients and of the largest gradient.
+        eps: added to the gradient's size before the largest is taken.
+    """
 
     name: Literal["adamax"] = "adamax"
     lr: PositiveFloat = 2e-3
 
 
 class NAdamSettings(AdamFamilySettings):
-    """Adam with Nesterov momentum."""
+    """Adam with Nesterov momentum.
+
+    Attributes:
+        momentum_decay: how fast the momentum rises to betas[0].
+    """
 
     name: Literal["nadam"] = "nadam"
     lr: PositiveFloat = 2e-3
@@ -141,7 +186,13 @@ class MuonSettings(OptimizerSettings):
     """Muon for hidden matrices and convolution kernels, AdamW for the rest; decoupled weight decay in both.
 
     The rate of Muon's part is scaled to AdamW's root-mean-square step (torch's "match_rms_adamw"), so that
-    one `lr` serves both parts. `betas` and `eps` are those of the AdamW part.
+    one `lr` serves both parts.
+
+    Attributes:
+        weight_decay: decoupled: no part of the gradient.
+        momentum: of Muon's part.
+        betas: of the AdamW part.
+        eps: of the AdamW part.
     """
 
     name: Literal["muon"] = "muon"
@@ -152,7 +203,12 @@ class MuonSettings(OptimizerSettings):
 
 
 class LionSettings(OptimizerSettings):
-    """Lion; decoupled weight decay."""
+    """Lion, which steps by the sign of an interpolated momentum.
+
+    Attributes:
+        weight_decay: decoupled: no part of the gradient.
+        betas: shares of the momentum in the step, and of what stays of it.
+    """
 
     name: Literal["lion"] = "lion"
     lr: PositiveFloat = 3e-4
