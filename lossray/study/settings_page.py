@@ -151,8 +151,8 @@ def _entry(name: str, settings: type[Settings], base: type[Settings]) -> Iterato
     """One entry of a registry, with the keys that it adds or whose defaults it changes."""
     yield f"### {name}"
     yield _prose(settings)
-    if own := _own_keys(settings, base):
-        yield _table(settings, own)
+    if keys := _own_keys(settings, base):
+        yield _table(settings, keys)
 
 
 def _own_keys(settings: type[Settings], base: type[Settings]) -> list[str]:
