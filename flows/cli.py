@@ -9,6 +9,7 @@ import typer
 
 from lossray import __version__
 from lossray.errors import LossrayError, StudyError
+from lossray.imports import uncollected
 
 app = typer.Typer(
     name="lossray",
@@ -75,7 +76,8 @@ def run(
         raise StudyError("--out is missing: name the folder or URI that receives the tables")
     if in_process and address is not None:
         raise StudyError("found --address beside --in-process, which uses no Ray; allowed: one of them")
-    from flows.study import run_study
+    with uncollected():
+        from flows.study import run_study
 
     code = run_study(
         study,

@@ -84,10 +84,14 @@ def ray_session(
     said = f"--address {address}" if address else f"RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}"
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     _check_reachable(address, said)
-    options = {"include_dashboard": dashboard} if address == "local" else {}
+    options: dict[str, Any] = {}
+    if address == "local":
+        options = {"include_dashboard": dashboard}
+        # Ray starts a worker a core ahead, set up otherwise than ours: no task of ours would run in them.
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     environment = {
         "env_vars": {USER_FOLDERS_VARIABLE: os.pathsep.join(user_folders)},
-        "worker_process_setup_hook": "lossray.imports.worker_setup",
+        "worker_process_setup_hook": "lossray.imports.worker_started",
     }
     try:
         ray.init(

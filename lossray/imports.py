@@ -7,9 +7,11 @@ settled here, in every process that runs a study. Ray calls `worker_setup` in ea
 task, but puts the driver's folder in front again when that task arrives: tasks call `worker_setup` once more.
 """
 
+import gc
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -38,6 +40,27 @@ def settle_imports(user_folders: Sequence[str | os.PathLike[str]]) -> None:
     behind = {os.path.realpath(folder) for folder in folders}
     sys.path[:] = [entry for entry in sys.path if entry and os.path.realpath(entry) not in behind]
     add_user_folders(folders)
+
+
+def worker_started() -> None:
+    """`worker_setup` where Ray has started a worker; until its first task it only imports, uncollected."""
+    worker_setup()
+    gc.disable()
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """For imports: nothing in it looks for garbage.
+
+    What is imported stays, and to look through all of it again and again takes a sixth of the time.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def worker_setup() -> None:

@@ -1,5 +1,7 @@
 """What a task takes from the machine it runs on: import order, threads, device."""
 
+import gc
+
 import ray
 import torch
 
@@ -13,6 +15,7 @@ def prepare_worker(cpus: float) -> torch.device:
     node: both are set from what Ray has given to this task.
     """
     worker_setup()
+    gc.enable()  # which `worker_started` has put off
     torch.set_num_threads(max(1, int(cpus)))
     if ray.get_gpu_ids() and torch.cuda.is_available():
         return torch.device("cuda:0")

@@ -1,6 +1,7 @@
 """Each case runs in a process of its own, started in a user's folder that comes first on the path."""
 
 import ast
+import gc
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import lossray.imports
+from lossray.imports import uncollected
 
 ROOT = Path(lossray.imports.__file__).resolve().parents[1]
 REPORT = """
@@ -165,3 +167,24 @@ def test_light_enough_for_every_worker():
         )
     }
     assert imported <= {"lossray", *sys.stdlib_module_names}
+
+
+def test_a_worker_collects_no_garbage_until_its_first_task(user):
+    run(
+        "import gc\n"
+        "from lossray.imports import worker_started\nworker_started()\nassert not gc.isenabled()\n"
+        "from tasks.worker import prepare_worker\nprepare_worker(1)\nassert gc.isenabled()\n",
+        user,
+    )
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_imports_leave_the_collection_of_garbage_as_it_was(enabled):
+    before = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        with uncollected():
+            assert not gc.isenabled()
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if before else gc.disable)()

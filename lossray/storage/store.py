@@ -213,7 +213,7 @@ class Store:
             from_bytes(table, data, where=f"{self.url}/{path}", columns=columns)
             for path, data in zip(paths, contents, strict=True)
         ]
-        empty = arrow_schema(table).empty_table()
+        empty = pa.Table.from_batches([], arrow_schema(table))  # `empty_table` would load pandas
         return pa.concat_tables([empty.select(columns) if columns else empty, *parts])
 
 

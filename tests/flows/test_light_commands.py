@@ -96,6 +96,7 @@ import flows.study as study
 request = study.check_request(sys.argv[1], sys.argv[2], ())
 study.notes_of(request.loaded.study, request.dataset, ())
 assert study.plan_of(request, study.try_settings(request, "cpu")).packs
+assert request.store.committed() == {}
 heavy = ("torch._dynamo", "scipy", "sklearn", "pandas", "matplotlib", "PIL", "lossray.findings.claims")
 print([name for name in heavy if name in sys.modules])
 """
