@@ -164,14 +164,12 @@ def _directions(
     point: ModelPoint, given: Mapping[str, Vector] | None, optimizer: UserOptimizer | None
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Vectors [1, d] by name, and which of the optimizer's there are not."""
-    gradient, vectors = point.operator.gradient, point.vectors(given, "angles")
+    vectors = point.vectors(given, "angles")
     if optimizer is None:
         return vectors, []
     notes = []
-    momentum, update = (
-        optimizer.state.momentum(),
-        optimizer.virtual_update(vectors.get("minibatch_gradient", gradient)),
-    )
+    momentum = optimizer.state.momentum()
+    update = optimizer.virtual_update(vectors.get("minibatch_gradient", point.operator.gradient))
     if momentum is not None:
         vectors.setdefault("momentum", momentum)
     elif not any("momentum" in note for note in optimizer.notes):

@@ -96,11 +96,11 @@ def _section(name: str, field: FieldInfo) -> Iterator[str]:
     if field.default is None:
         yield "Without this section nothing of it is done."
     yield _table(settings)
-    for key, field in settings.model_fields.items():
-        if _is_settings(field.annotation):
+    for key, inner in settings.model_fields.items():
+        if _is_settings(inner.annotation):
             yield f"### [{name}.{key}]"
-            yield _prose(field.annotation)
-            yield _table(field.annotation)
+            yield _prose(inner.annotation)
+            yield _table(inner.annotation)
     if settings is TrainingSettings:
         yield "### Losses"
         yield _named(("loss", "meaning"), {name: _summary(resolve(text)) for name, text in LOSSES.items()})
@@ -300,7 +300,10 @@ def _prose(settings: type[Settings]) -> str:
 
 
 def _summary(function: Any) -> str:
-    return _plain(inspect.getdoc(function).split("\n")[0])  # type: ignore[union-attr]
+    text = inspect.getdoc(function)
+    if text is None:
+        raise KeyError(f"{function.__qualname__} has no docstring, whose first line is its meaning")
+    return _plain(text.split("\n")[0])
 
 
 def _plain(text: str) -> str:
