@@ -9,9 +9,12 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+from lossray.operators.product_count import PRODUCTS
 from lossray.packages import running
 from lossray.study import versions_of
 from tasks.jobs import Attempt
+
+TRAINS = ("checkpoint", "training")  # kinds that take no products; without Ray others run meanwhile
 
 
 @dataclass
@@ -23,16 +26,19 @@ class Stopwatch:
         device: where it works: "cpu", or the kind of GPU.
         started: when the piece of work began, in seconds since the epoch.
         queued: seconds between the submission and the start.
+        products_before: curvature products of this process when the piece of work began.
     """
 
     attempt: Attempt
     device: str
     started: float = field(default_factory=time.time)
     queued: float = field(init=False)
+    products_before: int = field(init=False)
 
     def __post_init__(self) -> None:
         """The first piece of work may have waited for a worker."""
         self.queued = max(0.0, self.started - self.attempt.submitted)
+        self.products_before = PRODUCTS.total
 
     def restart(self) -> None:
         """Begin timing the next piece of work, which waits for nothing."""
@@ -57,6 +63,7 @@ class Stopwatch:
             "node": socket.gethostname(),
             "device": self.device,
             "peak_bytes": peak_bytes(),
+            "products": None if kind in TRAINS else PRODUCTS.total - self.products_before,
             "error": None,
             "versions": versions_text(versions_of(kind)),
             **{f"{package}_version": version for package, version in running().items()},
@@ -83,6 +90,7 @@ def failure(
         "status": "failed",
         "error": error,
         "device": None,
+        "products": None,
     }
 
 

@@ -23,6 +23,7 @@ from lossray.operators.example_mean import require_example_mean
 from lossray.operators.finite import require_finite_loss
 from lossray.operators.modes import plan_products
 from lossray.operators.objectives import Objective
+from lossray.operators.product_count import PRODUCTS
 from lossray.operators.products import (
     Piece,
     PieceMaker,
@@ -112,6 +113,7 @@ class ObjectiveOperator:
         block = self._block(vectors)
         self.require_derivatives()
         self.matvecs += block.shape[1]
+        PRODUCTS.total += block.shape[0] * block.shape[1]
         with _differentiating(self.objective):
             products = self._sum(self._pieces(), block.to(self.device, self.dtype))
         if not self.objective.may_diverge:

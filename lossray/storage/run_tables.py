@@ -126,6 +126,19 @@ TASKS = TableSchema(
         volatile("node", TEXT, "", "the machine"),
         volatile("device", TEXT, "", "`cpu`, or the kind of GPU"),
         volatile("peak_bytes", INTEGER, "bytes", "largest memory in use, of the GPU where the task has one"),
+        volatile(
+            "products",
+            INTEGER,
+            "products",
+            "products of a curvature operator with a vector that the task has computed, those of every run "
+            "counted; null where the task trained or failed",
+        ),
+        volatile(
+            "published_bytes",
+            INTEGER,
+            "bytes",
+            "size of the parts, checkpoints and eigenvectors that the task has written before its record",
+        ),
         volatile("error", TEXT, "", "why the task failed; null where it did not"),
         Column(
             "versions",

@@ -21,6 +21,7 @@ from lossray.storage.tables import arrow_schema, schema_of
 
 DONE = ("done", "diverged")  # a run that diverged is a result: it is committed and not tried again
 FAILED = "failed"
+RESULTS = ("parts/", "checkpoints/", "vectors/")  # folders of what tasks publish
 VECTORS_FORMAT = "eigenpairs/2"  # of the files at `Store.vectors_path`; see `lossray.geometry.vectors`
 
 
@@ -40,6 +41,7 @@ class Store:
         self.files = open_files(str(url))
         self.url = self.files.root if isinstance(self.files, LocalFiles) else str(url).rstrip("/")
         self._published: dict[str, list[str]] = {}  # key not yet committed -> its tables so far
+        self._bytes = 0  # of RESULTS, written since the last commit
 
     def __repr__(self) -> str:
         return f"Store({self.url!r})"
@@ -56,6 +58,8 @@ class Store:
     def write_bytes(self, path: str, data: bytes) -> None:
         """Create or replace a file in one step: no reader ever sees a part of it."""
         self.files.write(path, data)
+        if path.startswith(RESULTS):
+            self._bytes += len(data)
 
     def read_json(self, path: str) -> Any:
         """The value in a JSON file; StoreError where there is none or it is not JSON."""
@@ -137,17 +141,20 @@ class Store:
         self._published.setdefault(key, []).append(table)
         return path
 
-    def commit(self, record: Mapping[str, Any]) -> None:
+    def commit(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Record a task's end: with status "done" or "diverged", all its parts become visible at once.
 
         The first commit of a key stands, and later ones are ignored: what readers have seen does not change
         when a task that was thought lost finishes after its replacement. A failure is recorded beside; it
         shows only what this object published under its key, not what the failed task has left behind.
 
-        The column `tables` is filled in.
+        The columns `tables` and `published_bytes` are filled in.
 
         Args:
             record: one row of the table `tasks`; `status` is "done", "diverged" or "failed".
+
+        Returns:
+            The row, whether it or an earlier one stands.
 
         Raises:
             StoreError: an unknown status, column or type.
@@ -158,11 +165,12 @@ class Store:
         if record.get("kind") == "gather":
             raise StoreError("the gather task is recorded by publish_tables, in the tables that it makes")
         published = sorted(set(self._published.pop(key, [])))
-        row = {"tables": ",".join(published), **record}
-        if self.exists(self.part_path("tasks", key)):
-            return
-        folder = "failures" if status == FAILED else "tasks"
-        self.write_bytes(self.part_path(folder, key), to_bytes(to_arrow("tasks", [row])))
+        row = {"tables": ",".join(published), "published_bytes": self._bytes, **record}
+        if not self.exists(self.part_path("tasks", key)):
+            folder = "failures" if status == FAILED else "tasks"
+            self.write_bytes(self.part_path(folder, key), to_bytes(to_arrow("tasks", [row])))
+        self._bytes = 0
+        return row
 
     def committed_keys(self) -> set[str]:
         """The keys of all committed tasks, from one listing."""

@@ -18,6 +18,7 @@ from lossray.operators.exact_products import exact_products
 from lossray.operators.modes import choose_product_mode, retained_bytes
 from lossray.operators.objectives import PackedObjective
 from lossray.operators.packed import PackedHessian
+from lossray.operators.product_count import PRODUCTS
 from lossray.spectra.certified_pairs import PackedEigenPairs
 from lossray.spectra.eigensolver import packed_eigenpairs
 from lossray.spectra.ends import Wanted
@@ -169,6 +170,15 @@ def test_symmetric_and_the_derivative_of_the_gradient(name: str) -> None:
     step = 1e-5
     ahead, behind = (_operator((stack, theta + s * a, buffers, batches)).gradient for s in (step, -step))
     assert torch.allclose((ahead - behind) / (2 * step), operator.apply(a), rtol=1e-5, atol=1e-6)
+
+
+def test_products_count_each_member_and_each_vector() -> None:
+    operator = _operator(_case("linear"))
+    before = PRODUCTS.total
+    operator.apply(torch.randn(operator.shape[0], 3, operator.shape[1]))
+    operator.apply(torch.randn(operator.shape))
+    assert PRODUCTS.total - before == 2 * (3 + 1)
+    assert operator.matvecs == 3 + 1
 
 
 def _softmax_regression(n_features: int, n_classes: int) -> tuple[PackedHessian, Tensor]:

@@ -88,6 +88,17 @@ def test_the_commit_record_names_the_tables_published(store):
     assert store.records()["tables"].to_pylist() == ["checkpoints,training"]
 
 
+def test_the_commit_record_counts_the_bytes_published_since_the_last(store):
+    store.write_json("progress.json", {"state": "running"})  # no result
+    store.write_bytes(store.checkpoint_path("p", 1), b"12345")
+    part = store.publish("training", "k1", rows("a", 1))
+    first = store.commit(record("k1"))
+    store.write_bytes(store.vectors_path("p", 1), b"123")
+    second = store.commit(record("k2"))
+    assert [first["published_bytes"], second["published_bytes"]] == [5 + store.size(part), 3]
+    assert store.records().sort_by("task_key")["published_bytes"].to_pylist() == [5 + store.size(part), 3]
+
+
 def test_executing_a_task_twice_gives_one_set_of_rows(store):
     for _ in range(2):
         store.publish("training", "k", rows("a", 1, 2))

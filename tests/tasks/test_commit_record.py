@@ -2,6 +2,7 @@
 
 import time
 
+from lossray.operators.product_count import PRODUCTS
 from lossray.storage.rows import to_arrow
 from lossray.storage.store import Store
 from tasks.commit_record import Stopwatch, failure
@@ -36,6 +37,15 @@ def test_restart_begins_the_next_piece_of_work():
     row = watch.record("k", "checkpoint")
     assert row["wall_seconds"] < 0.1
     assert row["queue_seconds"] == 0  # one piece follows the other
+
+
+def test_a_record_counts_the_products_of_its_task_alone():
+    PRODUCTS.total += 5
+    watch = Stopwatch(Attempt(), "cpu")
+    PRODUCTS.total += 3
+    assert watch.record("k", "curvature")["products"] == 3
+    assert watch.record("k", "training")["products"] is None
+    assert failure("k", "curvature", Attempt(), "ValueError: no")["products"] is None
 
 
 def test_a_node_whose_clock_is_behind_the_drivers_does_not_queue_for_negative_time():
