@@ -78,7 +78,10 @@ def run(
         raise StudyError("found --address beside --in-process, which uses no Ray; allowed: one of them")
     with uncollected():
         from flows.study import run_study
+        from flows.submission import version_note
 
+    for line in version_note():
+        typer.echo(f"note: {line}", err=True)
     code = run_study(
         study,
         out,
@@ -87,6 +90,48 @@ def run(
         in_process=in_process,
         dashboard=dashboard,
         recompute=recompute,
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
+def submit(
+    study: Annotated[str, STUDY],
+    out: Annotated[
+        str | None, typer.Option(help="The store: a URI such as s3://bucket/study, which all nodes see.")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="The cluster's dashboard, http://HEAD:8265; as RAY_API_SERVER_ADDRESS.")
+    ] = None,
+    no_wait: Annotated[
+        bool, typer.Option("--no-wait", help="Leave once it is submitted; print its id.")
+    ] = False,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting, e.g. training.steps=200; may be repeated.")
+    ] = None,
+    recompute: Annotated[bool, typer.Option("--recompute", help="As for `lossray run`.")] = False,
+    shared: Annotated[
+        bool, typer.Option("--shared", help="The folder --out is one that all nodes share.")
+    ] = False,
+    driver_cpus: Annotated[
+        float | None, typer.Option(min=0, help="CPUs that the job's driver reserves; 0: it is on the head.")
+    ] = None,
+) -> None:
+    """Run or resume a study as a job of a Ray cluster, and follow it; Ctrl-C leaves it running."""
+    if out is None:
+        raise StudyError("--out is missing: name the URI that receives the tables")
+    with uncollected():
+        from flows.submit import submit as submit_study
+
+    code = submit_study(
+        study,
+        out,
+        address=address,
+        overrides=overrides or (),
+        wait=not no_wait,
+        recompute=recompute,
+        shared=shared,
+        driver_cpus=driver_cpus,
     )
     raise typer.Exit(code)
 
