@@ -1,12 +1,12 @@
 """The job server of a cluster, which its dashboard has; every failure to reach it in a line."""
 
-import logging
 import os
 import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,6 @@ CONNECT_SECONDS = 5.0
 NODES_SECONDS = 10.0  # a head that has just started lists none yet
 DASHBOARD_PORT = 8265
 DASHBOARD = re.compile(r"https?://([^\s/:\[\]@]+|\[[^\s\]]+\])(:\d+)?(/\S*)?", re.IGNORECASE)
-# Loggers that tell of each package, each large file in it, each connection that is closed.
-TALKATIVE = (
-    "ray.dashboard.modules.dashboard_sdk",
-    "ray.dashboard.modules.job.sdk",
-    "ray._private.runtime_env.packaging",
-)
 TOKEN_FILE = "~/.ray/auth_token"
 TOKEN_REMEDY = (
     f"remedy: the cluster's token in RAY_AUTH_TOKEN, or in the file {TOKEN_FILE} or RAY_AUTH_TOKEN_PATH"
@@ -124,10 +118,6 @@ def connect(address: str) -> JobServer:
         ) from error
     except (OSError, RuntimeError) as error:
         raise StudyError(f"--address {address}: no job server answers there ({error})") from error
-    for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
-        logging.getLogger(name).setLevel(
-            logging.ERROR
-        )  # they tell of each package and each closed connection
     return JobServer(address, client, headers)
 
 
@@ -185,4 +175,6 @@ def _innermost(error: BaseException) -> str:
         error = cause
     if isinstance(error, TimeoutError):
         return f"no answer in {CONNECT_SECONDS:g} seconds"
+    if isinstance(error, HTTPException):  # which quotes bytes of another protocol
+        return "what listens there does not speak HTTP"
     return " ".join(str(error).split()) or type(error).__name__

@@ -7,7 +7,7 @@ from typing import Any
 import fsspec
 
 from lossray.errors import StudyError
-from lossray.names import unknown_name
+from lossray.names import nearest
 from lossray.storage.store import Store
 
 NEAREST = "a URI such as s3://bucket/study"
@@ -25,7 +25,9 @@ def job_store(out: str) -> str:
     if scheme == "memory":
         raise StudyError(f"--out {out}: every process has memory of its own; allowed: {NEAREST}")
     if "::" not in scheme and scheme not in (known := fsspec.available_protocols()):
-        raise StudyError(f"--out {out}: protocol: {unknown_name(scheme, known)}")
+        guess = nearest(scheme, known)
+        hint = f"; did you mean {guess}://?" if guess else ""
+        raise StudyError(f"--out {out}: unknown protocol {scheme!r}; allowed: {NEAREST}{hint}")
     return out.rstrip("/")
 
 

@@ -1,5 +1,6 @@
 """A study as a job of a Ray cluster: checked here, sent with what it needs, followed to its end."""
 
+import logging
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -15,6 +16,12 @@ from lossray import __version__
 from lossray.errors import StudyError
 from lossray.study import load_study
 
+# Loggers that tell of each ignore file, each package and large file in it, each connection that is closed.
+TALKATIVE = (
+    "ray._private.runtime_env.packaging",
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+)
 DRIVER_CPUS = 0.1  # of a worker, where the head does no work
 ATTEMPTS = 10  # to find a free id while others submit
 NO_SUCH_COMMAND = 127  # a shell's exit code
@@ -51,6 +58,8 @@ def submit(
         StudyError: the study, its upload, `out` or the address; or a job of this store is running.
         ConnectionError: the cluster was lost for good while its job was followed.
     """
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     with chdir("."):  # which a module of the user's may change
         loaded = load_study(study, overrides)
     submission = Submission(loaded, job_store(out), recompute)
