@@ -24,8 +24,8 @@ def job_store(out: str) -> str:
         return Store(out).url
     if scheme == "memory":
         raise StudyError(f"--out {out}: every process has memory of its own; allowed: {NEAREST}")
-    if "::" not in scheme and scheme not in (known := fsspec.available_protocols()):
-        guess = nearest(scheme, known)
+    if "::" not in scheme and scheme not in (protocols := fsspec.available_protocols()):
+        guess = nearest(scheme, protocols)
         hint = f"; did you mean {guess}://?" if guess else ""
         raise StudyError(f"--out {out}: unknown protocol {scheme!r}; allowed: {NEAREST}{hint}")
     return out.rstrip("/")

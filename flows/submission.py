@@ -61,8 +61,8 @@ class Submission:
 
     def next_id(self, used: set[str]) -> str:
         """An id that no job has had: Ray refuses one again even after the job's end."""
-        own = [submission_id for submission_id in used if self.owns(submission_id)]
-        numbers = [int(one.removeprefix(f"{self.base_id}-")) if one != self.base_id else 1 for one in own]
+        ids = [submission_id for submission_id in used if self.owns(submission_id)]
+        numbers = [int(one.removeprefix(f"{self.base_id}-")) if one != self.base_id else 1 for one in ids]
         return f"{self.base_id}-{max(numbers) + 1}" if numbers else self.base_id
 
 
