@@ -180,8 +180,9 @@ def share_rows(
     sizes = torch.bincount(index).tolist()
     rows = []
     for direction, one in measured.items():
-        energies = layer_sums(one.units.square(), index).tolist()
-        parts = layer_sums(one.units * one.products, index)
+        index = index.to(one.units.device)
+        energies = layer_sums(one.units.square(), index, len(names)).tolist()
+        parts = layer_sums(one.units * one.products, index, len(names))
         blocks = torch.full_like(parts, math.nan) if within is None else within[direction]
         part, inside, across = parts.tolist(), blocks.tolist(), (parts - blocks).tolist()
         rows += [

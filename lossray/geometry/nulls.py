@@ -43,8 +43,8 @@ class LayerNull:
 
     def __init__(self, layout: Layout, kept: Tensor) -> None:
         self.kept = kept
-        self._index = layer_index(layout).to(kept.device)
-        self._sizes = layer_sums(kept.double(), self._index)
+        self._index, self._layers = layer_index(layout).to(kept.device), len(layers(layout))
+        self._sizes = self._sums(kept.double())
 
     def expected(self, energies: Tensor, weights: Tensor) -> Tensor:
         """Sum over layers of |u_l|^2 sum_k |v_k,l|^2 / d_l, [R].
@@ -53,8 +53,11 @@ class LayerNull:
             energies: squares of u, [R, d].
             weights: sum over k of the squares of v_k, [R, d].
         """
-        shares = layer_sums(weights, self._index) / self._sizes.clamp(min=1)
-        return (layer_sums(energies, self._index) * shares).sum(dim=1)
+        shares = self._sums(weights) / self._sizes.clamp(min=1)
+        return (self._sums(energies) * shares).sum(dim=1)
+
+    def _sums(self, values: Tensor) -> Tensor:
+        return layer_sums(values, self._index, self._layers)
 
 
 class IsotropicNull:
@@ -106,8 +109,7 @@ def layer_index(layout: Layout) -> Tensor:
     return torch.repeat_interleave(torch.tensor([owner[name] for name in layout.names]), counts)
 
 
-def layer_sums(values: Tensor, index: Tensor) -> Tensor:
-    """Sums of ``values`` [R, d] over each layer, [R, layers], float64; ``index`` [d] numbers the layers."""
-    index = index.to(values.device)
-    total = torch.zeros(len(values), int(index.max()) + 1, dtype=torch.float64, device=values.device)
+def layer_sums(values: Tensor, index: Tensor, count: int) -> Tensor:
+    """Sums of ``values`` [R, d] over each of ``count`` layers, float64; ``index`` [d] numbers the layers."""
+    total = torch.zeros(len(values), count, dtype=torch.float64, device=values.device)
     return total.index_add_(1, index, values.double())

@@ -49,6 +49,7 @@ from lossray.nullity.unit_conditions import (
     measured_rank,
 )
 from lossray.operators.finite import require_finite_inputs
+from lossray.operators.objectives import converted
 from lossray.operators.user_data import described, example_batch, read_data
 from lossray.plugins import failure
 from lossray.spectra.summary import Summarised
@@ -165,7 +166,7 @@ def structural_floor(model: nn.Module, data: Any, loss: Loss, *, dense_up_to: in
         (4, 2, 2, True)
     """
     nodes = graph_of(model)
-    inputs, output_loss = _examples(data, loss)
+    inputs, output_loss = _examples(model, data, loss)
     outputs = _outputs(model, inputs)
     output_loss.gradient(outputs)  # what fails here fails for every use
     ignored = ignored_directions(output_loss, outputs)
@@ -202,7 +203,7 @@ def null_vectors(model: nn.Module, data: Any, loss: Loss) -> Tensor:
     the last layer is no linear one, or the loss ignores nothing. Arguments and errors as for
     `structural_floor`.
     """
-    inputs, output_loss = _examples(data, loss)
+    inputs, output_loss = _examples(model, data, loss)
     outputs = _outputs(model, inputs)
     ignored = ignored_directions(output_loss, outputs)
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -320,8 +321,8 @@ def _of_linear_network(layers: Sequence[Layer], inputs: Tensor, ignored: Ignored
 # ---- data and loss
 
 
-def _examples(data: Any, loss: Loss) -> tuple[Tensor, OutputLoss]:
-    """All inputs [N, ...], floating ones in float64, and the loss on all targets."""
+def _examples(model: nn.Module, data: Any, loss: Loss) -> tuple[Tensor, OutputLoss]:
+    """All inputs [N, ...] and the loss on all targets, on the model's device; what is floating in float64."""
     with seeded(0, torch.device("cpu")):  # a DataLoader draws whenever it is read
         batches = [example_batch(raw) for raw in read_data(data, closure=False)]
     if not all(isinstance(b.inputs, Tensor) and isinstance(b.targets, Tensor) for b in batches):
@@ -330,16 +331,16 @@ def _examples(data: Any, loss: Loss) -> tuple[Tensor, OutputLoss]:
         require_finite_inputs(batch.inputs, number)
     if not sum(len(batch.inputs) for batch in batches):
         raise DataError("data: found no example; at least one is needed")
+    device = next(model.parameters()).device
+    batches = [converted(batch, device, torch.float64) for batch in batches]
     kept = [slice(None) if batch.weights is None else batch.weights > 0 for batch in batches]
     inputs = torch.cat([batch.inputs[rows] for batch, rows in zip(batches, kept, strict=True)])
     targets = torch.cat([batch.targets[rows] for batch, rows in zip(batches, kept, strict=True)])
-    targets = targets.double() if targets.is_floating_point() else targets
     weights = None
     if any(batch.weights is not None for batch in batches):
-        each = [torch.ones(len(b.inputs)) if b.weights is None else b.weights for b in batches]
-        weights = torch.cat([w[rows].to(inputs.device).double() for w, rows in zip(each, kept, strict=True)])
+        each = [inputs.new_ones(len(b.inputs)) if b.weights is None else b.weights for b in batches]
+        weights = torch.cat([w[rows].double() for w, rows in zip(each, kept, strict=True)])
     alike = weights is None or bool((weights == weights[0]).all())
-    inputs = inputs.double() if inputs.is_floating_point() else inputs
     return inputs, OutputLoss(loss, targets, None if alike else weights)
 
 

@@ -22,15 +22,16 @@ def largest_ritz_values(operator: PackedOperator, start: Tensor, steps: int) -> 
         steps: products of each member.
     """
     basis = [normalize(start.double(), dim=1)]
-    projected = torch.zeros(len(start), steps, steps, dtype=torch.float64)
+    projected = torch.zeros(len(start), steps, steps, dtype=torch.float64, device=start.device)
     for k in range(steps):
         image = operator.apply(basis[k]).double()
         for _ in range(2):  # once leaves what rounding has brought back
             for i, vector in enumerate(basis):
                 share = (vector * image).sum(dim=1)
-                projected[:, i, k] += share.cpu()
+                projected[:, i, k] += share
                 image = image - share[:, None] * vector
         basis.append(normalize(image, dim=1))
+    projected = projected.cpu()  # once: a GPU is waited for
     tridiagonal = projected.triu() + projected.triu(1).transpose(1, 2)
     finite = torch.isfinite(tridiagonal).all(dim=(1, 2))
     values = torch.linalg.eigvalsh(torch.where(finite[:, None, None], tridiagonal, 0.0))[:, -1]
