@@ -234,7 +234,7 @@ def _evaluated(objective: ModuleObjective, grid: Tensor, vectors: Tensor) -> tup
     theta = objective.theta.detach()[0].double()
     losses, right = torch.zeros(len(grid), dtype=torch.float64), torch.zeros(len(grid), dtype=torch.float64)
     counted, classes = 0, True
-    with exact_products(objective.device), torch.no_grad():
+    with exact_products(objective.device, recurrent=objective.recurrent), torch.no_grad():
         for part in _parts(objective):
             scored = _has_classes(objective, part)
             classes = classes and scored

@@ -118,7 +118,7 @@ def differences(objective: Objective, *, anywhere: bool = False, alone: bool = F
     if not len(alive):
         return []
     objective = objective.member(int(alive[0]))
-    with exact_products(objective.device):
+    with exact_products(objective.device, recurrent=objective.recurrent):
         exact = _in_double(objective)
         sets = representatives(exact.batches(), len(exact.sizes), LOSS_EXAMPLES)[:MOST_SHAPES]
         return [one for batch in sets for one in _compared(exact, batch, anywhere, alone)]

@@ -210,5 +210,5 @@ def _require(
 
 def _piece_bytes(objective: Objective, batch: Batch, make_piece: PieceMaker) -> int:
     """Bytes that the graph of ``batch`` holds on to."""
-    with exact_products(objective.device):
+    with exact_products(objective.device, recurrent=objective.recurrent):
         return held_bytes(partial(make_piece, objective, batch))

@@ -27,6 +27,7 @@ from lossray.networks.losses import (
     loss_name,
     one_logit,
 )
+from lossray.networks.recurrent import is_recurrent
 from lossray.networks.weight_norm import twice_differentiable
 from lossray.operators.example_mean import is_example_mean, require_example_mean
 from lossray.operators.finite import require_finite_inputs, require_finite_loss
@@ -82,6 +83,7 @@ class ModuleObjective:
         self.loss, self.closure, self.train = loss, closure, train
         self._loss = loss if loss is None else in_dtype_of_outputs(loss)
         self.coupled = tuple(_coupled_layers(model, train=train))
+        self.recurrent = is_recurrent(model)
         self.names: Mapping[str, str] = {
             "model": type(model).__name__,
             "loss": loss_name(loss or closure),

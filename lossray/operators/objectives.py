@@ -22,6 +22,7 @@ from lossray.networks.functional import call_model
 from lossray.networks.holding import gradient_in_place, holding
 from lossray.networks.layout import Layout
 from lossray.networks.losses import Loss
+from lossray.networks.recurrent import is_recurrent
 from lossray.networks.stack import Stack
 
 EXAMPLES_AT_ONCE = 4096  # in a forward pass without a graph
@@ -82,6 +83,7 @@ class Objective(Protocol):
     dtype: torch.dtype
     device: torch.device
     layout: Layout
+    recurrent: bool  # whether the model has recurrent layers; see `exact_products`
     coupled: tuple[str, ...]  # layers that mix the examples of a batch, which is therefore never split
     names: Mapping[str, str]  # for messages: "model" and "loss"
 
@@ -159,6 +161,7 @@ class PackedObjective:
         self.stack, self.loss, self.layout = stack, loss, stack.layout
         self.device = theta.device
         self.coupled: tuple[str, ...] = ()
+        self.recurrent = is_recurrent(stack.template)
         self.names: Mapping[str, str] = {
             "model": type(stack.template).__name__,
             "loss": getattr(loss, "__name__", "loss"),

@@ -271,7 +271,7 @@ class PackedFisher(ObjectiveOperator):
 def _differentiating(objective: Objective) -> Iterator[None]:
     """Exact products, and a ModelError for whatever a user's model or loss cannot do."""
     try:
-        with exact_products(objective.device):
+        with exact_products(objective.device, recurrent=objective.recurrent):
             yield
     except (LossrayError, ValueError, MemoryError, torch.OutOfMemoryError):
         raise

@@ -25,7 +25,7 @@ def basis(k, generator):
 def test_a_layer_is_the_module_that_owns_the_parameters():
     assert layer_index(LAYOUT).tolist() == [0] * 6 + [1] * 3
     values = torch.arange(9.0)[None]
-    assert layer_sums(values, layer_index(LAYOUT)).tolist() == [[15.0, 21.0]]
+    assert layer_sums(values, layer_index(LAYOUT), 2).tolist() == [[15.0, 21.0]]
 
 
 @pytest.mark.parametrize("k", [1, 3])
