@@ -28,44 +28,21 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
+from flows.capacity import Kind, Share, Shares
+from flows.cluster_watch import Backlog, ClusterWatch
 from flows.interrupt import Interrupt
 from flows.ledger import Ledger
-from flows.plan import AnalysisJob, PackPlan, Plan, described
-from flows.session import Capacity, worker_options
-from tasks.analyse_checkpoint import curvature, warm_up
-from tasks.build_ensembles import ensemble
-from tasks.compare_checkpoints import pair
-from tasks.connect_runs import connectivity
-from tasks.evaluate_surfaces import surfaces
-from tasks.follow_runs import separations, trajectory
-from tasks.jobs import (
-    Attempt,
-    ConnectivityJob,
-    CurvatureJob,
-    DegeneracyJob,
-    EnsembleJob,
-    PairJob,
-    SeparationsJob,
-    SurfaceJob,
-    TrainingJob,
-    TrajectoryJob,
-)
-from tasks.measure_degeneracy import degeneracy
-from tasks.train_pack import Published, TrainingActor
+from flows.plan import PackPlan, Plan, described
+from flows.session import is_embedded, worker_options
+from tasks.commit_record import Record
+from tasks.events import Event, Finished, Published, Started
+from tasks.jobs import AnalysisJob, Attempt, TrainingJob
+from tasks.ray_tasks import TrainingActor, analysis, warm_up
 
 ATTEMPTS = 4  # tries at a task whose worker or node died
 QUEUED = 1  # analysis tasks submitted beyond those that can run, so that no worker waits for the driver
 WAIT_SECONDS = 0.25  # longest time between two looks at signals and the progress display
-TASKS: dict[type, Any] = {  # Ray task by job
-    CurvatureJob: curvature,
-    PairJob: pair,
-    DegeneracyJob: degeneracy,
-    TrajectoryJob: trajectory,
-    SeparationsJob: separations,
-    SurfaceJob: surfaces,
-    ConnectivityJob: connectivity,
-    EnsembleJob: ensemble,
-}
+SPARE_SECONDS = 60.0  # for which an actor that has trained waits for an analysis
 SYSTEM_FAILURES = (
     WorkerCrashedError,
     NodeDiedError,
@@ -92,12 +69,40 @@ class Trainer:
         actor: Ray's handle.
         attempt: the try at the training.
         seen: steps whose checkpoints have arrived, over all attempts.
+        fruitless: tries that were lost since the last of them.
+        node: the host that it works on; None before it has left Ray's queue.
     """
 
     plan: PackPlan
     actor: Any
     attempt: Attempt
     seen: set[int] = field(default_factory=set)
+    fruitless: int = 0
+    node: str | None = None
+
+
+@dataclass
+class Analysis:
+    """An analysis task that Ray has been given.
+
+    Attributes:
+        job: what it does.
+        node: the host that it works on; None before it has left Ray's queue.
+        record: what it has committed; None before.
+        actor: the training actor in whose process it runs; None: a Ray task.
+    """
+
+    job: AnalysisJob
+    node: str | None = None
+    record: Record | None = None
+    actor: Any = None
+
+
+class Spare(NamedTuple):
+    """A training actor without work; its process has imported all that an analysis needs."""
+
+    since: float
+    actor: Any
 
 
 class Driver:
@@ -106,23 +111,25 @@ class Driver:
     Args:
         plan: what the study consists of.
         ledger: what is done, counted and recorded.
-        capacity: how much may run at a time.
+        shares: what its tasks take of the cluster.
         interrupt: asks the driver to stop.
     """
 
-    def __init__(self, plan: Plan, ledger: Ledger, capacity: Capacity, interrupt: Interrupt) -> None:
+    def __init__(self, plan: Plan, ledger: Ledger, shares: Shares, interrupt: Interrupt) -> None:
         self.plan = plan
         self.ledger = ledger
-        self.capacity = capacity
+        self.shares = shares
         self.interrupt = interrupt
-        self.most_trainers = capacity.trainers_alone if plan.only_trains else capacity.trainers
+        patience = plan.study.resources.wait
+        self.cluster = ClusterWatch(shares, patience, embedded=is_embedded(), warm=self._warm)
         # An actor of a driver that was killed keeps its name for a moment: each driver has names of its own.
         self.namespace = f"{plan.namespace}-{uuid.uuid4().hex[:8]}"
         self.worker_options = worker_options([os.getcwd(), *filter(None, [plan.context.folder])])
         self.waiting = deque(pack for pack in plan.packs if not ledger.is_trained(pack))
         self.ready: list[Ready] = []  # heap of the analysis jobs that can start
         self.trainers: dict[Any, Trainer] = {}  # by generator
-        self.in_flight: dict[Any, AnalysisJob] = {}  # by object reference
+        self.in_flight: dict[Any, Analysis] = {}  # by generator
+        self.spares: list[Spare] = []
         self._order = count()
         self._queue(self._left_over())
 
@@ -134,21 +141,20 @@ class Driver:
         """
         self.ledger.progress.running = self._running
         try:
-            warming = self._warm_up()  # held, or Ray would drop the tasks
-            finished = self._loop()
-            del warming
-            return finished
+            self._warm_up()
+            return self._loop()
         finally:
-            self._end_trainers()  # a cluster outlives its driver, and so does a notebook's Ray
+            self._end_actors()  # a cluster outlives its driver, and so does a notebook's Ray
 
     def _loop(self) -> bool:
         while self.waiting or self.trainers or self.ready or self.in_flight:
             if self.interrupt.received:
                 self._drain()
                 return False
+            self._look()
             self._submit()
-            for reference in self._arrived(WAIT_SECONDS):
-                self._receive(reference)
+            for stream in self._arrived(WAIT_SECONDS):
+                self._receive(stream)
             self.ledger.tick()
         return True
 
@@ -158,106 +164,176 @@ class Driver:
             for step in pack.curvature_keys:
                 yield from self.ledger.next_jobs(pack, step)
 
-    def _warm_up(self) -> list[Any]:
+    def _warm_up(self) -> None:
         """Let workers import torch and read the data while the first actors start, which takes as long."""
-        if not self.waiting:
-            return []
-        options = {**self.capacity.curvature.options(), **self.worker_options}
-        task = warm_up.options(name="warm-up", **options)
-        workers = max(0, self._room() - QUEUED - min(len(self.waiting), self.most_trainers))
-        return [task.remote(self.plan.context) for _ in range(workers)]
+        if self.waiting:
+            trainers = min(len(self.waiting), self.most_trainers)
+            self.cluster.warm_up(self.shares.curvature, self.cluster.capacity.curvatures(trainers))
+
+    def _warm(self, share: Share) -> Any:
+        options = share.options() | self.worker_options
+        return warm_up.options(name="warm-up", **options).remote(self.plan.context)
+
+    def _look(self) -> None:
+        """Now and then: what the cluster has now, and what the study waits for."""
+        if not self.cluster.look(self._backlog):
+            return
+        self.ledger.progress.wait_for(self.cluster.wait.text, self.cluster.wait.seconds)
+        now = time.monotonic()
+        while self.spares and not self.ready and now - self.spares[0].since > SPARE_SECONDS:
+            ray.kill(self.spares.pop(0).actor)
+
+    def _backlog(self) -> Backlog:
+        works: list[Trainer | Analysis] = [*self.trainers.values(), *self.in_flight.values()]
+        trains = bool(self.waiting) or any(not trainer.node for trainer in self.trainers.values())
+        analyses = bool(self.ready) or any(not task.node for task in self.in_flight.values())
+        kinds: list[tuple[Kind, bool]] = [("train", trains), ("curvature", analyses)]
+        return Backlog(
+            needed=[kind for kind, waits in kinds if waits],
+            running=any(work.node for work in works),
+            packs=len(self.waiting),
+            trainers=len(self.trainers),
+            analyses=len(self.ready),
+            in_flight=len(self.in_flight),
+        )
 
     def _queue(self, jobs: Iterable[AnalysisJob]) -> None:
         """Early steps go first: every pack has rows soon, however many checkpoints others have."""
         for job in jobs:
             heapq.heappush(self.ready, Ready(job.step, next(self._order), job))
 
+    @property
+    def most_trainers(self) -> int:
+        """Training actors at a time."""
+        room = self.cluster.capacity
+        return room.trainers_alone if self.plan.only_trains else room.trainers
+
     def _room(self) -> int:
-        """Analysis tasks that may be submitted: those that can run beside the actors, and a few to queue."""
-        return max(1, self.capacity.curvatures - len(self.trainers)) + QUEUED
+        """Analyses that may be in flight: those that can run beside the training, and a few to queue.
+
+        None is queued where training actors analyse: one that comes free would wait beside the queue.
+        """
+        analysts = len(self.spares) + sum(task.actor is not None for task in self.in_flight.values())
+        slots = self.cluster.capacity.curvatures(len(self.trainers) + analysts) + analysts
+        return max(1, slots) + (0 if analysts else QUEUED)
 
     def _submit(self) -> None:
         while self.waiting and len(self.trainers) < self.most_trainers:
-            self._start_trainer(self.waiting.popleft(), Attempt(), set())
+            self._start_trainer(Trainer(self.waiting.popleft(), None, Attempt()))
         while self.ready and len(self.in_flight) < self._room():
             job = heapq.heappop(self.ready).job
             self._start_analysis(replace(job, attempt=Attempt()))
 
-    def _start_trainer(self, plan: PackPlan, attempt: Attempt, seen: set[int]) -> None:
-        retry = f"#{attempt.number}" if attempt.number > 1 else ""
-        name = f"train/{plan.pack.pack_id}{retry}"
+    def _start_trainer(self, trainer: Trainer) -> None:
+        retry = f"#{trainer.attempt.number}" if trainer.attempt.number > 1 else ""
+        name = f"train/{trainer.plan.pack.pack_id}{retry}"
         actor_class: Any = TrainingActor  # what ray.remote has made of it
-        options = self.capacity.train.options() | self.worker_options
+        options = self.shares.train.options() | self.worker_options
         actor = actor_class.options(name=name, namespace=self.namespace, **options).remote()
-        self._train(actor, plan, attempt, seen)
+        self._train(replace(trainer, actor=actor, node=None))
 
-    def _train(self, actor: Any, plan: PackPlan, attempt: Attempt, seen: set[int]) -> None:
-        job: TrainingJob = self.plan.training_job(plan, attempt)
-        fit = actor.fit.options(name="train", num_returns="streaming")
-        self.trainers[fit.remote(job, self.capacity.train.cpus)] = Trainer(plan, actor, attempt, seen)
+    def _train(self, trainer: Trainer) -> None:
+        job: TrainingJob = self.plan.training_job(trainer.plan, trainer.attempt)
+        fit = trainer.actor.fit.options(name="train", num_returns="streaming")
+        self.trainers[fit.remote(job, self.shares.train.cpus)] = trainer
 
     def _start_analysis(self, job: AnalysisJob) -> None:
-        share = self.capacity.curvature
-        function: Any = TASKS[type(job)]
-        task = function.options(name=job.kind, max_retries=0, **share.options(), **self.worker_options)
-        self.in_flight[task.remote(job, share.cpus)] = job
+        share = self.shares.curvature
+        actor = self.spares.pop().actor if self.spares else None
+        if actor is not None:
+            task = actor.analyse.options(name=job.kind, num_returns="streaming")
+        else:
+            options = {**share.options(), **self.worker_options}
+            task = analysis.options(name=job.kind, num_returns="streaming", max_retries=0, **options)
+        self.in_flight[task.remote(job, share.cpus)] = Analysis(job, actor=actor)
 
     def _arrived(self, seconds: float) -> list[Any]:
         """All that is ready, after a wait for the first: a long replay keeps no finished task waiting."""
-        references = [*self.trainers, *self.in_flight]
-        if not references:
+        streams = [*self.trainers, *self.in_flight]
+        if not streams:
             return []
-        ray.wait(references, num_returns=1, timeout=seconds)
-        ready, _ = ray.wait(references, num_returns=len(references), timeout=0)
+        ray.wait(streams, num_returns=1, timeout=seconds)
+        ready, _ = ray.wait(streams, num_returns=len(streams), timeout=0)
         return list(ready)
 
-    def _receive(self, reference: Any) -> None:
-        if reference in self.trainers:
-            self._receive_checkpoint(reference)
-        else:
-            self._receive_analysis(reference)
-
-    def _receive_checkpoint(self, stream: Any) -> None:
-        trainer = self.trainers[stream]
+    def _receive(self, stream: Any) -> None:
+        """Take the next event of a training or an analysis."""
+        receive = self._receive_training if stream in self.trainers else self._receive_analysis
         try:
-            published: Published = ray.get(next(stream))
+            event: Event | None = ray.get(next(stream))
         except StopIteration:
-            self.ledger.training_done(trainer.plan)
-            if self.waiting:  # the actor goes on with another pack: a new process would import torch first
-                self._train(self.trainers.pop(stream).actor, self.waiting.popleft(), Attempt(), set())
-            else:
-                self._end_trainer(stream)
+            receive(stream, None)
         except RayError as error:
-            self._end_trainer(stream)
-            self._retry_or_fail_training(trainer, error)
+            receive(stream, error)
         else:
-            if published.step not in trainer.seen:
-                trainer.seen.add(published.step)
-                self.ledger.checkpoint_trained()
-                self._queue(self.ledger.next_jobs(trainer.plan, published.step))
+            receive(stream, event)
 
-    def _receive_analysis(self, reference: Any) -> None:
-        job = self.in_flight.pop(reference)
-        try:
-            ray.get(reference)
-        except RayError as error:
-            if _is_system_failure(error) and job.attempt.number < ATTEMPTS:
-                self._start_analysis(replace(job, attempt=Attempt(job.attempt.number + 1)))
-            else:
-                self.ledger.analysis_failed(job, _reason(error), str(error))
+    def _receive_training(self, stream: Any, event: Event | RayError | None) -> None:
+        trainer = self.trainers[stream]
+        match event:
+            case Started():
+                trainer.node = event.node
+            case Published() if event.step not in trainer.seen:
+                trainer.seen.add(event.step)
+                trainer.fruitless = 0
+                self.ledger.checkpoint_trained()
+                self._queue(self.ledger.next_jobs(trainer.plan, event.step))
+            case RayError():
+                self._end_trainer(stream)
+                self._retry_or_fail_training(trainer, event)
+            case None:
+                self.ledger.training_done(trainer.plan)
+                self._go_on_with(self.trainers.pop(stream).actor)
+
+    def _go_on_with(self, actor: Any) -> None:
+        """What has trained a pack trains another or analyses: a new process would import torch first."""
+        if self.waiting:
+            self._train(Trainer(self.waiting.popleft(), actor, Attempt()))
+        elif self.shares.train == self.shares.curvature:
+            self.spares.append(Spare(time.monotonic(), actor))
         else:
+            ray.kill(actor)
+
+    def _receive_analysis(self, stream: Any, event: Event | RayError | None) -> None:
+        task = self.in_flight[stream]
+        match event:
+            case Started():
+                task.node = event.node
+            case Finished():
+                task.record = event.record
+            case _:
+                del self.in_flight[stream]
+                self._end_analysis(task, event)
+
+    def _end_analysis(self, task: Analysis, error: RayError | None) -> None:
+        """A task is over; what it has committed stands, whatever became of its worker then."""
+        job = task.job
+        lost = error is not None and _is_system_failure(error)
+        if task.actor is not None and not lost:
+            self.spares.append(Spare(time.monotonic(), task.actor))
+        if task.record is not None:
             self._queue(self.ledger.analysis_done(job))
+        elif lost and job.attempt.number < ATTEMPTS:
+            self._start_analysis(replace(job, attempt=Attempt(job.attempt.number + 1)))
+        else:
+            assert error is not None  # a task ends with a record or with an error
+            self.ledger.analysis_failed(job, _reason(error), str(error))
 
     def _end_trainer(self, stream: Any) -> None:
         ray.kill(self.trainers.pop(stream).actor)
 
-    def _end_trainers(self) -> None:
+    def _end_actors(self) -> None:
+        """All but those that still analyse: these end with their handle."""
         for stream in list(self.trainers):
             self._end_trainer(stream)
+        while self.spares:
+            ray.kill(self.spares.pop().actor)
 
     def _retry_or_fail_training(self, trainer: Trainer, error: RayError) -> None:
-        if _is_system_failure(error) and trainer.attempt.number < ATTEMPTS:
-            self._start_trainer(trainer.plan, Attempt(trainer.attempt.number + 1), trainer.seen)
+        """Try again, unless several tries in turn have led to no further checkpoint."""
+        trainer.fruitless += 1
+        if _is_system_failure(error) and trainer.fruitless < ATTEMPTS:
+            self._start_trainer(replace(trainer, attempt=Attempt(trainer.attempt.number + 1)))
         else:
             self.ledger.training_failed(trainer.plan, trainer.attempt, _reason(error), str(error))
 
@@ -266,18 +342,20 @@ class Driver:
 
         Training ends at once: it resumes from its newest checkpoint, and the tasks may need its CPUs.
         """
-        self._end_trainers()
+        self._end_actors()
         deadline = time.monotonic() + self.interrupt.drain_seconds
         self.ledger.progress.state = "stopping"
         self.ledger.progress.refresh(force=True)
         while self.in_flight and (left := deadline - time.monotonic()) > 0:
             ready, _ = ray.wait(list(self.in_flight), num_returns=1, timeout=left)
-            for reference in ready:
-                self._receive_analysis(reference)
+            for stream in ready:
+                self._receive(stream)
 
     def _running(self) -> list[str]:
-        training = [f"train {trainer.plan.pack.pack_id}" for trainer in self.trainers.values()]
-        return training + [described(job) for job in self.in_flight.values()]
+        training = [
+            f"train {trainer.plan.pack.pack_id}" for trainer in self.trainers.values() if trainer.node
+        ]
+        return training + [described(task.job) for task in self.in_flight.values() if task.node]
 
 
 def _reason(error: RayError) -> str:

@@ -24,8 +24,9 @@ TRIAL_EXAMPLES = 4
 
 
 def study_device(study: Study, *, gpus: bool) -> str:
-    """Where the study will train: "cuda" where its training asks for GPUs and there are some."""
-    return "cuda" if gpus and study.resources.train.gpus != 0 else "cpu"
+    """Where the study will train: "cuda" where it asks for GPUs, with "auto" where there are some."""
+    asked = study.resources.train.gpus
+    return "cuda" if (gpus if asked == "auto" else asked) else "cpu"
 
 
 def decide(study: Study, dataset: Dataset, device: str, setting: Setting) -> tuple[str, ProductMode]:

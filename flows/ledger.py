@@ -3,12 +3,12 @@
 from collections.abc import Callable, Collection, Iterator
 
 from flows.followers import Event, Follower, Waiting
-from flows.plan import AnalysisJob, PackPlan, Plan, described
+from flows.plan import PackPlan, Plan, described
 from flows.progress import Counts, Progress
 from lossray.measures.run_rows import failed_run_rows
 from lossray.storage.store import Store
 from tasks.commit_record import failure
-from tasks.jobs import Attempt, CurvatureJob, PairJob
+from tasks.jobs import AnalysisJob, Attempt, CurvatureJob, PairJob
 
 
 class Ledger:

@@ -29,21 +29,20 @@ from lossray.study import (
 from lossray.study.demands import needs_course, needs_eigenvectors, pairs_of
 from lossray.training.settings import checkpoint_steps
 from tasks.jobs import (
+    AnalysisJob,
     Attempt,
     ConnectivityJob,
     Context,
     CurvatureJob,
     DegeneracyJob,
     EnsembleJob,
+    FurtherJob,
     PairJob,
     SeparationsJob,
     SurfaceJob,
     TrainingJob,
     TrajectoryJob,
 )
-
-FurtherJob = DegeneracyJob | TrajectoryJob | SeparationsJob | SurfaceJob | ConnectivityJob | EnsembleJob
-AnalysisJob = CurvatureJob | PairJob | FurtherJob
 
 
 @dataclass(frozen=True)

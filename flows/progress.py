@@ -68,6 +68,8 @@ class Progress:
         counts: mutated by the driver, then shown by `refresh`.
         running: names what runs at this moment.
         state: such as "running", for display and file.
+        waiting: what the study waits for; empty while it works.
+        waited: seconds for which nothing could run; they do not count in the rate.
         started: when, on the monotonic clock.
     """
 
@@ -75,6 +77,8 @@ class Progress:
     counts: Counts
     running: Callable[[], list[str]] = list
     state: str = "starting"
+    waiting: str = ""
+    waited: float = 0.0
     started: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
@@ -111,6 +115,13 @@ class Progress:
         """Print one line that stays."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
+    def wait_for(self, text: str, seconds: float) -> None:
+        """What is waited for now, shown at once where it is new, and for how long it was waited so far."""
+        new = text != self.waiting
+        self.waiting, self.waited = text, seconds
+        if new:
+            self.refresh(force=True)
+
     def refresh(self, *, force: bool = False) -> None:
         """Show the counts, and publish them where the last version is old enough."""
         now = time.monotonic()
@@ -132,14 +143,16 @@ class Progress:
             "units_per_minute": self._rate(),
             "seconds_left": self._seconds_left(),
             "elapsed_seconds": round(self.elapsed, 1),
+            "waited_seconds": round(self.waited, 1),
+            "waiting": self.waiting,
             "running": self.running(),
             "updated": datetime.now(UTC).isoformat(timespec="seconds"),
         }
 
     def _rate(self) -> float | None:
-        """Units per minute since this driver started; None before the first."""
-        done = self.counts.units_done - self._units_before
-        return round(60 * done / self.elapsed, 2) if done and self.elapsed else None
+        """Units per minute since this driver started, while something could run; None before the first."""
+        done, working = self.counts.units_done - self._units_before, self.elapsed - self.waited
+        return round(60 * done / working, 2) if done and working > 0 else None
 
     def _seconds_left(self) -> float | None:
         rate = self._rate()
@@ -150,7 +163,8 @@ class Progress:
         failed = f", {c.runs_failed} failed" if c.runs_failed else ""
         rate, left = self._rate(), self._seconds_left()
         return (
-            f"{self.state}: runs {c.runs_done}/{c.runs}{failed}; "
+            (f"{self.waiting}; " if self.waiting else "")
+            + f"{self.state}: runs {c.runs_done}/{c.runs}{failed}; "
             f"checkpoints trained {c.checkpoints_trained}/{c.checkpoints}"
             + (f", analysed {c.checkpoints_analysed}/{c.to_analyse}" if c.to_analyse else "")
             + (f", pairs compared {c.pairs_done}/{c.pairs}" if c.pairs else "")

@@ -8,25 +8,10 @@ import torch
 
 from flows.interrupt import Interrupt
 from flows.ledger import Ledger
-from flows.plan import AnalysisJob, PackPlan, Plan
-from tasks.analyse_checkpoint import analyse_checkpoint
-from tasks.build_ensembles import build_ensembles
-from tasks.compare_checkpoints import compare_checkpoints
-from tasks.connect_runs import connect_runs
-from tasks.evaluate_surfaces import evaluate_surfaces
-from tasks.follow_runs import compare_runs, follow_trajectory
-from tasks.jobs import (
-    Attempt,
-    ConnectivityJob,
-    CurvatureJob,
-    DegeneracyJob,
-    EnsembleJob,
-    PairJob,
-    SeparationsJob,
-    SurfaceJob,
-    TrajectoryJob,
-)
-from tasks.measure_degeneracy import measure_degeneracy
+from flows.plan import PackPlan, Plan
+from tasks.events import Published
+from tasks.jobs import AnalysisJob, Attempt
+from tasks.run_analysis import run_analysis
 from tasks.train_pack import train_pack
 
 
@@ -55,15 +40,15 @@ def _train(plan: Plan, pack: PackPlan, ledger: Ledger, interrupt: Interrupt) -> 
     events = train_pack(plan.training_job(pack, attempt))
     while not interrupt.received:
         try:
-            published = next(events, None)
+            event = next(events)
         except Exception as error:  # whatever the user's model raises: recorded, and the other packs go on
             ledger.training_failed(pack, attempt, f"{type(error).__name__}: {error}", traceback.format_exc())
             return True
-        if published is None:
+        if not isinstance(event, Published):
             ledger.training_done(pack)
             return True
         ledger.checkpoint_trained()
-        _analyse(ledger.next_jobs(pack, published.step), ledger, interrupt)
+        _analyse(ledger.next_jobs(pack, event.step), ledger, interrupt)
     return False
 
 
@@ -79,30 +64,10 @@ def _analyse(jobs: Sequence[AnalysisJob], ledger: Ledger, interrupt: Interrupt) 
     while waiting and not interrupt.received:
         job = waiting.popleft()
         try:
-            _run(job)
+            run_analysis(job)
         except Exception as error:  # as above
             ledger.analysis_failed(job, f"{type(error).__name__}: {error}", traceback.format_exc())
         else:
             waiting.extend(ledger.analysis_done(job))
         ledger.tick()
     return not interrupt.received
-
-
-def _run(job: AnalysisJob) -> None:
-    match job:
-        case CurvatureJob():
-            analyse_checkpoint(job)
-        case PairJob():
-            compare_checkpoints(job)
-        case DegeneracyJob():
-            measure_degeneracy(job)
-        case TrajectoryJob():
-            follow_trajectory(job)
-        case SeparationsJob():
-            compare_runs(job)
-        case SurfaceJob():
-            evaluate_surfaces(job)
-        case ConnectivityJob():
-            connect_runs(job)
-        case EnsembleJob():
-            build_ensembles(job)

@@ -1,11 +1,10 @@
-"""Ray for one study: an embedded one, or a connection to a cluster; and how much of it the study may use."""
+"""Ray for one study: an embedded one, or a connection to a cluster."""
 
 import os
 import socket
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -13,7 +12,6 @@ import torch
 
 from lossray.errors import StudyError
 from lossray.imports import USER_FOLDERS_VARIABLE
-from lossray.study import Resources, TaskResources
 
 DRIVER_VARIABLE = "LOSSRAY_DRIVER"  # in workers: which driver they belong to
 SCHEMES = {
@@ -22,42 +20,6 @@ SCHEMES = {
     "https": "the address of a dashboard, which takes jobs",
 }
 CONNECT_SECONDS = 5.0  # Ray itself keeps trying for many minutes to reach a head that is not there
-
-
-@dataclass(frozen=True)
-class Share:
-    """What one task of a kind takes.
-
-    Attributes:
-        cpus: CPUs of Ray, or a fraction of one.
-        gpus: GPUs, likewise.
-    """
-
-    cpus: float
-    gpus: float
-
-    def options(self) -> dict[str, float]:
-        """As keywords of ``.options``."""
-        return {"num_cpus": self.cpus, "num_gpus": self.gpus}
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """How a study divides a cluster.
-
-    Attributes:
-        train: what a training actor takes.
-        curvature: what a curvature task takes.
-        trainers: training actors at a time; leaves one curvature slot wherever two tasks fit.
-        trainers_alone: likewise, when nothing is to be analysed.
-        curvatures: curvature tasks at a time when nothing trains.
-    """
-
-    train: Share
-    curvature: Share
-    trainers: int
-    trainers_alone: int
-    curvatures: int
 
 
 @contextmanager
@@ -111,7 +73,7 @@ def ray_session(
 
 
 def worker_options(user_folders: Sequence[str]) -> dict[str, Any]:
-    """What a task or actor needs as ``.options`` to find the user's modules, beside its `Share`.
+    """What a task or actor needs as ``.options`` to find the user's modules, beside its share of the cluster.
 
     Nothing where `ray_session` has started this session, whose workers are all set up alike. In a session
     that somebody else has started (a notebook) the tasks bring their set-up along. It is new for each driver,
@@ -128,29 +90,10 @@ def has_gpus(*, in_process: bool) -> bool:
     return torch.cuda.is_available() if in_process else ray.cluster_resources().get("GPU", 0) > 0
 
 
-def capacity(resources: Resources) -> Capacity:
-    """Divide the cluster's CPUs and GPUs between training and curvature.
-
-    With "auto" a GPU is shared by two tasks where the cluster has GPUs, and not asked for where it has none.
-
-    Raises:
-        StudyError: a task asks for more than any node has; it would wait for ever.
-    """
-    cluster = ray.cluster_resources()
-    cpus, gpus = cluster.get("CPU", 0.0), cluster.get("GPU", 0.0)
-    train, curvature = _share(resources.train, gpus), _share(resources.curvature, gpus)
-    for name, share in (("train", train), ("curvature", curvature)):
-        _check_fits(name, share)
-    trainers = min(_slots(cpus - curvature.cpus, train.cpus), _slots(gpus - curvature.gpus, train.gpus))
-    alone = min(_slots(cpus, train.cpus), _slots(gpus, train.gpus))
-    curvatures = min(_slots(cpus, curvature.cpus), _slots(gpus, curvature.gpus))
-    return Capacity(
-        train,
-        curvature,
-        trainers=max(1, trainers),
-        trainers_alone=max(1, alone),
-        curvatures=max(1, curvatures),
-    )
+def is_embedded() -> bool:
+    """Whether the Ray in use was started by this process: it neither grows nor has other users."""
+    node = ray._private.worker._global_node
+    return node is not None and bool(node.is_head())
 
 
 def _check_reachable(address: str, said: str) -> None:
@@ -175,25 +118,3 @@ def _no_ray(address: str, said: str, error: Exception) -> StudyError:
     if address == "local":
         return StudyError(f"Ray cannot start on this machine: {error}")
     return StudyError(f"{said}: no Ray cluster answers there ({error}); start one with `ray start --head`")
-
-
-def _share(asked: TaskResources, gpus: float) -> Share:
-    if asked.gpus == "auto":
-        return Share(asked.cpus, 0.5 if gpus else 0.0)
-    return Share(asked.cpus, float(asked.gpus))
-
-
-def _slots(available: float, each: float) -> int:
-    """How many tasks fit; a resource that is not asked for sets no limit."""
-    return max(0, int(available / each + 1e-9)) if each else 10**6
-
-
-def _check_fits(kind: str, share: Share) -> None:
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if any(n.get("CPU", 0) >= share.cpus and n.get("GPU", 0) >= share.gpus for n in nodes):
-        return
-    there = ", ".join(f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in nodes)
-    raise StudyError(
-        f"resources.{kind}: found cpus = {share.cpus:g}, gpus = {share.gpus:g}; allowed: what one node of "
-        f"the cluster has ({there})"
-    )

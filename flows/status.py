@@ -83,6 +83,8 @@ def _progress(progress: dict[str, object], *, driven: bool) -> list[str]:
     if further := progress.get("further"):
         done, failed = progress["further_done"], progress["further_failed"]
         lines.append(f"further analyses: {done} of {further} done, {failed} failed")
+    if driven and (waiting := progress.get("waiting")):
+        lines.insert(1, str(waiting))
     left = progress["seconds_left"]
     if driven and isinstance(left, int | float):
         lines.append(f"time left: about {duration(left)}")

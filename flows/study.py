@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import ray
 from ray.exceptions import RayTaskError
 
+from flows.capacity import Shares, capacity, require_fits, shares_of
 from flows.driver import WAIT_SECONDS, Driver
 from flows.freeze import study_device
 from flows.interrupt import Interrupt
@@ -29,7 +30,7 @@ from flows.request import (
     user_folders,
 )
 from flows.serial import run_serially
-from flows.session import Capacity, capacity, has_gpus, ray_session
+from flows.session import has_gpus, is_embedded, ray_session
 from flows.superseded import explained
 from flows.verdicts import publish_claims
 from lossray.errors import StoreError, StudyError
@@ -37,7 +38,7 @@ from lossray.storage.lease import Lease
 from lossray.storage.publish import publish_tables
 from lossray.storage.store import Store
 from lossray.study.manifest import other_versions
-from tasks.gather import gather
+from tasks.ray_tasks import gather
 
 PROBE = ".writable"
 DONE, SOME_FAILED, INTERRUPTED = 0, 1, 130
@@ -95,16 +96,18 @@ def run_study(
     if request.edited:
         superseded(request, make_plan(request.context, request.frozen, request.inputs))  # may refuse
     with ExitStack() as stack:
-        room = None
+        shares, resources = None, request.loaded.study.resources
         if not in_process:
             stack.enter_context(ray_session(address, user_folders(request.loaded), dashboard=dashboard))
-            room = capacity(request.loaded.study.resources)
+            shares = shares_of(resources, gpus=has_gpus(in_process=False))
+            if is_embedded() or not resources.wait:
+                require_fits(capacity(shares))
         rule = try_settings(request, study_device(request.loaded.study, gpus=has_gpus(in_process=in_process)))
         for line in explained(superseded(request, plan_of(request, rule))):  # before anything is written
             _say(f"note: {line}")
         interrupt = stack.enter_context(Interrupt())
         lease = stack.enter_context(_lease(request.store))  # the first thing that writes
-        outcome = _run_rounds(request, rule, notes, room, interrupt, lease)
+        outcome = _run_rounds(request, rule, notes, shares, interrupt, lease)
     return _conclude(request.store, outcome)
 
 
@@ -112,7 +115,7 @@ def _run_rounds(
     request: Request,
     rule: Rule,
     notes: list[str],
-    room: Capacity | None,
+    shares: Shares | None,
     interrupt: Interrupt,
     lease: Lease,
 ) -> Outcome:
@@ -129,14 +132,14 @@ def _run_rounds(
         plan = replace(plan, packs=tuple(left))
         ledger = Ledger(plan, store, store.committed(), guard=lease.check)
         with ledger.progress:
-            if room is None:
+            if shares is None:
                 finished = run_serially(plan, ledger, interrupt)
             else:
-                finished = Driver(plan, ledger, room, interrupt).run()
+                finished = Driver(plan, ledger, shares, interrupt).run()
             if finished and tuning.settled:
                 ledger.progress.state = "gathering"
                 ledger.progress.refresh(force=True)
-                finished = _gather(store, interrupt, in_process=room is None)
+                finished = _gather(store, interrupt, in_process=shares is None)
                 if finished:
                     publish_claims(store, plan.study)
                     ledger.progress.state = "done"

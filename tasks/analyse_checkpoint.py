@@ -1,18 +1,17 @@
 """Analyse one checkpoint of one pack: the spectra that [curvature] asks for, and the geometry."""
 
-import ray
 import torch
 
 from lossray.geometry import vectors
 from lossray.measures.checkpoint_measures import measure_checkpoint
 from lossray.storage.store import Store
-from tasks.commit_record import Stopwatch
-from tasks.jobs import Context, CurvatureJob
-from tasks.planned_data import dataset_of, located
-from tasks.worker import device_name, local_device, prepare_worker
+from tasks.commit_record import Record, Stopwatch
+from tasks.devices import device_name, local_device
+from tasks.jobs import CurvatureJob
+from tasks.planned_data import located
 
 
-def analyse_checkpoint(job: CurvatureJob, device: torch.device | None = None) -> None:
+def analyse_checkpoint(job: CurvatureJob, device: torch.device | None = None) -> Record:
     """Analyse, publish the rows and the eigenvectors, and commit.
 
     Args:
@@ -28,17 +27,4 @@ def analyse_checkpoint(job: CurvatureJob, device: torch.device | None = None) ->
         store.write_bytes(store.vectors_path(job.pack.pack_id, job.step), content)
     for table, rows in measures.rows.items():
         store.publish(table, job.key, rows)
-    store.commit(watch.record(job.key, job.kind, pack_id=job.pack.pack_id, step=job.step))
-
-
-@ray.remote(num_cpus=1, max_retries=0)
-def curvature(job: CurvatureJob, cpus: float) -> None:
-    """`analyse_checkpoint` as a Ray task; what it finds is in the store."""
-    analyse_checkpoint(job, prepare_worker(cpus))
-
-
-@ray.remote(num_cpus=1, max_retries=0)
-def warm_up(context: Context) -> None:
-    """Make a worker ready: import what an analysis needs, and read the data."""
-    prepare_worker(1)
-    dataset_of(context)
+    return watch.commit(store, job)

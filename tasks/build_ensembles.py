@@ -1,19 +1,18 @@
 """Build and score the ensembles of one method on the runs of a pack."""
 
-import ray
 import torch
 
 from lossray.ensembles.bench import BaseRuns
 from lossray.measures.pack_ensembles import base_runs, ensemble_rows
 from lossray.storage.checkpoints import Checkpoint, read_checkpoint
 from lossray.storage.store import Store
-from tasks.commit_record import Stopwatch
+from tasks.commit_record import Record, Stopwatch
+from tasks.devices import device_name, local_device
 from tasks.jobs import EnsembleJob
 from tasks.planned_data import dataset_on
-from tasks.worker import device_name, local_device, prepare_worker
 
 
-def build_ensembles(job: EnsembleJob, device: torch.device | None = None) -> None:
+def build_ensembles(job: EnsembleJob, device: torch.device | None = None) -> Record:
     """Build, score, publish the rows, and commit.
 
     Args:
@@ -26,7 +25,7 @@ def build_ensembles(job: EnsembleJob, device: torch.device | None = None) -> Non
     assert settings is not None
     for table, rows in ensemble_rows(job.pack, job.method, runs_of_job(job, device), settings).items():
         store.publish(table, job.key, rows)
-    store.commit(watch.record(job.key, job.kind, pack_id=job.pack.pack_id, step=job.step))
+    return watch.commit(store, job)
 
 
 def runs_of_job(job: EnsembleJob, device: torch.device) -> BaseRuns:
@@ -38,9 +37,3 @@ def runs_of_job(job: EnsembleJob, device: torch.device) -> BaseRuns:
         return read_checkpoint(store, job.pack.pack_id, newest, device)
 
     return base_runs(job.context.study, job.pack, dataset_on(job.context, device), checkpoint)
-
-
-@ray.remote(num_cpus=1, max_retries=0)
-def ensemble(job: EnsembleJob, cpus: float) -> None:
-    """`build_ensembles` as a Ray task; what it finds is in the store."""
-    build_ensembles(job, prepare_worker(cpus))

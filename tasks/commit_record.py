@@ -11,8 +11,11 @@ from typing import Any
 
 from lossray.operators.product_count import PRODUCTS
 from lossray.packages import running
+from lossray.storage.store import Store
 from lossray.study import versions_of
-from tasks.jobs import Attempt
+from tasks.jobs import AnalysisJob, Attempt
+
+Record = dict[str, Any]  # a row of the table `tasks`
 
 TRAINS = ("checkpoint", "training")  # kinds that take no products; without Ray others run meanwhile
 
@@ -44,9 +47,7 @@ class Stopwatch:
         """Begin timing the next piece of work, which waits for nothing."""
         self.started, self.queued = time.time(), 0.0
 
-    def record(
-        self, key: str, kind: str, *, pack_id: str | None = None, step: int | None = None
-    ) -> dict[str, Any]:
+    def record(self, key: str, kind: str, *, pack_id: str | None = None, step: int | None = None) -> Record:
         """The row to commit now, with status `done`."""
         finished = time.time()
         return {
@@ -69,6 +70,12 @@ class Stopwatch:
             **{f"{package}_version": version for package, version in running().items()},
         }
 
+    def commit(self, store: Store, job: AnalysisJob) -> Record:
+        """Commit what a job has published, and return its record."""
+        record = self.record(job.key, job.kind, pack_id=job.pack.pack_id, step=job.step)
+        store.commit(record)
+        return record
+
 
 def versions_text(versions: Mapping[str, int]) -> str:
     """Versions as the `tasks` table has them: "training 1, table runs 1"."""
@@ -82,7 +89,7 @@ def versions_in(text: str) -> dict[str, int]:
 
 def failure(
     key: str, kind: str, attempt: Attempt, error: str, *, pack_id: str | None = None, step: int | None = None
-) -> dict[str, Any]:
+) -> Record:
     """The row of a task that failed for good; it is not a commit, so a later run tries again."""
     watch = Stopwatch(attempt, device="")
     return {

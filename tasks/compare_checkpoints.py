@@ -1,6 +1,5 @@
 """Compare two neighbouring checkpoints of one pack: how its eigenspaces turn, and how far it moved."""
 
-import ray
 import torch
 
 from lossray.geometry.vectors import Name
@@ -15,13 +14,13 @@ from lossray.spectra.certified_pairs import PackedEigenPairs
 from lossray.storage.checkpoints import read_checkpoint
 from lossray.storage.store import Store
 from lossray.study import pair_tables
-from tasks.commit_record import Stopwatch
+from tasks.commit_record import Record, Stopwatch
+from tasks.devices import device_name, local_device
 from tasks.jobs import CurvatureJob, PairJob
 from tasks.planned_data import dataset_of, located, stored_spectra
-from tasks.worker import device_name, local_device, prepare_worker
 
 
-def compare_checkpoints(job: PairJob, device: torch.device | None = None) -> None:
+def compare_checkpoints(job: PairJob, device: torch.device | None = None) -> Record:
     """Compare, publish the rows, and commit.
 
     Args:
@@ -53,10 +52,4 @@ def compare_checkpoints(job: PairJob, device: torch.device | None = None) -> Non
             store.publish(table, job.key, rows)
         if "angles" in tables:
             store.publish("angles", job.key, displacement_angles(moved, before))
-    store.commit(watch.record(job.key, job.kind, pack_id=job.pack.pack_id, step=job.step))
-
-
-@ray.remote(num_cpus=1, max_retries=0)
-def pair(job: PairJob, cpus: float) -> None:
-    """`compare_checkpoints` as a Ray task; what it finds is in the store."""
-    compare_checkpoints(job, prepare_worker(cpus))
+    return watch.commit(store, job)

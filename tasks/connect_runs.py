@@ -1,6 +1,5 @@
 """Join the last checkpoints of a setting's runs by paths: the tables `paths` and `barriers`."""
 
-import ray
 import torch
 
 from lossray.measures.joined_paths import path_rows
@@ -8,13 +7,13 @@ from lossray.measures.pack_point import stack_of
 from lossray.measures.path_ends import PathSite
 from lossray.storage.checkpoints import read_checkpoint
 from lossray.storage.store import Store
-from tasks.commit_record import Stopwatch
+from tasks.commit_record import Record, Stopwatch
+from tasks.devices import device_name, local_device
 from tasks.jobs import ConnectivityJob
 from tasks.planned_data import dataset_on
-from tasks.worker import device_name, local_device, prepare_worker
 
 
-def connect_runs(job: ConnectivityJob, device: torch.device | None = None) -> None:
+def connect_runs(job: ConnectivityJob, device: torch.device | None = None) -> Record:
     """Align, train, evaluate, publish the rows, and commit.
 
     Args:
@@ -26,7 +25,7 @@ def connect_runs(job: ConnectivityJob, device: torch.device | None = None) -> No
     paths, barriers = path_rows(path_site(job, device))
     store.publish("paths", job.key, paths)
     store.publish("barriers", job.key, barriers)
-    store.commit(watch.record(job.key, job.kind, pack_id=job.pack.pack_id, step=job.step))
+    return watch.commit(store, job)
 
 
 def path_site(job: ConnectivityJob, device: torch.device) -> PathSite:
@@ -42,9 +41,3 @@ def path_site(job: ConnectivityJob, device: torch.device) -> PathSite:
         if not named.isdisjoint(pack.run_ids)
     }
     return PathSite(study, job.pack, job.pairs, job.aligned, stack, dataset, last)
-
-
-@ray.remote(num_cpus=1, max_retries=0)
-def connectivity(job: ConnectivityJob, cpus: float) -> None:
-    """`connect_runs` as a Ray task; what it finds is in the store."""
-    connect_runs(job, prepare_worker(cpus))

@@ -1,6 +1,5 @@
 """Evaluate the slices of the loss through one checkpoint of a pack: the table `surfaces`."""
 
-import ray
 import torch
 
 from lossray.measures.checkpoint_spectra import HESSIAN
@@ -10,13 +9,13 @@ from lossray.spectra.certified_pairs import PackedEigenPairs
 from lossray.storage.checkpoints import read_checkpoint
 from lossray.storage.store import Store
 from lossray.study.demands import needs_course, needs_eigenvectors
-from tasks.commit_record import Stopwatch
+from tasks.commit_record import Record, Stopwatch
+from tasks.devices import device_name, local_device
 from tasks.jobs import SurfaceJob
 from tasks.planned_data import located, stored_spectra
-from tasks.worker import device_name, local_device, prepare_worker
 
 
-def evaluate_surfaces(job: SurfaceJob, device: torch.device | None = None) -> None:
+def evaluate_surfaces(job: SurfaceJob, device: torch.device | None = None) -> Record:
     """Evaluate, publish the rows, and commit; a diverged run has none.
 
     Args:
@@ -34,13 +33,7 @@ def evaluate_surfaces(job: SurfaceJob, device: torch.device | None = None) -> No
         course = course_of(read_checkpoint(store, job.pack.pack_id, step, device) for step in job.steps)
     rows = slice_rows(point, job.members, pairs=_eigenpairs(job, store, device), course=course)
     store.publish("surfaces", job.key, rows)
-    store.commit(watch.record(job.key, job.kind, pack_id=job.pack.pack_id, step=job.step))
-
-
-@ray.remote(num_cpus=1, max_retries=0)
-def surfaces(job: SurfaceJob, cpus: float) -> None:
-    """`evaluate_surfaces` as a Ray task; what it finds is in the store."""
-    evaluate_surfaces(job, prepare_worker(cpus))
+    return watch.commit(store, job)
 
 
 def _eigenpairs(job: SurfaceJob, store: Store, device: torch.device) -> PackedEigenPairs | None:

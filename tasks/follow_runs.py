@@ -1,18 +1,17 @@
 """Follow the runs of a pack: the tables `trajectory` and `separations`."""
 
-import ray
 import torch
 
 from lossray.measures.cells import Row
 from lossray.measures.course import course_of, runs_at, separation_rows, trajectory_rows
 from lossray.storage.checkpoints import read_checkpoint
 from lossray.storage.store import Store
-from tasks.commit_record import Stopwatch
+from tasks.commit_record import Record, Stopwatch
+from tasks.devices import device_name, local_device
 from tasks.jobs import SeparationsJob, TrajectoryJob
-from tasks.worker import device_name, local_device, prepare_worker
 
 
-def follow_trajectory(job: TrajectoryJob, device: torch.device | None = None) -> None:
+def follow_trajectory(job: TrajectoryJob, device: torch.device | None = None) -> Record:
     """Find the principal axes, publish the rows, and commit.
 
     Args:
@@ -23,10 +22,10 @@ def follow_trajectory(job: TrajectoryJob, device: torch.device | None = None) ->
     store, watch = Store(job.context.out), Stopwatch(job.attempt, device_name(device))
     course = course_of(read_checkpoint(store, job.pack.pack_id, step, device) for step in job.steps)
     store.publish("trajectory", job.key, trajectory_rows(job.pack, course))
-    store.commit(watch.record(job.key, job.kind, pack_id=job.pack.pack_id, step=job.step))
+    return watch.commit(store, job)
 
 
-def compare_runs(job: SeparationsJob, device: torch.device | None = None) -> None:
+def compare_runs(job: SeparationsJob, device: torch.device | None = None) -> Record:
     """Compare, publish the rows, and commit.
 
     Args:
@@ -45,16 +44,4 @@ def compare_runs(job: SeparationsJob, device: torch.device | None = None) -> Non
     for step in job.steps:
         rows += separation_rows(job.pack, step, runs(step), first)
     store.publish("separations", job.key, rows)
-    store.commit(watch.record(job.key, job.kind, pack_id=job.pack.pack_id, step=job.step))
-
-
-@ray.remote(num_cpus=1, max_retries=0)
-def trajectory(job: TrajectoryJob, cpus: float) -> None:
-    """`follow_trajectory` as a Ray task; what it finds is in the store."""
-    follow_trajectory(job, prepare_worker(cpus))
-
-
-@ray.remote(num_cpus=1, max_retries=0)
-def separations(job: SeparationsJob, cpus: float) -> None:
-    """`compare_runs` as a Ray task; what it finds is in the store."""
-    compare_runs(job, prepare_worker(cpus))
+    return watch.commit(store, job)

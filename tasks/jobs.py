@@ -264,3 +264,7 @@ class EnsembleJob:
     def step(self) -> int:
         """Of the last checkpoint."""
         return self.steps[-1]
+
+
+FurtherJob = DegeneracyJob | TrajectoryJob | SeparationsJob | SurfaceJob | ConnectivityJob | EnsembleJob
+AnalysisJob = CurvatureJob | PairJob | FurtherJob

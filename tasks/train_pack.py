@@ -7,9 +7,8 @@ from the newest. Only those of this very training are taken: each carries its tr
 """
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-import ray
 import torch
 from torch import Tensor
 
@@ -25,27 +24,13 @@ from lossray.storage.store import Store
 from lossray.training.loop import train
 from lossray.training.settings import checkpoint_steps
 from tasks.commit_record import Stopwatch
+from tasks.devices import device_name, local_device
+from tasks.events import Finished, Published
 from tasks.jobs import TrainingJob
 from tasks.planned_data import dataset_of, dataset_on
-from tasks.worker import device_name, local_device, prepare_worker
 
 
-@dataclass(frozen=True)
-class Published:
-    """A checkpoint is on disk and its rows are committed.
-
-    Attributes:
-        pack_id: the pack.
-        step: of the checkpoint.
-        alive: members that have not diverged.
-    """
-
-    pack_id: str
-    step: int
-    alive: int
-
-
-def train_pack(job: TrainingJob, device: torch.device | None = None) -> Iterator[Published]:
+def train_pack(job: TrainingJob, device: torch.device | None = None) -> Iterator[Published | Finished]:
     """Replay what is on disk, train the rest, and commit the runs.
 
     Args:
@@ -53,7 +38,7 @@ def train_pack(job: TrainingJob, device: torch.device | None = None) -> Iterator
         device: where; None takes this machine's GPU if it has one.
 
     Yields:
-        One event for each checkpoint, in order of the steps.
+        One event for each checkpoint, in order of the steps; at the end the record of the whole.
     """
     device = device or local_device()
     store = Store(job.context.out)
@@ -68,16 +53,9 @@ def train_pack(job: TrainingJob, device: torch.device | None = None) -> Iterator
         segments.watch.restart()  # after the yield: without Ray the analysis runs meanwhile
     store.publish("runs", job.key, segments.run_rows(whole.device))
     record = whole.record(job.key, "training", pack_id=job.pack.pack_id)
-    store.commit(record | {"status": "done" if segments.all_alive else "diverged"})
-
-
-@ray.remote(num_cpus=1, max_restarts=0)
-class TrainingActor:
-    """One pack's training; the driver starts a new actor where one dies."""
-
-    def fit(self, job: TrainingJob, cpus: float) -> Iterator[Published]:
-        """Stream the events of `train_pack` (a Ray generator)."""
-        yield from train_pack(job, prepare_worker(cpus))
+    record["status"] = "done" if segments.all_alive else "diverged"
+    store.commit(record)
+    yield Finished(record)
 
 
 def _trained(
@@ -170,16 +148,16 @@ class _Segments:
         """Publish and commit the rows of the segment that ends at ``checkpoint``, unless they are."""
         job, key = self.job, self.job.checkpoint_keys[checkpoint.step]
         self.initial = self.initial or checkpoint.parameters
+        record = None
         if key not in self.committed:
             path = self.store.checkpoint_path(job.pack.pack_id, checkpoint.step)
             self.store.publish("training", key, training_rows(job.pack, checkpoint))
             self.store.publish("checkpoints", key, checkpoint_rows(job.pack, checkpoint, self.initial, path))
-            self.store.commit(
-                self.watch.record(key, "checkpoint", pack_id=job.pack.pack_id, step=checkpoint.step)
-            )
+            record = self.watch.record(key, "checkpoint", pack_id=job.pack.pack_id, step=checkpoint.step)
+            self.store.commit(record)
         self.last = checkpoint
         self.seconds += checkpoint.seconds
-        return Published(job.pack.pack_id, checkpoint.step, int(checkpoint.alive.sum()))
+        return Published(job.pack.pack_id, checkpoint.step, int(checkpoint.alive.sum()), record)
 
     def run_rows(self, device: str) -> list[Row]:
         """Rows of `runs`, once the last segment is committed."""

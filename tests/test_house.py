@@ -87,11 +87,11 @@ def test_imports_only_go_down(path):
 
 
 def test_the_rule_notices_an_import_that_goes_up():
-    tree = ast.parse("from lossray.training.loop import train\nimport tasks.gather")
+    tree = ast.parse("from lossray.training.loop import train\nimport tasks.jobs")
     assert upward("lossray.spectra.analysis", tree) == [
         "lossray.training.loop",
         "lossray.training.loop.train",
-        "tasks.gather",
+        "tasks.jobs",
     ]
 
 

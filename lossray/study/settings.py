@@ -1,9 +1,10 @@
 """The study file as settings: the rooms' sections, and those that concern the study as a whole."""
 
+import re
 from collections import Counter
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
 
 from lossray.connectivity.settings import ConnectivitySettings
 from lossray.ensembles.settings import EnsemblesSettings
@@ -20,6 +21,9 @@ from lossray.training.settings import TrainingSettings
 from lossray.training.update_rules import OptimizerSettings
 
 MOST_SEEDS = 1_000_000
+LABEL_VALUE = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]*[A-Za-z0-9])?"
+LABEL_KEY = re.compile(rf"(?:{LABEL_VALUE}/)?{LABEL_VALUE}")
+LABEL_CONDITION = re.compile(rf"!?(?:{LABEL_VALUE}|in\({LABEL_VALUE}(?:, ?{LABEL_VALUE})*\))")
 LARGEST_INTEGER = 2**63 - 1  # int64, as in the tables
 OF_TRAINED_RUNS = ("connectivity", "ensembles")  # sections that retrain, which a recorded run cannot
 
@@ -47,6 +51,22 @@ def _pack(value: Any) -> Any:
     raise ValueError("allowed: 'auto', or a number of runs from 1")
 
 
+def _labels(value: Any) -> Any:
+    """Ray's form of what a node's labels must be."""
+    if isinstance(value, dict):
+        for key, condition in value.items():
+            if not LABEL_KEY.fullmatch(key):
+                raise ValueError(
+                    f"found {key!r}; allowed: names of labels, such as 'ray.io/accelerator-type'"
+                )
+            if not (isinstance(condition, str) and LABEL_CONDITION.fullmatch(condition)):
+                raise ValueError(
+                    f"{key}: found {condition!r}; allowed: a label's value, 'in(A, B)', either with ! before"
+                )
+    return value
+
+
+Labels = Annotated[dict[str, str], BeforeValidator(_labels)]
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0, le=LARGEST_INTEGER)], ...], BeforeValidator(_seeds)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Level = Annotated[float, Field(gt=0, le=1)]
@@ -80,10 +100,21 @@ class TaskResources(Settings):
     Attributes:
         cpus: how many, or a share of one.
         gpus: a share of one, or a whole number; "auto" takes half of one where the cluster has any.
+        labels: what the labels of its node must be, such as {"ray.io/accelerator-type" = "H100"}; a value may
+            also be "!H100" or "in(H100, A100)".
+        fallback: other labels, in turn, where no node of the cluster has these.
     """
 
     cpus: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     gpus: Annotated[Annotated[float, Field(ge=0)] | Literal["auto"], BeforeValidator(_gpus)] = "auto"
+    labels: Labels = Field(default_factory=dict)
+    fallback: Annotated[tuple[Labels, ...], Field(strict=False)] = ()
+
+    @model_validator(mode="after")
+    def _first_choice(self) -> "TaskResources":
+        if self.fallback and not self.labels:
+            raise ValueError("found fallback without labels; allowed: both, or labels alone")
+        return self
 
 
 class Resources(Settings):
@@ -93,11 +124,14 @@ class Resources(Settings):
         train: of a training actor.
         curvature: of a curvature task, and of the task that compares two checkpoints.
         pack: runs per new pack; "auto": 16 where they are computed as one stack, 1 where in a loop.
+        wait: seconds for which the study waits until the cluster has a node for its tasks; a Ray that it has
+            started itself has all that it will ever have, and is not waited for.
     """
 
     train: TaskResources = TaskResources()
     curvature: TaskResources = TaskResources()
     pack: Annotated[Annotated[int, Field(ge=1)] | Literal["auto"], BeforeValidator(_pack)] = "auto"
+    wait: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 900.0
 
 
 class TuningSettings(Settings):

@@ -157,7 +157,7 @@ def test_overrides_are_taken_in_order(command, study_file, out):
 
 
 def test_a_run_with_failures_exits_1(command, study_file, out, monkeypatch):
-    monkeypatch.setattr("flows.serial.analyse_checkpoint", lambda job: 1 / 0)
+    monkeypatch.setattr("tasks.run_analysis.analyse_checkpoint", lambda job, device=None: 1 / 0)
     code, _, errors = command("run", study_file(optimizers=SGD), "--out", out, "--in-process")
     assert code == 1
     assert "ZeroDivisionError: division by zero (traceback in logs/" in errors

@@ -12,6 +12,7 @@ import pytest
 import flows
 import flows.serial
 import lossray
+import tasks.run_analysis
 from lossray.storage.store import Store
 from tasks.analyse_checkpoint import analyse_checkpoint
 from tasks.compare_checkpoints import compare_checkpoints
@@ -62,16 +63,16 @@ def count_jobs(monkeypatch):
     """The steps that are analysed and compared from now on."""
     done = {"curvature": [], "pair": []}
 
-    def analyse(job):
+    def analyse(job, device=None):
         done["curvature"].append(job.step)
         analyse_checkpoint(job)
 
-    def compare(job):
+    def compare(job, device=None):
         done["pair"].append(job.step)
         compare_checkpoints(job)
 
-    monkeypatch.setattr(flows.serial, "analyse_checkpoint", analyse)
-    monkeypatch.setattr(flows.serial, "compare_checkpoints", compare)
+    monkeypatch.setattr(tasks.run_analysis, "analyse_checkpoint", analyse)
+    monkeypatch.setattr(tasks.run_analysis, "compare_checkpoints", compare)
     return done
 
 
@@ -112,13 +113,13 @@ def test_a_comparison_left_undone_is_done_without_anything_else(
 def test_an_interrupt_between_an_analysis_and_a_comparison_leaves_it_for_the_next_run(
     fresh, helpers, study_path, undisturbed, monkeypatch
 ):
-    def interrupt_after(job):
+    def interrupt_after(job, device=None):
         analyse_checkpoint(job)
         if job.step == 5:
             os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(flows.serial, "analyse_checkpoint", interrupt_after)
+        patch.setattr(tasks.run_analysis, "analyse_checkpoint", interrupt_after)
         assert run(study_path, fresh) == 130
     assert len(tasks(fresh, kind="curvature")) == 2
     assert len(tasks(fresh, kind="pair")) == 0
@@ -129,13 +130,13 @@ def test_an_interrupt_between_an_analysis_and_a_comparison_leaves_it_for_the_nex
 def test_neighbours_of_a_failed_analysis_are_not_compared_until_it_succeeds(
     fresh, helpers, study_path, undisturbed, monkeypatch
 ):
-    def fail_at_5(job):
+    def fail_at_5(job, device=None):
         if job.step == 5:
             raise ValueError("no curvature today")
         analyse_checkpoint(job)
 
     with monkeypatch.context() as patch:
-        patch.setattr(flows.serial, "analyse_checkpoint", fail_at_5)
+        patch.setattr(tasks.run_analysis, "analyse_checkpoint", fail_at_5)
         assert run(study_path, fresh) == 1
     assert tasks(fresh, status="failed")["kind"].tolist() == ["curvature"]
     assert len(tasks(fresh, kind="pair")) == 0
@@ -147,7 +148,7 @@ def test_a_comparison_that_fails_is_recorded_and_tried_again(
     fresh, helpers, study_path, undisturbed, monkeypatch, capsys
 ):
     with monkeypatch.context() as patch:
-        patch.setattr(flows.serial, "compare_checkpoints", lambda job: 1 / 0)
+        patch.setattr(tasks.run_analysis, "compare_checkpoints", lambda job, device=None: 1 / 0)
         assert run(study_path, fresh) == 1
     assert "2 tasks failed" in capsys.readouterr().err
     failed = tasks(fresh, status="failed").sort_values("step")

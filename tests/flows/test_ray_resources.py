@@ -5,8 +5,8 @@ import ray
 import torch
 
 import flows
+from flows.capacity import shares_of
 from flows.driver import Driver
-from flows.session import capacity
 from lossray.errors import StudyError
 from lossray.study import Resources
 from tasks.worker import prepare_worker
@@ -15,8 +15,7 @@ pytestmark = pytest.mark.ray
 
 
 def test_tasks_take_their_share_of_a_logical_gpu_and_run_on_the_cpu_where_torch_has_none(session_ray):
-    room = capacity(Resources())
-    assert (room.trainers, room.train.gpus, room.curvature.gpus) == (1, 0.5, 0.5)
+    shares = shares_of(Resources(), gpus=True)
 
     @ray.remote
     class Actor:
@@ -27,9 +26,9 @@ def test_tasks_take_their_share_of_a_logical_gpu_and_run_on_the_cpu_where_torch_
     def look():
         return ray.get_gpu_ids(), str(prepare_worker(1)), torch.get_num_threads()
 
-    actor = Actor.options(**room.train.options()).remote()
+    actor = Actor.options(**shares.train.options()).remote()
     assert ray.get(actor.look.remote()) == ([0], "cpu", 2)
-    assert ray.get(look.options(**room.curvature.options()).remote()) == ([0], "cpu", 1)
+    assert ray.get(look.options(**shares.curvature.options()).remote()) == ([0], "cpu", 1)
     assert ray.get(look.options(num_gpus=0).remote())[0] == []
     ray.kill(actor)
 
@@ -59,7 +58,7 @@ def test_a_request_that_no_node_can_meet_is_refused_and_nothing_is_written(
     session_ray, study_path, tmp_path, asked
 ):
     kind = asked.partition(".")[0]
-    with pytest.raises(StudyError, match=rf"resources\.{kind}: found .*2 CPUs and 1 GPUs"):
+    with pytest.raises(StudyError, match=rf"resources\.{kind}: found .*2 CPUs and 1 GPU"):
         flows.run(study_path, tmp_path / "out", overrides=[f"resources.{asked}"])
     assert list(tmp_path.iterdir()) == []
 
@@ -80,11 +79,11 @@ def test_a_study_ends_on_the_one_cpu_that_others_have_left(
     others = []
     start = Driver._start_trainer
 
-    def start_beside_another(self, plan, attempt, seen):
-        name = f"train/{plan.pack.pack_id}"
+    def start_beside_another(self, trainer):
+        name = f"train/{trainer.plan.pack.pack_id}"
         others.append(Other.options(name=name, namespace=self.plan.namespace).remote())
         assert ray.get(others[-1].ready.remote())
-        start(self, plan, attempt, seen)
+        start(self, trainer)
 
     monkeypatch.setattr(Driver, "_start_trainer", start_beside_another)
     out = tmp_path / "out"

@@ -13,6 +13,7 @@ from torch import nn
 import flows
 import flows.serial
 import lossray
+import tasks.run_analysis
 from flows.estimate import dry_run
 from flows.study import run_study
 from lossray.errors import StoreError, StudyError
@@ -283,9 +284,9 @@ def test_only_what_was_recorded_since_is_analysed(own_study, out, tmp_path, monk
     train_and_record(out, (1,), seed=1, run="other")
     analysed = []
     monkeypatch.setattr(
-        flows.serial,
+        tasks.run_analysis,
         "analyse_checkpoint",
-        lambda job: analysed.append((job.pack.pack_id, job.step)) or analyse_checkpoint(job),
+        lambda job, device=None: analysed.append((job.pack.pack_id, job.step)) or analyse_checkpoint(job),
     )
     before = files(out)
     assert run(study, out) == 0
@@ -337,12 +338,14 @@ def test_an_interrupted_analysis_is_resumed(own_study, out, tmp_path, monkeypatc
     study = own_study()
     assert run(study, str(whole)) == 0
 
-    def die(job):
+    def die(job, device=None):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(
-            flows.serial, "analyse_checkpoint", lambda job: die(job) if job.step else analyse_checkpoint(job)
+            tasks.run_analysis,
+            "analyse_checkpoint",
+            lambda job, device=None: die(job) if job.step else analyse_checkpoint(job),
         )
         with pytest.raises(KeyboardInterrupt):
             run(study, out)

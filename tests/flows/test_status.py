@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-import flows.serial
+import tasks.run_analysis
 from flows.listing import head, list_tables
 from flows.status import describe
 from flows.study import run_study
@@ -33,15 +33,15 @@ def finished(study_file, out):
 @pytest.fixture
 def abandoned(study_file, out, monkeypatch):
     """A store whose driver died after two analyses, without a word."""
-    analyse, count = flows.serial.analyse_checkpoint, []
+    analyse, count = tasks.run_analysis.analyse_checkpoint, []
 
-    def analyse_or_die(job):
+    def analyse_or_die(job, device=None):
         count.append(job)
         if len(count) == 3:
             raise KeyboardInterrupt
         analyse(job)
 
-    monkeypatch.setattr(flows.serial, "analyse_checkpoint", analyse_or_die)
+    monkeypatch.setattr(tasks.run_analysis, "analyse_checkpoint", analyse_or_die)
     with pytest.raises(KeyboardInterrupt):
         run(study_file(), out)
     monkeypatch.undo()
@@ -106,10 +106,10 @@ def test_an_interrupted_study_does_not_count_as_abandoned(abandoned):
 
 
 def test_failures_are_named_once_for_each_reason_with_their_log(study_file, out, monkeypatch):
-    def fail(job):
+    def fail(job, device=None):
         raise ValueError("no curvature today")
 
-    monkeypatch.setattr(flows.serial, "analyse_checkpoint", fail)
+    monkeypatch.setattr(tasks.run_analysis, "analyse_checkpoint", fail)
     assert run(study_file(), out) == 1
     lines = describe(out).splitlines()
     (failed,) = [line for line in lines if line.startswith("failed:")]

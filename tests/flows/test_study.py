@@ -17,6 +17,7 @@ import flows
 import flows.serial
 import flows.study
 import lossray
+import tasks.run_analysis
 from flows.study import run_study
 from lossray.errors import DataError, ModelError, StoreError, StudyError
 from lossray.storage.files import LocalFiles
@@ -220,14 +221,14 @@ def test_a_driver_killed_at_a_write_ends_with_the_same_rows(study_file, out, und
 def test_an_interrupted_study_says_so_and_resumes(study_file, out, undisturbed, monkeypatch, number):
     analysed = []
 
-    def analyse_and_interrupt(job):
+    def analyse_and_interrupt(job, device=None):
         analyse_checkpoint(job)
         analysed.append(job)
         if len(analysed) == 2:
             os.kill(os.getpid(), number)
 
     before = signal.getsignal(number)
-    monkeypatch.setattr(flows.serial, "analyse_checkpoint", analyse_and_interrupt)
+    monkeypatch.setattr(tasks.run_analysis, "analyse_checkpoint", analyse_and_interrupt)
     assert run(study_file(), out) == 130
     assert signal.getsignal(number) is before
     assert len(analysed) == 2  # what was in progress is finished, and nothing after it started
@@ -240,7 +241,7 @@ def test_an_interrupted_study_says_so_and_resumes(study_file, out, undisturbed, 
 
 def test_curvature_left_undone_is_done_without_training(study_file, out, undisturbed, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(flows.serial, "analyse_checkpoint", lambda job: 1 / 0)
+        patch.setattr(tasks.run_analysis, "analyse_checkpoint", lambda job, device=None: 1 / 0)
         assert run(study_file(), out) == 1
     before = files(out)
     monkeypatch.setattr(flows.serial, "train_pack", None)
@@ -278,7 +279,7 @@ def test_a_store_that_another_study_has_taken_meanwhile_is_refused(study_file, o
 
 
 def test_a_driver_that_has_lost_its_lease_stops_and_records_no_failure(study_file, out, monkeypatch):
-    def steal(job):
+    def steal(job, device=None):
         holder = json.loads(Path(out, ".lease.json").read_text())
         Path(out, ".lease.json").write_text(json.dumps(holder | {"token": "another"}))
         analyse_checkpoint(job)
@@ -287,7 +288,7 @@ def test_a_driver_that_has_lost_its_lease_stops_and_records_no_failure(study_fil
         if json.loads(Path(self.store.url, ".lease.json").read_text())["token"] == "another":
             raise StoreError("this driver has lost its store")
 
-    monkeypatch.setattr(flows.serial, "analyse_checkpoint", steal)
+    monkeypatch.setattr(tasks.run_analysis, "analyse_checkpoint", steal)
     monkeypatch.setattr("lossray.storage.lease.Lease.check", lost)
     with pytest.raises(StoreError, match="lost its store"):
         run(study_file(), out)
@@ -524,7 +525,7 @@ def test_a_module_edited_while_the_study_runs_fails_what_is_left(
     module.write_text(source)
     train_pack = flows.serial.train_pack
 
-    def edit_before_the_second_pack(job):
+    def edit_before_the_second_pack(job, device=None):
         if job.pack.seeds == (1,):
             module.write_text(source.replace("(6, 3)", "(6, 3, bias=False)"))
             forget_modules()  # as a worker that starts now has not imported it

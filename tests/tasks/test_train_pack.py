@@ -12,9 +12,10 @@ from lossray.storage.publish import assemble
 from lossray.storage.store import Store
 from lossray.storage.tables import TABLES
 from lossray.study import settings_of
+from tasks.events import Finished, Published
 from tasks.jobs import Attempt
 from tasks.planned_data import dataset_of
-from tasks.train_pack import Published, train_pack
+from tasks.train_pack import train_pack
 
 NOISY_MODEL = {"name": "mlp", "widths": [4], "norm": "batch", "dropout": 0.3}
 STEPS = (0, 5, 12)
@@ -25,8 +26,10 @@ def job_of(plan, attempt=1):
 
 
 def trained(plan, attempt=1):
-    """Train the plan's pack to its end; the events."""
-    return list(train_pack(job_of(plan, attempt)))
+    """Train the plan's pack to its end; the events of its checkpoints."""
+    *events, last = train_pack(job_of(plan, attempt))
+    assert isinstance(last, Finished)
+    return events
 
 
 def store_of(plan):
@@ -70,13 +73,23 @@ def parts(plan):
 def test_there_is_one_event_for_each_checkpoint_in_order(planned):
     plan = planned()
     pack_id = plan.packs[0].pack.pack_id
-    assert trained(plan) == [Published(pack_id, step, alive=2) for step in STEPS]
+    *events, last = train_pack(job_of(plan))
+    records = {record["step"]: record for record in frame(plan, "tasks").to_dict("records")}
+    assert [replace(event, record=None) for event in events] == [
+        Published(pack_id, step, alive=2, record=None) for step in STEPS
+    ]
+    for event in events:
+        assert event.record["task_key"] == records[event.step]["task_key"]
+    assert (last.record["kind"], last.record["status"]) == ("training", "done")
+    assert all(event.record is None for event in trained(plan))  # committed before
 
 
 def test_rows_are_committed_segment_by_segment(planned):
     plan = planned()
     logged = {0: [], 5: [0, 3], 12: [0, 3, 5, 6, 9, 12]}
     for event in train_pack(job_of(plan)):
+        if isinstance(event, Finished):
+            break
         assert sorted(set(frame(plan, "training")["step"])) == logged[event.step]
         assert set(frame(plan, "checkpoints")["step"]) == {step for step in STEPS if step <= event.step}
         assert len(frame(plan, "runs")) == 0
