@@ -153,6 +153,7 @@ class Driver:
                 return False
             self._look()
             self._submit()
+            self._end_spares()
             for stream in self._arrived(WAIT_SECONDS):
                 self._receive(stream)
             self.ledger.tick()
@@ -176,12 +177,8 @@ class Driver:
 
     def _look(self) -> None:
         """Now and then: what the cluster has now, and what the study waits for."""
-        if not self.cluster.look(self._backlog):
-            return
-        self.ledger.progress.wait_for(self.cluster.wait.text, self.cluster.wait.seconds)
-        now = time.monotonic()
-        while self.spares and not self.ready and now - self.spares[0].since > SPARE_SECONDS:
-            ray.kill(self.spares.pop(0).actor)
+        if self.cluster.look(self._backlog):
+            self.ledger.progress.wait_for(self.cluster.wait.text, self.cluster.wait.seconds)
 
     def _backlog(self) -> Backlog:
         works: list[Trainer | Analysis] = [*self.trainers.values(), *self.in_flight.values()]
@@ -220,7 +217,7 @@ class Driver:
     def _submit(self) -> None:
         while self.waiting and len(self.trainers) < self.most_trainers:
             self._start_trainer(Trainer(self.waiting.popleft(), None, Attempt()))
-        while self.ready and len(self.in_flight) < self._room():
+        while self.ready and (self.spares or len(self.in_flight) < self._room()):
             job = heapq.heappop(self.ready).job
             self._start_analysis(replace(job, attempt=Attempt()))
 
@@ -336,6 +333,13 @@ class Driver:
             self._start_trainer(replace(trainer, attempt=Attempt(trainer.attempt.number + 1)))
         else:
             self.ledger.training_failed(trainer.plan, trainer.attempt, _reason(error), str(error))
+
+    def _end_spares(self) -> None:
+        """A spare actor holds what an analysis in Ray's queue may be waiting for, or another study."""
+        queued = any(not task.node and task.actor is None for task in self.in_flight.values())
+        oldest = time.monotonic() - SPARE_SECONDS
+        while self.spares and (queued or self.spares[0].since < oldest):
+            ray.kill(self.spares.pop(0).actor)
 
     def _drain(self) -> None:
         """Let analysis tasks in flight finish, for as long as the signal allows; their commits are kept.
