@@ -50,7 +50,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Node:
+class ClusterNode:
     """A node of the cluster.
 
     Attributes:
@@ -75,7 +75,7 @@ class Node:
         """For messages: "8 CPUs and 1 GPU"."""
         return f"{_counted(self.cpus, 'CPU')} and {_counted(self.gpus, 'GPU')}"
 
-    def without(self, share: Share, times: int = 1) -> "Node":
+    def without(self, share: Share, times: int = 1) -> "ClusterNode":
         """What so many tasks leave of it."""
         return replace(self, cpus=self.cpus - times * share.cpus, gpus=self.gpus - times * share.gpus)
 
@@ -110,7 +110,7 @@ class Capacity:
     """
 
     shares: Shares
-    nodes: tuple[Node, ...]
+    nodes: tuple[ClusterNode, ...]
     trainers: int
     trainers_alone: int
     beside: tuple[int, ...]
@@ -145,7 +145,7 @@ def capacity(shares: Shares) -> Capacity:
     return divided(shares, cluster_nodes())
 
 
-def divided(shares: Shares, nodes: Sequence[Node]) -> Capacity:
+def divided(shares: Shares, nodes: Sequence[ClusterNode]) -> Capacity:
     """Divide nodes between training and analysis."""
     train, curvature = shares.train, shares.curvature
     alone = sum(node.slots(train) for node in nodes)
@@ -161,10 +161,10 @@ def divided(shares: Shares, nodes: Sequence[Node]) -> Capacity:
     )
 
 
-def cluster_nodes() -> tuple[Node, ...]:
+def cluster_nodes() -> tuple[ClusterNode, ...]:
     """The living nodes."""
     return tuple(
-        Node(has.get("CPU", 0.0), has.get("GPU", 0.0), dict(labels or {}))
+        ClusterNode(has.get("CPU", 0.0), has.get("GPU", 0.0), dict(labels or {}))
         for has, labels in ((node["Resources"], node.get("Labels")) for node in ray.nodes() if node["Alive"])
     )
 
@@ -186,7 +186,7 @@ def _meets(labels: Labels, condition: tuple[str, str]) -> bool:
     return (labels.get(key) in allowed) != bool(negated)
 
 
-def _beside(train: Share, curvature: Share, nodes: Sequence[Node]) -> Iterator[int]:
+def _beside(train: Share, curvature: Share, nodes: Sequence[ClusterNode]) -> Iterator[int]:
     """Analyses that fit beside 0, 1, 2, ... training actors, which fill one node after the other."""
     total = sum(node.slots(curvature) for node in nodes)
     yield total

@@ -82,7 +82,7 @@ class Trainer:
 
 
 @dataclass
-class Analysis:
+class SubmittedAnalysis:
     """An analysis task that Ray has been given.
 
     Attributes:
@@ -128,7 +128,7 @@ class Driver:
         self.waiting = deque(pack for pack in plan.packs if not ledger.is_trained(pack))
         self.ready: list[Ready] = []  # heap of the analysis jobs that can start
         self.trainers: dict[Any, Trainer] = {}  # by generator
-        self.in_flight: dict[Any, Analysis] = {}  # by generator
+        self.in_flight: dict[Any, SubmittedAnalysis] = {}  # by generator
         self.spares: list[Spare] = []
         self._order = count()
         self._queue(self._left_over())
@@ -181,7 +181,7 @@ class Driver:
             self.ledger.progress.wait_for(self.cluster.wait.text, self.cluster.wait.seconds)
 
     def _backlog(self) -> Backlog:
-        works: list[Trainer | Analysis] = [*self.trainers.values(), *self.in_flight.values()]
+        works: list[Trainer | SubmittedAnalysis] = [*self.trainers.values(), *self.in_flight.values()]
         trains = bool(self.waiting) or any(not trainer.node for trainer in self.trainers.values())
         analyses = bool(self.ready) or any(not task.node for task in self.in_flight.values())
         kinds: list[tuple[Kind, bool]] = [("train", trains), ("curvature", analyses)]
@@ -242,7 +242,7 @@ class Driver:
         else:
             options = {**share.options(), **self.worker_options}
             task = analysis.options(name=job.kind, num_returns="streaming", max_retries=0, **options)
-        self.in_flight[task.remote(job, share.cpus)] = Analysis(job, actor=actor)
+        self.in_flight[task.remote(job, share.cpus)] = SubmittedAnalysis(job, actor=actor)
 
     def _arrived(self, seconds: float) -> list[Any]:
         """All that is ready, after a wait for the first: a long replay keeps no finished task waiting."""
@@ -302,7 +302,7 @@ class Driver:
                 del self.in_flight[stream]
                 self._end_analysis(task, event)
 
-    def _end_analysis(self, task: Analysis, error: RayError | None) -> None:
+    def _end_analysis(self, task: SubmittedAnalysis, error: RayError | None) -> None:
         """A task is over; what it has committed stands, whatever became of its worker then."""
         job = task.job
         lost = error is not None and _is_system_failure(error)

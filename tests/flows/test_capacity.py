@@ -3,7 +3,7 @@
 import pytest
 import ray
 
-from flows.capacity import Node, Share, capacity, divided, require_fits, satisfies, shares_of
+from flows.capacity import ClusterNode, Share, capacity, divided, require_fits, satisfies, shares_of
 from flows.session import has_gpus
 from lossray.errors import StudyError
 from lossray.study import Resources, TaskResources
@@ -140,7 +140,11 @@ def test_labels_are_selected_as_ray_does(selector, met):
 
 
 def test_a_labelled_task_counts_nodes_of_any_of_its_choices():
-    nodes = [Node(2, 0, {"zone": "a"}), Node(4, 0, {"zone": "b"}), Node(8, 0, {"zone": "c"})]
+    nodes = [
+        ClusterNode(2, 0, {"zone": "a"}),
+        ClusterNode(4, 0, {"zone": "b"}),
+        ClusterNode(8, 0, {"zone": "c"}),
+    ]
     train = TaskResources(labels={"zone": "a"}, fallback=({"zone": "b"},))
     shares = shares_of(Resources(train=train), gpus=False)
     room = divided(shares, nodes)

@@ -2,15 +2,15 @@
 
 import pytest
 
-from flows.capacity import Node, divided, shares_of
+from flows.capacity import ClusterNode, divided, shares_of
 from flows.resource_wait import BUSY_SECONDS, ResourceWait
 from lossray.errors import StudyError
 from lossray.study import Resources, TaskResources
 
 SHARES = shares_of(Resources(train=TaskResources(gpus=1)), gpus=False)
 NOBODY = divided(SHARES, [])
-CPUS = divided(SHARES, [Node(8, 0)])
-GPUS = divided(SHARES, [Node(8, 0), Node(8, 1)])
+CPUS = divided(SHARES, [ClusterNode(8, 0)])
+GPUS = divided(SHARES, [ClusterNode(8, 0), ClusterNode(8, 1)])
 
 
 def look(wait, now, room, needed, *, running=False, embedded=False):
