@@ -42,19 +42,30 @@ def ray_start(*options, environment, log):
 
 
 class Head:
-    """A Ray head on ports that were free, with its files in a folder with a short name."""
+    """A Ray head on ports that were free, with its files in a folder with a short name.
 
-    def __init__(self, cpus, folder, environment, log):
+    With a token it lets in only who has it.
+    """
+
+    def __init__(self, cpus, folder, environment, log, token=None):
         ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
         self.address = f"127.0.0.1:{ports['port']}"
         self.dashboard = f"http://127.0.0.1:{ports['dashboard-port']}"
         self.metrics = f"http://127.0.0.1:{ports['metrics-export-port']}/metrics"
+        self.token = token
         options = [f"--{name}={number}" for name, number in ports.items()]
         options += [f"--num-cpus={cpus}", f"--temp-dir={folder}"]
-        self.process = ray_start("--head", *options, environment=environment, log=log)
+        self.process = ray_start("--head", *options, environment=environment | self.secret, log=log)
+
+    @property
+    def secret(self):
+        """The environment of a process of Ray's that is let in."""
+        return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token} if self.token else {}
 
     def get(self, path):
-        with urllib.request.urlopen(self.dashboard + path, timeout=60) as response:
+        headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
+        request = urllib.request.Request(self.dashboard + path, headers=headers)
+        with urllib.request.urlopen(request, timeout=60) as response:
             return response.read()
 
     def is_ready(self):
@@ -75,7 +86,17 @@ class Head:
     def job(self, verb, *arguments):
         """`ray job VERB`, run to its end."""
         command = [BIN / "ray", "job", verb, "--address", self.dashboard, *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
+        return subprocess.run(
+            command, capture_output=True, text=True, check=False, env=os.environ | self.secret
+        )
+
+    def lossray_submit(self, *arguments, cwd, token=None):
+        """`lossray submit`, run to its end; a token alone is enough to be let in."""
+        token = token or self.token
+        command = [BIN / "lossray", "submit", *map(str, arguments), "--address", self.dashboard]
+        environment = os.environ | ({"RAY_AUTH_TOKEN": token} if token else {})
+        environment.pop("RAY_AUTH_MODE")
+        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=environment)
 
 
 def free_ports(number):
@@ -88,7 +109,7 @@ def free_ports(number):
 
 @pytest.fixture
 def cluster(ray_files, gates, helpers, tmp_path):
-    """``cluster(head_cpus, node_cpus, ...)``: a head, and nodes beside it."""
+    """``cluster(head_cpus, node_cpus, ..., token=None)``: a head, and nodes beside it."""
     processes = []
 
     log = tmp_path / "ray.log"
@@ -96,14 +117,16 @@ def cluster(ray_files, gates, helpers, tmp_path):
     def ended():
         return log.read_text() if any(process.poll() is not None for process in processes) else None
 
-    def start(head_cpus, *node_cpus):
+    def start(head_cpus, *node_cpus, token=None):
         with log.open("w") as file:
-            head = Head(head_cpus, tempfile.mkdtemp(prefix="h", dir=ray_files), gates.environment, file)
+            folder = tempfile.mkdtemp(prefix="h", dir=ray_files)
+            head = Head(head_cpus, folder, gates.environment, file, token)
             processes.append(head.process)
             helpers.wait_for(head.is_ready, "the head", unless=ended)
             for cpus in node_cpus:  # one by one: started together on one machine they get in each other's way
                 options = (f"--address={head.address}", f"--num-cpus={cpus}")
-                processes.append(ray_start(*options, environment=gates.environment, log=file))
+                environment = gates.environment | head.secret
+                processes.append(ray_start(*options, environment=environment, log=file))
                 helpers.wait_for(lambda: len(head.listed("nodes")) == len(processes), "a node", unless=ended)
         return head
 
