@@ -2,13 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= out/quick
+DEVICE ?= cuda
 INSTALLED := .venv/.installed
 PEERS := .venv/.peers
 # Rooms whose numbers hang on how a processor computes, and the instructions that every x86-64 processor has.
 NUMERICAL := $(addprefix tests/,spectra operators nullity geometry networks training storage study connectivity ensembles measures findings)
 OLDEST := ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41
 
-.PHONY: demo test test-numbers test-flows test-slow test-long test-rates test-oldest check docs benchmarks clean
+.PHONY: demo test test-numbers test-flows test-slow test-long test-rates test-oldest check docs benchmarks gpu-check clean
 
 demo: $(INSTALLED)
 	$(BIN)/lossray run quick --out $(OUT)
@@ -55,6 +56,10 @@ benchmarks: $(INSTALLED) $(PEERS)
 	$(BIN)/python -m benchmarks.scoring
 	$(BIN)/python -m benchmarks.script
 	$(BIN)/python -m benchmarks.utilisation
+
+# On a machine with a GPU, below eight minutes, in PYTHON as it is: nothing is installed. DEVICE=cpu: a dry run.
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu_check --device $(DEVICE)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

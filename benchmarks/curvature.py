@@ -17,16 +17,14 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from benchmarks import ours
+from benchmarks import ours, peers
 from benchmarks.accuracy import Accuracy, accuracy
-from benchmarks.peers import curvlinops, hessian_eigenthings, pyhessian
+from benchmarks.devices import wait_for
 from benchmarks.problems import SETTINGS, Problem, make_problem
 from benchmarks.reference import Reference, reference
 from benchmarks.report import table, write_section
 from benchmarks.sides import PROBES, STEPS, TOLERANCE, TOP, Report, Side
 
-SIDES = (*ours.SIDES, *pyhessian.SIDES, *hessian_eigenthings.SIDES, *curvlinops.SIDES)
-PEERS = ("PyHessian", "hessian-eigenthings", "curvlinops-for-pytorch")
 THREADS = (1, 2)
 PRODUCT_REPEATS = 15
 PRODUCT_SECONDS = 0.05  # of one repeat: short products are repeated inside it
@@ -56,9 +54,10 @@ class Run:
 def main() -> None:
     """Measure everything and write the section."""
     warnings.filterwarnings("ignore", "Using backward\\(\\) with create_graph=True", UserWarning)
+    sides = (*ours.SIDES, *(side for module in peers.DISTRIBUTIONS for side in peers.sides(module)))
     products, reports = [], []
     warm = make_problem(SETTINGS[-1])
-    for side in SIDES:
+    for side in sides:
         side.report(warm, 0)
     for setting in SETTINGS:
         problem = make_problem(setting)
@@ -66,20 +65,20 @@ def main() -> None:
         for threads in THREADS:
             with limited(threads):
                 if not problem.dense:  # those are for the accuracy; their products take microseconds
-                    products.append(product_row(problem, SIDES, threads))
+                    products.append(product_row(problem, sides, threads))
                     print(" | ".join(products[-1]), flush=True)
                 if threads > 1 and (problem.dense or problem.repeats == 1):  # one is enough of the slow
                     continue
-                rows = report_rows(problem, exact, SIDES, threads)
+                rows = report_rows(problem, exact, sides, threads)
                 print("\n".join(" | ".join(row) for row in rows), flush=True)
                 reports.extend(rows)
-    header = (*PRODUCT_HEADER, *(side.name.split(",")[0] for side in _by_product(SIDES)))
+    header = (*PRODUCT_HEADER, *(side.name.split(",")[0] for side in _by_product(sides)))
     body = f"{_text()}\n\n{table(header, products)}\n\n{_report_text()}\n\n{table(REPORT_HEADER, reports)}"
     write_section("curvature", "Curvature against its peers", "python -m benchmarks.curvature", body)
 
 
 def _text() -> str:
-    versions = ", ".join(f"{name} {version(name)}" for name in PEERS)
+    versions = ", ".join(f"{name} {version(name)}" for name in peers.DISTRIBUTIONS.values())
     return f"""Against {versions}; models briefly trained on digits, everything in float32.
 
 One product with the Hessian, in gradients over the same examples (forward and backward): median (smallest to
@@ -136,15 +135,17 @@ def report_rows(problem: Problem, exact: Reference, sides: Sequence[Side], threa
     runs: list[list[Run]] = [[] for _ in sides]
     for seed in range(problem.repeats):
         for own, side in zip(runs, sides, strict=True):
-            own.append(_run(side, problem, seed))
+            own.append(timed_report(side, problem, seed))
     return [
         [problem.name, str(threads), side.name, *_timings(own, runs[0]), *_errors(own, exact)]
         for side, own in zip(sides, runs, strict=True)
     ]
 
 
-def _run(side: Side, problem: Problem, seed: int) -> Run:
+def timed_report(side: Side, problem: Problem, seed: int) -> Run:
+    """One report, which starts on an idle device; its numbers are on the CPU at its end."""
     gc.collect()
+    wait_for(problem.device)
     clock = time.perf_counter()
     report = side.report(problem, seed)
     return Run(time.perf_counter() - clock, report)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.devices import wait_for
 from benchmarks.report import table, write_section
 from lossray.networks.executor import choose_executor
 from lossray.networks.models import build_model
@@ -78,8 +79,8 @@ def _compare(model: str, optimizer: str, members: int, dataset: Dataset) -> tupl
     executor = choose_executor(build, *examples, F.cross_entropy, device="cpu")
     packs, plains = [], []
     for _ in range(REPEATS):
-        packs.append(_pack(build, settings, dataset, steps, members, executor))
-        plains.append(_plain(build, settings, dataset, steps, seed=0))
+        packs.append(time_pack(build, settings, dataset, steps, members, executor))
+        plains.append(time_loop(build, settings, dataset, steps, seed=0))
     difference = ((packs[0].losses - plains[0].losses).abs() / plains[0].losses).max().item()
     if not difference < AGREEMENT:
         raise SystemExit(f"{model} {optimizer}: the losses of pack and plain loop differ by {difference:.1e}")
@@ -95,7 +96,7 @@ def _spread(timings: list[Timing]) -> str:
     return f"{statistics.median(micros):.0f} ({micros[0]:.0f} to {micros[-1]:.0f})"
 
 
-def _pack(
+def time_pack(
     build: Callable[[], nn.Module],
     optimizer: OptimizerSettings,
     dataset: Dataset,
@@ -103,37 +104,41 @@ def _pack(
     members: int,
     executor: str,
 ) -> Timing:
-    """The members with seeds 0 to `members` - 1 as one pack, as a study trains them."""
-    seeds = tuple(range(members))
-    stack, theta, buffers = build_stack(build, seeds, executor=executor, dtype=torch.float32)
+    """The members with seeds 0 to `members` - 1 as one pack, as a study trains them, where the data are."""
+    seeds, device = tuple(range(members)), dataset.train.targets.device
+    stack, theta, buffers = build_stack(build, seeds, executor=executor, dtype=torch.float32, device=device)
     training = TrainingSettings.model_validate(
         {"steps": steps, "batch_size": BATCH, "checkpoints": {"steps": []}}
     )
     checkpoints = train(stack, theta, buffers, optimizer, training, dataset, pack_id="pack", seeds=seeds)
     next(checkpoints)  # step 0: set up and evaluated
+    wait_for(device)
     clock = time.perf_counter()
     (last,) = checkpoints
+    wait_for(device)
     seconds = time.perf_counter() - clock
-    return Timing(seconds / steps / members, last.log["train_loss"][:-1, 0])  # the last row is no step
+    return Timing(seconds / steps / members, last.log["train_loss"][:-1, 0].cpu())  # the last row is no step
 
 
-def _plain(
+def time_loop(
     build: Callable[[], nn.Module], settings: OptimizerSettings, dataset: Dataset, steps: int, *, seed: int
 ) -> Timing:
     """One seed, as one would write it without lossray."""
+    device = dataset.train.targets.device
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream(seed, "initialisation"))
-        model = build()
+        model = build().to(device)
     rule = torch.optim.SGD if settings.name == "sgd" else torch.optim.Adam
     optimizer = rule(model.parameters(), lr=settings.lr)
     inputs, targets = dataset.train.inputs, dataset.train.targets
     batches = len(inputs) // BATCH
     losses = []
+    wait_for(device)
     clock = time.perf_counter()
     for step in range(steps):
         epoch, batch = divmod(step, batches)
         if batch == 0:
-            order = torch.randperm(len(inputs), generator=generator(seed, "order", epoch))
+            order = torch.randperm(len(inputs), generator=generator(seed, "order", epoch)).to(device)
         indices = order[batch * BATCH : (batch + 1) * BATCH]
         optimizer.zero_grad()
         loss = F.cross_entropy(model(inputs[indices]), targets[indices])
@@ -147,6 +152,7 @@ def _plain(
             outputs = model(split.inputs)
             F.cross_entropy(outputs, split.targets).item()
             (outputs.argmax(dim=1) == split.targets).float().mean().item()
+    wait_for(device)
     seconds = time.perf_counter() - clock
     return Timing(seconds / steps, torch.tensor(losses, dtype=torch.float64))
 

@@ -3,8 +3,9 @@
 The weights are trained for a few hundred steps, so that the spectra have outliers, as in practice.
 """
 
+import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,16 @@ class Problem:
     dense: bool
     repeats: int = 1
 
+    def to(self, device: torch.device) -> "Problem":
+        """The same on a device; this one stays where it is."""
+        model = copy.deepcopy(self.model).to(device)
+        return replace(self, model=model, inputs=self.inputs.to(device), targets=self.targets.to(device))
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.targets.device
+
     @property
     def dim(self) -> int:
         """Number of parameters d."""
@@ -66,6 +77,15 @@ SETTINGS = (
     Setting("small cnn", {"name": "cnn", "channels": [6, 12], "widths": [32]}, 128, dense=True, repeats=5),
     Setting("small vit", {"name": "vit", "dim": 16, "depth": 1}, 128, dense=True, repeats=5),
 )
+TINY = (  # of dry runs
+    Setting("tiny mlp", {"name": "mlp", "widths": [8]}, 100, steps=50, dense=True),
+    Setting("tiny cnn", {"name": "cnn", "channels": [2], "widths": [4]}, 50, steps=50, dense=True),
+)
+
+
+def setting_of(name: str) -> Setting:
+    """The setting of this name."""
+    return next(setting for setting in (*SETTINGS, *TINY) if setting.name == name)
 
 
 def make_problem(setting: Setting) -> Problem:

@@ -37,6 +37,7 @@ class ExactHessian:
         gradients = torch.autograd.grad(loss, self.parameters, create_graph=True)
         self.gradient = torch.cat([gradient.flatten() for gradient in gradients])
         self.dim = len(self.gradient)
+        self.device = problem.device
 
     def __matmul__(self, vector: Tensor) -> Tensor:
         """H v for v [d] in float64."""
@@ -54,20 +55,20 @@ def reference(problem: Problem) -> Reference:
         return Reference(spectrum[::-1][:TOP].copy(), float(spectrum.sum()), 0.0, spectrum)
     operator = LinearOperator(
         (hessian.dim, hessian.dim),
-        matvec=lambda vector: (hessian @ torch.from_numpy(vector.ravel())).numpy(),
+        matvec=lambda vector: (hessian @ torch.from_numpy(vector.ravel()).to(hessian.device)).cpu().numpy(),
         dtype=np.float64,
     )
     start = torch.randn(hessian.dim, generator=generator(0, "reference"), dtype=torch.float64).numpy()
     values, vectors = eigsh(operator, k=DEFLATED, which="LA", tol=1e-9, v0=start)
-    rest, stderr = _rest_of_trace(hessian, torch.from_numpy(vectors))
+    rest, stderr = _rest_of_trace(hessian, torch.from_numpy(vectors).to(hessian.device))
     return Reference(np.sort(values)[::-1][:TOP].copy(), float(values.sum()) + rest, stderr, None)
 
 
 def dense_spectrum(hessian: ExactHessian) -> Array:
     """All eigenvalues [d], ascending."""
-    columns = torch.eye(hessian.dim, dtype=torch.float64)
+    columns = torch.eye(hessian.dim, dtype=torch.float64, device=hessian.device)
     matrix = torch.stack([hessian @ column for column in columns])
-    values: Array = torch.linalg.eigvalsh((matrix + matrix.T) / 2).numpy()
+    values: Array = torch.linalg.eigvalsh((matrix + matrix.T) / 2).cpu().numpy()
     return values
 
 
@@ -77,7 +78,7 @@ def _rest_of_trace(hessian: ExactHessian, vectors: Tensor) -> tuple[float, float
     samples = []
     for _ in range(SAMPLES):
         signs = 2.0 * torch.randint(2, (hessian.dim,), generator=random) - 1
-        probe = signs.double()
+        probe = signs.double().to(hessian.device)
         probe -= vectors @ (vectors.T @ probe)
         samples.append(float(probe @ (hessian @ probe)))
     return float(np.mean(samples)), float(np.std(samples, ddof=1)) / math.sqrt(SAMPLES)

@@ -3,10 +3,11 @@
 import platform
 import re
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import psutil
+
+from lossray.packages import installed
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
 SECTIONS = (  # in the order of the document
@@ -17,19 +18,27 @@ SECTIONS = (  # in the order of the document
     "scoring",
     "script",
     "utilisation",
+    "gpu_check",
 )
 HEADER = "# Benchmarks\n\nEach section is written by the command that it names.\n"
 
 
-def write_section(name: str, title: str, command: str, body: str) -> None:
-    """Print a section and put it into the document in place of its predecessor."""
-    section = f"## {title}\n\n`{command}` on {machine()}.\n\n{body.strip()}\n"
+def write_section(name: str, title: str, command: str, body: str, *, on: str | None = None) -> str:
+    """Print a section and put it into the document in place of its predecessor.
+
+    ``on`` describes the machine; None: this one.
+
+    Returns:
+        The section.
+    """
+    section = f"## {title}\n\n`{command}` on {on or machine()}.\n\n{body.strip()}\n"
     print(section)
     text = DOCUMENT.read_text() if DOCUMENT.exists() else ""
     sections = {key: found.group(1) for key in SECTIONS if (found := _marked(key).search(text))}
     sections[name] = section
     parts = [f"<!-- {key} -->\n{sections[key]}<!-- /{key} -->\n" for key in SECTIONS if key in sections]
     DOCUMENT.write_text("\n".join([HEADER, *parts]))
+    return section
 
 
 def fill(document: Path, parts: Mapping[str, str]) -> None:
@@ -62,7 +71,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def machine() -> str:
     """The machine and the software in words, without names and paths."""
     memory = psutil.virtual_memory().total / 2**30
-    software = ", ".join(f"{name} {version(name)}" for name in ("torch", "ray"))
+    software = ", ".join(f"{name} {installed(name)}" for name in ("torch", "ray"))
     return (
         f"{_processor()}, {psutil.cpu_count()} cores, {memory:.0f} GiB of memory, {_system()}, "
         f"Python {platform.python_version()}, {software}"

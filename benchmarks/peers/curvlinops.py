@@ -46,8 +46,8 @@ def report(problem: Problem, seed: int) -> Report:
     return Report(
         values=np.sort(values.astype(np.float64))[::-1],
         trace=trace,
-        nodes=np.stack([nodes.double().numpy() for nodes, _ in quadrature]),
-        weights=np.stack([vectors[0].double().square().numpy() for _, vectors in quadrature]),
+        nodes=np.stack([nodes.double().cpu().numpy() for nodes, _ in quadrature]),
+        weights=np.stack([vectors[0].double().square().cpu().numpy() for _, vectors in quadrature]),
         parts=parts.measured,
     )
 

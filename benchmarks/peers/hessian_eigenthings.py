@@ -40,10 +40,10 @@ def report(problem: Problem, seed: int, *, converged: bool) -> Report:
     with parts.part("density"):
         density = spectral_density(operator, num_runs=PROBES, lanczos_steps=STEPS, seed=PROBES * seed)
     return Report(
-        values=pairs.eigenvalues.double().numpy(),
+        values=pairs.eigenvalues.double().cpu().numpy(),
         trace=float(estimate.estimate),
-        nodes=density.raw_eigenvalues.double().numpy(),
-        weights=density.raw_weights.double().numpy(),
+        nodes=density.raw_eigenvalues.double().cpu().numpy(),
+        weights=density.raw_weights.double().cpu().numpy(),
         parts=parts.measured,
     )
 

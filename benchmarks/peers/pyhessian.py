@@ -64,7 +64,7 @@ def eigendecomposition_supplied() -> Iterator[None]:
 
 def _engine(problem: Problem) -> "pyhessian.hessian":
     data = (problem.inputs, problem.targets)
-    engine = pyhessian.hessian(problem.model, problem.loss, data=data, cuda=False)
+    engine = pyhessian.hessian(problem.model, problem.loss, data=data, cuda=problem.device.type == "cuda")
     problem.model.zero_grad()  # it leaves the gradient's graph in .grad
     return engine
 
