@@ -26,7 +26,7 @@ def main() -> None:
         sys.exit(check.measure(options.measure, options.device, options.out))
     if options.write:
         sys.exit(check.write(options.write))
-    sys.exit(check.check(options.device, options.out.absolute(), options.only))
+    sys.exit(check.run_all(options.device, options.out.absolute(), options.only))
 
 
 if __name__ == "__main__":

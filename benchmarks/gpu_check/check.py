@@ -19,7 +19,7 @@ SECTION, LOG = "section.md", "log.txt"
 LAST_LINES = 15  # of the log of a part that failed
 
 
-def check(device: str, folder: Path, names: Sequence[str]) -> int:
+def run_all(device: str, folder: Path, names: Sequence[str]) -> int:
     """Run the parts; 0 where all passed."""
     if device == "cuda" and not torch.cuda.is_available():
         _say(f"torch {torch.__version__} sees no GPU here; `make gpu-check DEVICE=cpu` is a dry run")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 MARGIN = 15  # seconds before its end at which a part begins nothing more
-DRY_TIMES = 3  # how much longer a part may take on a CPU
+DRY_TIMES = 10  # how much longer a part may take on a CPU
 
 
 @dataclass(frozen=True)

@@ -46,8 +46,8 @@ def _reports(name: str, *, device: torch.device) -> Iterator[Row]:
     for module, distribution in peers.DISTRIBUTIONS.items():
         try:
             sides = peers.sides(module)
-        except ImportError as reason:
-            yield _empty(problem, distribution, f"not installed here: {reason}")
+        except ImportError:
+            yield _empty(problem, distribution, "not installed here")
             continue
         for side in sides:
             try:

@@ -44,7 +44,7 @@ checkpoints = {steps = [0, 40]}
 
 [curvature]
 top = 4
-examples = 256
+examples = 128
 """
 FURTHER = """
 [degeneracy]
@@ -61,10 +61,11 @@ steps = 20
 methods = ["rescale_retrain"]
 budgets = [2]
 """
+ONLY_STEP_0 = ["--set", "training.steps=1", "--set", "training.checkpoints.steps=[0]"]
 SHARE = 0.25  # of the GPU, for each actor and task
 AGREEMENT = 5e-3  # of the largest eigenvalue at step 0, which is known to 1e-3
 TITLE = "A whole study"
-TEXT = f"""`lossray run` of an mlp and a cnn with every section (benchmarks/gpu_check/whole_study.py holds it).
+TEXT = f"""`lossray run` of an mlp and a cnn with every section; benchmarks/gpu_check/whole_study.py holds it.
 With Ray, training actors and analysis tasks share the GPU, {SHARE:g} of it each; without, `--in-process`.
 "difference" is the largest between the study's largest eigenvalues at step 0 and those of the same study on
 the CPU, relative (at most {AGREEMENT:g})."""
@@ -74,7 +75,7 @@ def measure(record: Recorder) -> None:
     """With Ray where it is installed; without it in any case."""
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
         on_cpu = Path(folder) / "cpu"
-        _run(STUDY, on_cpu, ["--in-process"], {"CUDA_VISIBLE_DEVICES": ""})
+        _run(STUDY, on_cpu, ["--in-process", *ONLY_STEP_0], {"CUDA_VISIBLE_DEVICES": ""})
         expected = _first_values(on_cpu)
         ways = ("on Ray", "in this process") if find_spec("ray") else ("in this process",)
         record.each(ways, partial(_study, folder=Path(folder), expected=expected, device=record.device))
