@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-import torch
 
 from lossray.errors import StudyError
 from lossray.imports import USER_FOLDERS_VARIABLE
@@ -85,9 +84,9 @@ def worker_options(user_folders: Sequence[str]) -> dict[str, Any]:
     return {"runtime_env": {"env_vars": {USER_FOLDERS_VARIABLE: folders, DRIVER_VARIABLE: uuid.uuid4().hex}}}
 
 
-def has_gpus(*, in_process: bool) -> bool:
-    """Whether the study has GPUs: the cluster's, or this machine's where it runs without Ray."""
-    return torch.cuda.is_available() if in_process else ray.cluster_resources().get("GPU", 0) > 0
+def has_gpus() -> bool:
+    """Whether the cluster has GPUs."""
+    return bool(ray.cluster_resources().get("GPU", 0) > 0)
 
 
 def is_embedded() -> bool:

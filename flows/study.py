@@ -5,17 +5,15 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
-import ray
-from ray.exceptions import RayTaskError
+import torch
 
-from flows.capacity import Shares, capacity, require_fits, shares_of
-from flows.driver import WAIT_SECONDS, Driver
 from flows.freeze import study_device
 from flows.interrupt import Interrupt
 from flows.ledger import Ledger
 from flows.notes import keep_notes, notes_of
-from flows.plan import make_plan
+from flows.plan import Plan, make_plan
 from flows.progress import duration
 from flows.request import (
     Request,
@@ -30,15 +28,17 @@ from flows.request import (
     user_folders,
 )
 from flows.serial import run_serially
-from flows.session import has_gpus, is_embedded, ray_session
 from flows.superseded import explained
 from flows.verdicts import publish_claims
 from lossray.errors import StoreError, StudyError
+from lossray.imports import uncollected
 from lossray.storage.lease import Lease
 from lossray.storage.publish import publish_tables
 from lossray.storage.store import Store
 from lossray.study.manifest import other_versions
-from tasks.ray_tasks import gather
+
+if TYPE_CHECKING:
+    from flows.capacity import Shares
 
 PROBE = ".writable"
 DONE, SOME_FAILED, INTERRUPTED = 0, 1, 130
@@ -96,13 +96,10 @@ def run_study(
     if request.edited:
         superseded(request, make_plan(request.context, request.frozen, request.inputs))  # may refuse
     with ExitStack() as stack:
-        shares, resources = None, request.loaded.study.resources
+        shares, gpus = None, in_process and torch.cuda.is_available()
         if not in_process:
-            stack.enter_context(ray_session(address, user_folders(request.loaded), dashboard=dashboard))
-            shares = shares_of(resources, gpus=has_gpus(in_process=False))
-            if is_embedded() or not resources.wait:
-                require_fits(capacity(shares))
-        rule = try_settings(request, study_device(request.loaded.study, gpus=has_gpus(in_process=in_process)))
+            shares, gpus = _join_ray(stack, request, address, dashboard=dashboard)
+        rule = try_settings(request, study_device(request.loaded.study, gpus=gpus))
         for line in explained(superseded(request, plan_of(request, rule))):  # before anything is written
             _say(f"note: {line}")
         interrupt = stack.enter_context(Interrupt())
@@ -111,11 +108,30 @@ def run_study(
     return _conclude(request.store, outcome)
 
 
+def _join_ray(
+    stack: ExitStack, request: Request, address: str | None, *, dashboard: bool
+) -> tuple["Shares", bool]:
+    """`flows.on_ray.join`; without Ray (and without its import) a study runs in this process.
+
+    Raises:
+        StudyError: Ray is not installed.
+    """
+    try:
+        with uncollected():
+            from flows.on_ray import join
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        raise StudyError("Ray is not installed here; allowed without it: --in-process") from None
+    folders = user_folders(request.loaded)
+    return stack.enter_context(join(address, folders, request.loaded.study.resources, dashboard=dashboard))
+
+
 def _run_rounds(
     request: Request,
     rule: Rule,
     notes: list[str],
-    shares: Shares | None,
+    shares: "Shares | None",
     interrupt: Interrupt,
     lease: Lease,
 ) -> Outcome:
@@ -132,10 +148,7 @@ def _run_rounds(
         plan = replace(plan, packs=tuple(left))
         ledger = Ledger(plan, store, store.committed(), guard=lease.check)
         with ledger.progress:
-            if shares is None:
-                finished = run_serially(plan, ledger, interrupt)
-            else:
-                finished = Driver(plan, ledger, shares, interrupt).run()
+            finished = _run_round(plan, ledger, shares, interrupt)
             if finished and tuning.settled:
                 ledger.progress.state = "gathering"
                 ledger.progress.refresh(force=True)
@@ -150,6 +163,15 @@ def _run_rounds(
             return outcome
 
 
+def _run_round(plan: Plan, ledger: Ledger, shares: "Shares | None", interrupt: Interrupt) -> bool:
+    """Run what the plan lacks, on Ray or in this process; False after an interrupt."""
+    if shares is None:
+        return run_serially(plan, ledger, interrupt)
+    from flows.driver import Driver
+
+    return Driver(plan, ledger, shares, interrupt).run()
+
+
 def _gather(store: Store, interrupt: Interrupt, *, in_process: bool) -> bool:
     """Publish the tables; False after an interrupt.
 
@@ -159,15 +181,9 @@ def _gather(store: Store, interrupt: Interrupt, *, in_process: bool) -> bool:
     if in_process:
         publish_tables(store)
         return True
-    reference = gather.options(name="gather").remote(store.url)
-    while not ray.wait([reference], timeout=WAIT_SECONDS)[0]:
-        if interrupt.received:
-            return False
-    try:
-        ray.get(reference)
-    except RayTaskError as error:
-        raise error.cause from None  # the user's message, without the worker's traceback
-    return True
+    from flows.on_ray import gather_tables
+
+    return gather_tables(store, interrupt)
 
 
 def _conclude(store: Store, outcome: Outcome) -> int:

@@ -33,7 +33,7 @@ def asking(**tasks):
 
 
 def room_of(resources=None):
-    return capacity(shares_of(resources or Resources(), gpus=has_gpus(in_process=False)))
+    return capacity(shares_of(resources or Resources(), gpus=has_gpus()))
 
 
 def test_a_curvature_slot_is_kept_wherever_two_tasks_fit(cluster):
