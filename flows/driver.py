@@ -311,7 +311,8 @@ class Driver:
         if task.record is not None:
             self._queue(self.ledger.analysis_done(job))
         elif lost and job.attempt.number < ATTEMPTS:
-            self._start_analysis(replace(job, attempt=Attempt(job.attempt.number + 1)))
+            again = job.attempt.next(halved=isinstance(error, OutOfMemoryError))
+            self._start_analysis(replace(job, attempt=again))
         else:
             assert error is not None  # a task ends with a record or with an error
             self.ledger.analysis_failed(job, _reason(error), str(error))
@@ -330,7 +331,8 @@ class Driver:
         """Try again, unless several tries in turn have led to no further checkpoint."""
         trainer.fruitless += 1
         if _is_system_failure(error) and trainer.fruitless < ATTEMPTS:
-            self._start_trainer(replace(trainer, attempt=Attempt(trainer.attempt.number + 1)))
+            again = trainer.attempt.next(halved=isinstance(error, OutOfMemoryError))
+            self._start_trainer(replace(trainer, attempt=again))
         else:
             self.ledger.training_failed(trainer.plan, trainer.attempt, _reason(error), str(error))
 

@@ -6,6 +6,7 @@ import torch
 from lossray.errors import ResourceError
 
 SHARE = 0.9  # of the free memory that one piece of work may take
+MESSAGES = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # of torch, cuBLAS and cuDNN
 
 
 def available_bytes(device: torch.device | str) -> int:
@@ -46,6 +47,17 @@ def readable_bytes(number: int) -> str:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} TB"
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory ran out, of a GPU or of the machine; also where another error was raised from that."""
+    while error is not None:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            return True
+        if isinstance(error, RuntimeError) and any(text in str(error) for text in MESSAGES):
+            return True
+        error = error.__cause__
+    return False
 
 
 def fitting(bytes_each: int, device: torch.device | str) -> int:

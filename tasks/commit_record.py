@@ -47,7 +47,15 @@ class Stopwatch:
         """Begin timing the next piece of work, which waits for nothing."""
         self.started, self.queued = time.time(), 0.0
 
-    def record(self, key: str, kind: str, *, pack_id: str | None = None, step: int | None = None) -> Record:
+    def record(
+        self,
+        key: str,
+        kind: str,
+        *,
+        pack_id: str | None = None,
+        step: int | None = None,
+        reduced: str | None = None,
+    ) -> Record:
         """The row to commit now, with status `done`."""
         finished = time.time()
         return {
@@ -65,14 +73,15 @@ class Stopwatch:
             "device": self.device,
             "peak_bytes": peak_bytes(),
             "products": None if kind in TRAINS else PRODUCTS.total - self.products_before,
+            "reduced": reduced,
             "error": None,
             "versions": versions_text(versions_of(kind)),
             **{f"{package}_version": version for package, version in running().items()},
         }
 
-    def commit(self, store: Store, job: AnalysisJob) -> Record:
+    def commit(self, store: Store, job: AnalysisJob, *, reduced: str | None = None) -> Record:
         """Commit what a job has published, and return its record."""
-        record = self.record(job.key, job.kind, pack_id=job.pack.pack_id, step=job.step)
+        record = self.record(job.key, job.kind, pack_id=job.pack.pack_id, step=job.step, reduced=reduced)
         store.commit(record)
         return record
 

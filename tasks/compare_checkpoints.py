@@ -3,6 +3,7 @@
 import torch
 
 from lossray.geometry.vectors import Name
+from lossray.measures.cells import Row
 from lossray.measures.neighbours import (
     displacement_angles,
     displacement_from,
@@ -16,6 +17,7 @@ from lossray.storage.store import Store
 from lossray.study import pair_tables
 from tasks.commit_record import Record, Stopwatch
 from tasks.devices import device_name, local_device
+from tasks.halving import Halving, Part, rows_of_all
 from tasks.jobs import CurvatureJob, PairJob
 from tasks.planned_data import dataset_of, located, stored_spectra
 
@@ -31,25 +33,34 @@ def compare_checkpoints(job: PairJob, device: torch.device | None = None) -> Rec
         StoreError: a checkpoint, or the eigenvectors of one, are missing or damaged.
     """
     device = device or local_device()
-    store, study = Store(job.context.out), job.context.study
-    watch = Stopwatch(job.attempt, device_name(device))
-    n_outputs = dataset_of(job.context).n_outputs
+    store, watch = Store(job.context.out), Stopwatch(job.attempt, device_name(device))
+    halving = Halving(len(job.pack.seeds), job.attempt.halvings)
+    compared = halving.by_parts(lambda part: _compared(job, store, device, part))
+    for table, rows in rows_of_all(compared).items():
+        store.publish(table, job.key, rows)
+    return watch.commit(store, job, reduced=halving.reduced)
+
+
+def _compared(job: PairJob, store: Store, device: torch.device, part: Part) -> dict[str, list[Row]]:
+    """The rows by table of a part of the pack."""
+    study, earlier, later = job.context.study, job.earlier, job.later
     tables = pair_tables(study)
-    earlier, later = job.earlier, job.later
+    rows: dict[str, list[Row]] = {}
 
     def spectra(side: CurvatureJob) -> dict[Name, PackedEigenPairs]:
-        return stored_spectra(store, side.pack, side.step, key=side.key, device=device)
+        return stored_spectra(store, side.pack, side.step, part, key=side.key, device=device)
 
     before = spectra(earlier) if "overlaps" in tables else {}
     if "overlaps" in tables:
         steps, sides = (earlier.step, later.step), (before, spectra(later))
-        store.publish("overlaps", job.key, overlaps_between(study, job.pack, steps, sides, n_outputs))
+        n_outputs = dataset_of(job.context).n_outputs
+        rows["overlaps"] = overlaps_between(study, part.of(job.pack), steps, sides, n_outputs)
     if "directions" in tables:
-        point = located(job.context, earlier.pack, earlier.step, device)
-        moved = displacement_from(point, read_checkpoint(store, later.pack.pack_id, later.step, device))
+        point = located(job.context, earlier.pack, earlier.step, device, part)
+        reached = read_checkpoint(store, later.pack.pack_id, later.step, device).of(part.members)
+        moved = displacement_from(point, reached)
         analysed = store.read_table(store.part_path("curvature", earlier.key), "curvature").to_pylist()
-        for table, rows in displacement_rows(moved, hessian_rows(analysed)).items():
-            store.publish(table, job.key, rows)
+        rows |= displacement_rows(moved, hessian_rows(analysed))
         if "angles" in tables:
-            store.publish("angles", job.key, displacement_angles(moved, before))
-    return watch.commit(store, job)
+            rows["angles"] = displacement_angles(moved, before)
+    return rows

@@ -1,7 +1,10 @@
 """Evaluate the slices of the loss through one checkpoint of a pack: the table `surfaces`."""
 
+from itertools import chain
+
 import torch
 
+from lossray.measures.cells import Row
 from lossray.measures.checkpoint_spectra import HESSIAN
 from lossray.measures.course import course_of
 from lossray.measures.slices import slice_rows
@@ -11,6 +14,7 @@ from lossray.storage.store import Store
 from lossray.study.demands import needs_course, needs_eigenvectors
 from tasks.commit_record import Record, Stopwatch
 from tasks.devices import device_name, local_device
+from tasks.halving import Halving, Part
 from tasks.jobs import SurfaceJob
 from tasks.planned_data import located, stored_spectra
 
@@ -27,18 +31,26 @@ def evaluate_surfaces(job: SurfaceJob, device: torch.device | None = None) -> Re
     """
     device = device or local_device()
     store, watch = Store(job.context.out), Stopwatch(job.attempt, device_name(device))
-    point = located(job.context, job.pack, job.step, device)
+    halving = Halving(len(job.pack.seeds), job.attempt.halvings)
+    rows = halving.by_parts(lambda part: _slices(job, store, device, part))
+    store.publish("surfaces", job.key, list(chain(*rows)))
+    return watch.commit(store, job, reduced=halving.reduced)
+
+
+def _slices(job: SurfaceJob, store: Store, device: torch.device, part: Part) -> list[Row]:
+    """Rows of `surfaces`, of the runs of a part."""
+    point = located(job.context, job.pack, job.step, device, part)
     course = None
     if needs_course(job.context.study):
-        course = course_of(read_checkpoint(store, job.pack.pack_id, step, device) for step in job.steps)
-    rows = slice_rows(point, job.members, pairs=_eigenpairs(job, store, device), course=course)
-    store.publish("surfaces", job.key, rows)
-    return watch.commit(store, job)
+        checkpoints = (read_checkpoint(store, job.pack.pack_id, step, device) for step in job.steps)
+        course = course_of(checkpoint.of(part.members) for checkpoint in checkpoints)
+    members = [part.members.index(r) for r in job.members if r in part.members]
+    return slice_rows(point, members, pairs=_eigenpairs(job, store, device, part), course=course)
 
 
-def _eigenpairs(job: SurfaceJob, store: Store, device: torch.device) -> PackedEigenPairs | None:
+def _eigenpairs(job: SurfaceJob, store: Store, device: torch.device, part: Part) -> PackedEigenPairs | None:
     """The Hessian's, as the analysis has left them; None where they are not kept, or not needed."""
     if not needs_eigenvectors(job.context.study):
         return None
-    spectra = stored_spectra(store, job.pack, job.step, key=job.curvature_key, device=device)
+    spectra = stored_spectra(store, job.pack, job.step, part, key=job.curvature_key, device=device)
     return spectra.get((*HESSIAN, "largest"))

@@ -1,5 +1,7 @@
 """Follow the runs of a pack: the tables `trajectory` and `separations`."""
 
+from itertools import chain
+
 import torch
 
 from lossray.measures.cells import Row
@@ -8,6 +10,7 @@ from lossray.storage.checkpoints import read_checkpoint
 from lossray.storage.store import Store
 from tasks.commit_record import Record, Stopwatch
 from tasks.devices import device_name, local_device
+from tasks.halving import Halving, Part
 from tasks.jobs import SeparationsJob, TrajectoryJob
 
 
@@ -20,9 +23,15 @@ def follow_trajectory(job: TrajectoryJob, device: torch.device | None = None) ->
     """
     device = device or local_device()
     store, watch = Store(job.context.out), Stopwatch(job.attempt, device_name(device))
-    course = course_of(read_checkpoint(store, job.pack.pack_id, step, device) for step in job.steps)
-    store.publish("trajectory", job.key, trajectory_rows(job.pack, course))
-    return watch.commit(store, job)
+    halving = Halving(len(job.pack.seeds), job.attempt.halvings)
+
+    def followed(part: Part) -> list[Row]:
+        checkpoints = (read_checkpoint(store, job.pack.pack_id, step, device) for step in job.steps)
+        course = course_of(checkpoint.of(part.members) for checkpoint in checkpoints)
+        return trajectory_rows(part.of(job.pack), course)
+
+    store.publish("trajectory", job.key, list(chain(*halving.by_parts(followed))))
+    return watch.commit(store, job, reduced=halving.reduced)
 
 
 def compare_runs(job: SeparationsJob, device: torch.device | None = None) -> Record:

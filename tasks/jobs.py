@@ -35,10 +35,16 @@ class Attempt:
     Attributes:
         number: of the try, from 1.
         submitted: when.
+        halvings: of what is held in memory at once, after tries that ran out of it.
     """
 
     number: int = 1
     submitted: float = field(default_factory=time.time)
+    halvings: int = 0
+
+    def next(self, *, halved: bool) -> "Attempt":
+        """The try after this one, submitted now; with half as much in memory where that had run out."""
+        return Attempt(self.number + 1, halvings=self.halvings + halved)
 
 
 @dataclass(frozen=True)

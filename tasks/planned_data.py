@@ -14,6 +14,7 @@ from lossray.storage.checkpoints import read_checkpoint
 from lossray.storage.store import Store
 from lossray.study import Pack
 from lossray.training.datasets import Dataset, load_dataset, on_device
+from tasks.halving import Part, whole
 from tasks.jobs import Context
 
 _datasets: dict[tuple[str, torch.dtype], Dataset] = {}  # the one in use, so that a worker reads its data once
@@ -48,23 +49,27 @@ def dataset_on(context: Context, device: torch.device) -> Dataset:
     return on_device(dataset_of(context), device)
 
 
-def located(context: Context, pack: Pack, step: int, device: torch.device) -> PackPoint:
-    """The pack at the checkpoint of a step.
+def located(
+    context: Context, pack: Pack, step: int, device: torch.device, part: Part | None = None
+) -> PackPoint:
+    """The pack, or a part of it, at the checkpoint of a step.
 
     Raises:
         StoreError: the checkpoint is missing or damaged.
     """
-    checkpoint = read_checkpoint(Store(context.out), pack.pack_id, step, device)
-    return locate(context.study, pack, checkpoint, dataset_on(context, device))
+    part = part or whole(pack)
+    checkpoint = read_checkpoint(Store(context.out), pack.pack_id, step, device).of(part.members)
+    return locate(context.study, part.of(pack), checkpoint, dataset_on(context, device), part.limits)
 
 
 def stored_spectra(
-    store: Store, pack: Pack, step: int, *, key: str, device: torch.device
+    store: Store, pack: Pack, step: int, part: Part, *, key: str, device: torch.device
 ) -> dict[Name, PackedEigenPairs]:
-    """The eigenpairs that the analysis of a checkpoint, with this task key, has left.
+    """The eigenpairs of a part that the analysis of a checkpoint, with this task key, has left.
 
     Raises:
         StoreError: they are missing or damaged, or of another analysis.
     """
     path = store.vectors_path(pack.pack_id, step)
-    return vectors.loads(store.read_bytes(path), key=key, device=device, name=f"{store.url}/{path}")
+    spectra = vectors.loads(store.read_bytes(path), key=key, device=device, name=f"{store.url}/{path}")
+    return {name: pairs.of(part.members) for name, pairs in spectra.items()}

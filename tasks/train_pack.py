@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lossray.errors import StoreError
+from lossray.limits import Limits
 from lossray.measures.cells import Row
 from lossray.measures.pack_point import stack_of
 from lossray.measures.recorded_run import evaluated
@@ -26,6 +27,7 @@ from lossray.training.settings import checkpoint_steps
 from tasks.commit_record import Stopwatch
 from tasks.devices import device_name, local_device
 from tasks.events import Finished, Published
+from tasks.halving import Halving, release_memory
 from tasks.jobs import TrainingJob
 from tasks.planned_data import dataset_of, dataset_on
 
@@ -43,33 +45,49 @@ def train_pack(job: TrainingJob, device: torch.device | None = None) -> Iterator
     device = device or local_device()
     store = Store(job.context.out)
     whole = Stopwatch(job.attempt, device_name(device))
-    segments = _Segments(job, store, Stopwatch(job.attempt, device_name(device)))
-    if job.pack.recorded:
-        checkpoint_stream = _recorded(job, segments, device)
-    else:
-        checkpoint_stream = _trained(store, job, segments.committed, device)
+    # A loop holds one run at a time anyway.
+    size = len(job.pack.seeds) if job.pack.executor == "vmap" else 1
+    halving = Halving(size, job.attempt.halvings)
+    segments = _Segments(job, store, Stopwatch(job.attempt, device_name(device)), halving)
+    checkpoint_stream = _recorded(job, segments, device) if job.pack.recorded else _trained(segments, device)
     for checkpoint in checkpoint_stream:
         yield segments.commit(checkpoint)
         segments.watch.restart()  # after the yield: without Ray the analysis runs meanwhile
     store.publish("runs", job.key, segments.run_rows(whole.device))
-    record = whole.record(job.key, "training", pack_id=job.pack.pack_id)
+    record = whole.record(job.key, "training", pack_id=job.pack.pack_id, reduced=halving.reduced)
     record["status"] = "done" if segments.all_alive else "diverged"
     store.commit(record)
     yield Finished(record)
 
 
-def _trained(
-    store: Store, job: TrainingJob, committed: Collection[str], device: torch.device
-) -> Iterator[Checkpoint]:
-    """All checkpoints of a pack, on the CPU: those on disk, the others as they are trained and written."""
+def _trained(segments: "_Segments", device: torch.device) -> Iterator[Checkpoint]:
+    """All checkpoints of a pack, on the CPU: those on disk, the others as they are trained and written.
+
+    Where memory runs out, training goes on from the newest with less of the pack in memory at once.
+    """
+    store, job, halving = segments.store, segments.job, segments.halving
     newest: Checkpoint | None = None
-    for newest in _replay(store, job, committed):
+    for newest in _replay(store, job, segments.committed):
         yield newest
-    for checkpoint in _train_on(job, newest, device):
+    while True:
+        try:
+            trained = _train_on(job, newest, device, halving.limits)
+            for newest in _written(store, job, trained):
+                yield newest
+        except Exception as error:
+            halving.halve(error)
+        else:
+            return
+        release_memory()
+
+
+def _written(store: Store, job: TrainingJob, trained: Iterator[Checkpoint]) -> Iterator[Checkpoint]:
+    """Each checkpoint as a replay would read it, once it is on disk."""
+    for checkpoint in trained:
         path = store.checkpoint_path(job.pack.pack_id, checkpoint.step)
         data = checkpoints.dumps(replace(checkpoint, training_key=job.key, versions=running()))
         store.write_bytes(path, data)
-        yield checkpoints.loads(data, name=path)  # as a replay would read it
+        yield checkpoints.loads(data, name=path)
 
 
 def _recorded(job: TrainingJob, segments: "_Segments", device: torch.device) -> Iterator[Checkpoint]:
@@ -105,7 +123,10 @@ def _is_of(job: TrainingJob, checkpoint: Checkpoint, committed: Collection[str])
     return checkpoint.training_key == job.key
 
 
-def _train_on(job: TrainingJob, newest: Checkpoint | None, device: torch.device) -> Iterator[Checkpoint]:
+def _train_on(
+    job: TrainingJob, newest: Checkpoint | None, device: torch.device, limits: Limits
+) -> Iterator[Checkpoint]:
+    """The checkpoints after the newest."""
     settings = job.context.study.training
     if newest is not None and newest.step == checkpoint_steps(settings)[-1]:
         return
@@ -114,7 +135,7 @@ def _train_on(job: TrainingJob, newest: Checkpoint | None, device: torch.device)
     assert job.pack.optimizer is not None  # only a recorded run's may be unknown
     stack, theta, buffers = stack_of(job.pack, dataset, dtype=dtype, device=device)
     yield from train(
-        stack,
+        stack.limited(limits),
         theta,
         buffers,
         job.pack.optimizer,
@@ -130,10 +151,11 @@ def _train_on(job: TrainingJob, newest: Checkpoint | None, device: torch.device)
 class _Segments:
     """Commits the segments of one pack in order, and keeps what the `runs` rows need of them."""
 
-    def __init__(self, job: TrainingJob, store: Store, watch: Stopwatch) -> None:
+    def __init__(self, job: TrainingJob, store: Store, watch: Stopwatch, halving: Halving) -> None:
         self.job = job
         self.store = store
         self.watch = watch
+        self.halving = halving
         self.committed = store.committed_keys()
         self.initial: Mapping[str, Tensor] = {}  # parameters at step 0, [R, *shape]
         self.last: Checkpoint | None = None
@@ -153,7 +175,13 @@ class _Segments:
             path = self.store.checkpoint_path(job.pack.pack_id, checkpoint.step)
             self.store.publish("training", key, training_rows(job.pack, checkpoint))
             self.store.publish("checkpoints", key, checkpoint_rows(job.pack, checkpoint, self.initial, path))
-            record = self.watch.record(key, "checkpoint", pack_id=job.pack.pack_id, step=checkpoint.step)
+            record = self.watch.record(
+                key,
+                "checkpoint",
+                pack_id=job.pack.pack_id,
+                step=checkpoint.step,
+                reduced=self.halving.reduced,
+            )
             self.store.commit(record)
         self.last = checkpoint
         self.seconds += checkpoint.seconds

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
     "lossray.errors": 1,
     "lossray.imports": 1,
+    "lossray.limits": 1,
     "lossray.memory": 1,
     "lossray.names": 1,
     "lossray.packages": 1,

@@ -10,7 +10,7 @@ from torch import Tensor
 from lossray.errors import DataError, ModelError
 from lossray.measures.cells import Row, finite
 from lossray.measures.pack_point import PackPoint, model_of
-from lossray.memory import fitting
+from lossray.memory import fitting, is_out_of_memory
 from lossray.networks.nests import rows
 from lossray.networks.symmetry import RescalingSymmetry, rescaling_symmetry
 from lossray.nullity.counts import (
@@ -96,6 +96,8 @@ def _member(point: PackPoint, r: int) -> LivingRun:
         vectors = null_vectors(model, data, loss).to(point.theta.device)
     except (DataError, ModelError, TypeError, ValueError, RuntimeError) as error:
         # A user's model that cannot be traced, or that takes several inputs.
+        if is_out_of_memory(error):
+            raise
         note = str(error)
     return LivingRun(r, point.theta[r].double(), floor, note, vectors)
 

@@ -3,6 +3,7 @@
 All members are analysed at once. One that has diverged is left out of every computation; its rows are null.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lossray.geometry.vectors import Name
@@ -12,7 +13,7 @@ from lossray.measures.checkpoint_spectra import HESSIAN, Named, operators_of, sp
 from lossray.measures.pack_point import PackPoint, objective_at
 from lossray.seeds import stream
 from lossray.spectra.analysis import PackedAnalysis, packed_analysis
-from lossray.spectra.certified_pairs import PackedEigenPairs
+from lossray.spectra.certified_pairs import PackedEigenPairs, joined, missing
 from lossray.study.demands import pairs_needed
 from lossray.study.keys import CURVATURE_TABLES
 
@@ -24,10 +25,12 @@ class CheckpointMeasures:
     Attributes:
         rows: by table.
         spectra: the eigenpairs by operator, block and end.
+        members: of the pack.
     """
 
     rows: dict[str, list[Row]]
     spectra: dict[Name, PackedEigenPairs]
+    members: int
 
 
 def measure_checkpoint(point: PackPoint) -> CheckpointMeasures:
@@ -46,7 +49,28 @@ def measure_checkpoint(point: PackPoint) -> CheckpointMeasures:
             geometry = geometry_at(point, named.operator, analysis)
             rows |= geometry.rows
             spectra |= geometry.spectra
-    return CheckpointMeasures(rows, spectra)
+    return CheckpointMeasures(rows, spectra, len(point.theta))
+
+
+def joined_measures(parts: Sequence[CheckpointMeasures]) -> CheckpointMeasures:
+    """What is measured of several parts of a pack, in the order of its members.
+
+    The eigenpairs of an operator that a part does not have, as where a preconditioner has zeros, are missing.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    rows = {table: [row for part in parts for row in part.rows[table]] for table in parts[0].rows}
+    examples = {name: pairs for part in parts for name, pairs in part.spectra.items()}
+    spectra = {
+        name: joined(
+            [
+                part.spectra[name] if name in part.spectra else missing(part.members, like=pairs)
+                for part in parts
+            ]
+        )
+        for name, pairs in examples.items()
+    }
+    return CheckpointMeasures(rows, spectra, sum(part.members for part in parts))
 
 
 def _analysis(point: PackPoint, named: Named) -> PackedAnalysis:

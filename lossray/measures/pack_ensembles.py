@@ -158,7 +158,7 @@ def _logits(runs: BaseRuns, members: EnsembleMembers, split: Split) -> Array:
     """Outputs of every run's members, [R, K, N, C]."""
     member_outputs = []
     for point in members.points:
-        size = max(1, CHUNK // len(point.theta))
+        size = max(1, runs.stack.limits.portion(CHUNK) // len(point.theta))
         parts = [runs.stack.outputs(point.theta, point.buffers, x) for x in chunks(split.inputs, size)]
         outputs = torch.cat(parts, dim=1).flatten(2)
         member_outputs.append(outputs.masked_fill(~point.alive[:, None, None], torch.nan))

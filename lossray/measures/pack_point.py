@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lossray.limits import WHOLE, Limits
 from lossray.measures.cells import Row
 from lossray.networks.as_found import copied
 from lossray.networks.layout import Layout
@@ -98,7 +99,9 @@ def stack_of(
     )
 
 
-def locate(study: Study, pack: Pack, checkpoint: Checkpoint, dataset: Dataset) -> PackPoint:
+def locate(
+    study: Study, pack: Pack, checkpoint: Checkpoint, dataset: Dataset, limits: Limits = WHOLE
+) -> PackPoint:
     """The pack at a checkpoint of its training.
 
     Args:
@@ -106,9 +109,10 @@ def locate(study: Study, pack: Pack, checkpoint: Checkpoint, dataset: Dataset) -
         pack: the runs.
         checkpoint: read on the device where the work shall be done.
         dataset: the study's data, on the same device.
+        limits: how much is evaluated at once.
     """
     dtype, device = getattr(torch, study.training.dtype), dataset.train.targets.device
-    stack, _, _ = stack_of(pack, dataset, dtype=dtype, device=device)
+    stack = stack_of(pack, dataset, dtype=dtype, device=device)[0].limited(limits)
     theta = stack.layout.join(checkpoint.parameters).to(dtype)  # a recorded run may have had another
     buffers = converted(checkpoint.buffers, device, dtype)
     optimizer = _optimizer(pack, checkpoint, theta, stack.layout)

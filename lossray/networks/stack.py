@@ -9,13 +9,14 @@ import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
 from lossray.errors import ModelError
+from lossray.limits import WHOLE, Limits
 from lossray.networks.ambient import random_state, seeded
 from lossray.networks.as_found import as_found, copied, custom_parts
 from lossray.networks.dropout import NoiseTape, replace_dropout
@@ -27,6 +28,7 @@ from lossray.seeds import stream
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Members = Mapping[str, Tensor]  # by name: of all members, [R, *shape], or of one, [*shape]
+Value = TypeVar("Value")
 EXECUTORS = ("vmap", "loop")
 
 
@@ -37,6 +39,9 @@ class Stack:
         template: a model of the architecture; its own weights are never used, its mode is set on each call.
         layout: how ``theta`` divides into its trainable parameters.
         executor: "vmap" or "loop".
+
+    Attributes:
+        limits: how many members are evaluated together; the others wait, so that fewer activations are held.
     """
 
     def __init__(self, template: nn.Module, layout: Layout, *, executor: str) -> None:
@@ -45,6 +50,7 @@ class Stack:
         self.template = template
         self.layout = layout
         self.executor = executor
+        self.limits = WHOLE
         self.tape = NoiseTape()
         replace_dropout(template, self.tape)
         template.train()  # every layer, whatever its constructor left: the mode is read from the root's flag
@@ -63,6 +69,12 @@ class Stack:
         """The same architecture under another executor."""
         other = copy.copy(self)  # shares the template, whose dropout layers read this stack's tape
         other.executor = executor
+        return other
+
+    def limited(self, limits: Limits) -> "Stack":
+        """The same stack, with no more of it in memory at once."""
+        other = copy.copy(self)
+        other.limits = limits
         return other
 
     def losses(
@@ -95,10 +107,9 @@ class Stack:
         Raises:
             ModelError: random layers in train mode without ``keys``, or randomness that vmap cannot take.
         """
-        evaluate = self._evaluator(
-            self._loss_of(loss, train), theta, buffers, (inputs, targets), keys, per_member
-        )
-        return self._each_member(evaluate, theta)
+        function, args = self._loss_of(loss, train), (inputs, targets)
+        values = self._in_groups(partial(self._values, function), theta, buffers, args, keys, per_member)
+        return values[0] if len(values) == 1 else torch.cat(values)
 
     def gradients(
         self,
@@ -117,20 +128,19 @@ class Stack:
         What differentiating `losses` gives, for less: the loop executor frees the graph of one member before
         it makes that of the next, and the parameters are the leaves, so that no graph leads back to theta.
         """
-        evaluate = self._evaluator(
-            self._loss_of(loss, train), theta, buffers, (inputs, targets), keys, per_member
-        )
-        if self._batched(theta):
-            return self._differentiated(evaluate, theta)
-        solos = [self._differentiated(partial(evaluate, r=r), row) for r, row in enumerate(theta)]
-        losses, gradients = zip(*solos, strict=True)
-        return torch.stack(losses), torch.stack(gradients)
+        function, args = self._loss_of(loss, train), (inputs, targets)
+        groups = self._in_groups(partial(self._slopes, function), theta, buffers, args, keys, per_member)
+        if len(groups) == 1:
+            return groups[0]
+        losses, gradients = zip(*groups, strict=True)
+        return torch.cat(losses), torch.cat(gradients)
 
     def outputs(self, theta: Tensor, buffers: Members, inputs: Inputs, *, per_member: bool = False) -> Tensor:
         """Outputs of every member in eval mode, [R, B, ...]; arguments as in `losses`."""
         self._set_mode(False)
-        evaluate = self._evaluator(self._call, theta, buffers, (inputs,), None, per_member)
-        return self._each_member(evaluate, theta)
+        evaluate = partial(self._values, self._call)
+        values = self._in_groups(evaluate, theta, buffers, (inputs,), None, per_member)
+        return values[0] if len(values) == 1 else torch.cat(values)
 
     def module(self, theta: Tensor, buffers: Members) -> nn.Module:
         """One member as a module of its own, in eval mode.
@@ -155,11 +165,62 @@ class Stack:
         """Whether vmap evaluates the members; a single one has nothing to gain from it."""
         return self.executor == "vmap" and len(theta) > 1
 
-    def _each_member(self, evaluate: Callable[..., Tensor], theta: Tensor) -> Tensor:
+    def _in_groups(
+        self,
+        evaluate: Callable[..., Value],
+        theta: Tensor,
+        buffers: Members,
+        args: tuple[Inputs, ...],
+        keys: Sequence[int] | None,
+        per_member: bool,
+    ) -> list[Value]:
+        """``evaluate`` of all members, or of as many at a time as the limits allow, in their order."""
+        size = self.limits.members or len(theta)
+        if size >= len(theta):
+            return [evaluate(theta, buffers, args, keys, per_member)]
+        groups = [slice(start, start + size) for start in range(0, len(theta), size)]
+        return [
+            evaluate(
+                theta[group],
+                {name: tensor[group] for name, tensor in buffers.items()},  # views: updated in place
+                rows(args, group) if per_member else args,
+                keys[group] if keys is not None else None,
+                per_member,
+            )
+            for group in groups
+        ]
+
+    def _values(
+        self,
+        function: Callable[..., Tensor],
+        theta: Tensor,
+        buffers: Members,
+        args: tuple[Inputs, ...],
+        keys: Sequence[int] | None,
+        per_member: bool,
+    ) -> Tensor:
         """Value of every member, [R, ...], differentiable in theta."""
+        evaluate = self._evaluator(function, theta, buffers, args, keys, per_member)
         if self._batched(theta):
             return evaluate(self.layout.split(theta))
         return torch.stack([evaluate(self.layout.split(row), r=r) for r, row in enumerate(theta.unbind())])
+
+    def _slopes(
+        self,
+        function: Callable[..., Tensor],
+        theta: Tensor,
+        buffers: Members,
+        args: tuple[Inputs, ...],
+        keys: Sequence[int] | None,
+        per_member: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Values [R] and gradients [R, d] of every member, detached."""
+        evaluate = self._evaluator(function, theta, buffers, args, keys, per_member)
+        if self._batched(theta):
+            return self._differentiated(evaluate, theta)
+        solos = [self._differentiated(partial(evaluate, r=r), row) for r, row in enumerate(theta)]
+        losses, gradients = zip(*solos, strict=True)
+        return torch.stack(losses), torch.stack(gradients)
 
     def _differentiated(self, evaluate: Callable[..., Tensor], theta: Tensor) -> tuple[Tensor, Tensor]:
         """Values and gradient of all members [R, d], or of one [d]; both detached."""

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from lossray.errors import ModelError
+from lossray.memory import is_out_of_memory
 from lossray.operators.objectives import Batch, Objective, converted
 from lossray.operators.products import derivative, hessian_piece, pullback, pushforward
 from lossray.operators.representative import representative
@@ -144,8 +145,9 @@ def _attempt(
         try:
             trial = maker(_side(differentiated, few), _side(other, few), seed)
             return *_difference(trial, share, LARGEST[differentiated.dtype]), differentiated.dtype
-        except Exception:  # a user's model may take no such number of examples, or no float64
-            continue
+        except Exception as error:  # a user's model may take no such number of examples, or no float64
+            if is_out_of_memory(error):
+                raise
     return math.nan, False, objective.dtype
 
 

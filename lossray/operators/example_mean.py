@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lossray.errors import DataError, ModelError, ResourceError
+from lossray.memory import is_out_of_memory
 from lossray.operators.exact_products import exact_products
 from lossray.operators.finite import require_finite_batches
 from lossray.operators.graph_memory import held_bytes
@@ -58,7 +59,9 @@ def is_example_mean(objective: Objective) -> bool:
     """Whether batches may be split: False where the loss is no mean over examples, and where that is open."""
     try:
         results = differences(objective)
-    except Exception:  # a user's loss or model may fail on a part in any way, and then is not split
+    except Exception as error:  # a user's loss or model may fail on a part in any way, and then is not split
+        if is_out_of_memory(error):
+            raise
         return False
     return all(one.same and one.informative for one in results)
 

@@ -107,13 +107,14 @@ def plan_products(objective: Objective, mode: str, make_piece: PieceMaker) -> Pr
     except ModelError:  # a model may take batches of one size alone; what fails on these too is raised there
         return _plan_whole(objective, mode, make_piece, first)
     sizes = [size or 0 for size in objective.sizes]
-    affordable = _piece_examples(cost, max(sizes), objective.device)
+    limit = objective.limits.portion(RETAINED_BYTES)
+    affordable = _piece_examples(cost, max(sizes), objective.device, limit)
     splits = not objective.coupled and max(sizes) > affordable and is_example_mean(objective)
     piece = affordable if splits else None
     total = sum(cost.fixed + int(cost.example * size) for size in sizes)
-    chosen = _choose(mode, total)
+    chosen = _choose(mode, total, limit)
     largest = min(affordable, max(sizes)) if splits else max(sizes)
-    fits = int((RETAINED_BYTES - cost.fixed) / max(cost.example, 1.0))
+    fits = int((limit - cost.fixed) / max(cost.example, 1.0))
     _require(
         objective, chosen, mode, total, cost.of(largest), f"batches of {max(1, fits)} examples would fit"
     )
@@ -173,9 +174,9 @@ def retained_bytes(
     return graph_bytes(objective, first, hessian_piece).of(n_examples)
 
 
-def _piece_examples(cost: GraphBytes, n_examples: int, device: torch.device) -> int:
-    """Most examples in a piece: what the cache favours on a CPU, and what RETAINED_BYTES allows."""
-    fits = max(1, int((RETAINED_BYTES - cost.fixed) / max(cost.example, 1.0)))
+def _piece_examples(cost: GraphBytes, n_examples: int, device: torch.device, limit: int) -> int:
+    """Most examples in a piece: what the cache favours on a CPU, and what a limit in bytes allows."""
+    fits = max(1, int((limit - cost.fixed) / max(cost.example, 1.0)))
     cached = device.type == "cpu" and cost.example * n_examples > CACHED_BYTES
     return min(fits, PIECE_EXAMPLES) if cached else fits
 
@@ -184,14 +185,15 @@ def _plan_whole(objective: Objective, mode: str, make_piece: PieceMaker, first: 
     """The plan for batches that cannot be divided; the first one is measured whole."""
     measured = _piece_bytes(objective, first, make_piece)
     total = int(measured / first.share)
-    chosen = _choose(mode, total)
+    chosen = _choose(mode, total, objective.limits.portion(RETAINED_BYTES))
     _require(objective, chosen, mode, total, measured, "smaller batches would fit")
     return ProductPlan(chosen, None)
 
 
-def _choose(mode: str, total: int) -> ProductMode:
-    if mode == "auto":
-        return "retained" if total <= RETAINED_BYTES else "recompute"
+def _choose(mode: str, total: int, limit: int) -> ProductMode:
+    """The mode; one that keeps graphs is left to the rule where memory has run out before."""
+    if mode == "auto" or limit < RETAINED_BYTES:
+        return "retained" if total <= limit else "recompute"
     chosen: ProductMode = mode  # type: ignore[assignment]
     return chosen
 

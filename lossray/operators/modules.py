@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from lossray.errors import DataError, LossrayError, ModelError
+from lossray.limits import WHOLE
 from lossray.networks.ambient import seeded
 from lossray.networks.functional import call_with
 from lossray.networks.holding import gradient_in_place, holding
@@ -90,6 +91,7 @@ class ModuleObjective:
         }
         self.dead = torch.zeros(1, dtype=torch.bool, device=self.device)
         self.may_diverge = False
+        self.limits = WHOLE
         self._model = model
         self._outputs = outputs
         self._called = _Called(model, closure or calling(outputs))

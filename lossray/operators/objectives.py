@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.func import vmap
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lossray.limits import Limits
 from lossray.networks.functional import call_model
 from lossray.networks.holding import gradient_in_place, holding
 from lossray.networks.layout import Layout
@@ -86,6 +87,10 @@ class Objective(Protocol):
     recurrent: bool  # whether the model has recurrent layers; see `exact_products`
     coupled: tuple[str, ...]  # layers that mix the examples of a batch, which is therefore never split
     names: Mapping[str, str]  # for messages: "model" and "loss"
+
+    @property
+    def limits(self) -> Limits:
+        """How much is held at once."""
 
     @property
     def loss(self) -> Loss | None:
@@ -198,6 +203,11 @@ class PackedObjective:
         """A study's loss is a mean over examples, which is checked when it is planned."""
         return True
 
+    @property
+    def limits(self) -> Limits:
+        """The stack's."""
+        return self.stack.limits
+
     def moved(self, theta: Tensor) -> "PackedObjective":
         """The same members at other parameters [R, d]."""
         other = copy.copy(self)
@@ -269,8 +279,9 @@ def mean_losses(objective: Objective, theta: Tensor) -> Tensor:
     total = torch.zeros(theta.shape[0], dtype=torch.float64, device=theta.device)
     with torch.no_grad():
         for batch in objective.batches():
-            large = (batch.size or 0) > EXAMPLES_AT_ONCE
-            for part in batch.split(EXAMPLES_AT_ONCE if large and objective.divisible else None):
+            most = objective.limits.portion(EXAMPLES_AT_ONCE)
+            large = (batch.size or 0) > most
+            for part in batch.split(most if large and objective.divisible else None):
                 total += part.share * objective.losses(theta, part).double()
     return total
 

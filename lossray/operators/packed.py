@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lossray.errors import LossrayError, ModelError
+from lossray.memory import is_out_of_memory
 from lossray.operators.derivative_check import (
     TrialMaker,
     derivative_errors,
@@ -213,7 +214,9 @@ class ObjectiveOperator:
             products = self._sum(iter(self._kept), block)
             error = torch.linalg.vector_norm(products - expected, dim=-1)
             agrees = error <= AGREEMENT[self.dtype] * torch.linalg.vector_norm(expected, dim=-1)
-        except Exception:  # torch.func fails in many ways, with no common type
+        except Exception as error:  # torch.func fails in many ways, with no common type
+            if is_out_of_memory(error):
+                raise
             agrees = torch.zeros(1, dtype=torch.bool)
         if not bool(agrees.all()):
             self._kept = None
@@ -273,9 +276,11 @@ def _differentiating(objective: Objective) -> Iterator[None]:
     try:
         with exact_products(objective.device, recurrent=objective.recurrent):
             yield
-    except (LossrayError, ValueError, MemoryError, torch.OutOfMemoryError):
+    except (LossrayError, ValueError):
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise ModelError(
             f"{objective.names['model']} with loss {objective.names['loss']!r}: differentiating it twice "
             f"failed: {_reason(error)}"

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -120,6 +120,13 @@ class PackedEigenPairs:
         """Number of pairs k of each member."""
         return self.values.shape[1]
 
+    def of(self, members: Sequence[int]) -> "PackedEigenPairs":
+        """The pairs of some members, by their indices."""
+        if len(members) == len(self.values):
+            return self
+        index = list(members)
+        return PackedEigenPairs(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
+
     def member(self, r: int, end: str | None = None) -> EigenPairs:
         """The pairs of one member, from this end of its spectrum."""
         return EigenPairs(
@@ -181,6 +188,23 @@ def certify(
         allowed = partial(allowed_residuals, scale=block.scale, tolerance=tolerance, relative_to=relative_to)
         members.append(_solve(block, image, end, allowed))
     return PackedEigenPairs(*(torch.stack(tensors) for tensors in zip(*members, strict=True)))
+
+
+def joined(parts: Sequence[PackedEigenPairs]) -> PackedEigenPairs:
+    """The pairs of all members of several packs, in their order."""
+    names = [field.name for field in fields(PackedEigenPairs)]
+    return PackedEigenPairs(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+
+
+def missing(members: int, *, like: PackedEigenPairs) -> PackedEigenPairs:
+    """As many pairs as others have, of members that have none."""
+    tensors = (getattr(like, field.name) for field in fields(like))
+    return PackedEigenPairs(
+        *(
+            tensor.new_full((members, *tensor.shape[1:]), math.nan if tensor.is_floating_point() else 0)
+            for tensor in tensors
+        )
+    )
 
 
 def orthogonality_loss(vectors: Tensor) -> float:

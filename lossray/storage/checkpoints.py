@@ -4,8 +4,8 @@ Tensor keys are "<group>/<name>", for example "parameters/0.weight", or the fiel
 the file's header (see `lossray.storage.tensors`).
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -58,6 +58,20 @@ class Checkpoint:
     shadow: dict[str, Tensor] = field(default_factory=dict)
     training_key: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
+
+    def of(self, members: Sequence[int]) -> "Checkpoint":
+        """The same of some of the runs, by their indices in the pack."""
+        if len(members) == len(self.seeds):
+            return self
+        index = list(members)
+
+        def chosen(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: tensor[index] if tensor.ndim else tensor for name, tensor in tensors.items()}
+
+        fields: dict[str, Any] = {name: chosen(getattr(self, name)) for name in GROUPS if name != "log"}
+        fields |= chosen({name: getattr(self, name) for name in SINGLE})
+        log = {name: tensor[:, index] if tensor.ndim > 1 else tensor for name, tensor in self.log.items()}
+        return replace(self, seeds=tuple(self.seeds[r] for r in index), **fields | {"log": log})
 
 
 def dumps(checkpoint: Checkpoint) -> bytes:

@@ -139,6 +139,13 @@ TASKS = TableSchema(
             "bytes",
             "size of the parts, checkpoints and eigenvectors that the task has written before its record",
         ),
+        volatile(
+            "reduced",
+            TEXT,
+            "",
+            "what was held at once after memory had run out, such as `4 of 16 runs at a time`; null where it "
+            "was all",
+        ),
         volatile("error", TEXT, "", "why the task failed; null where it did not"),
         Column(
             "versions",

@@ -35,7 +35,7 @@ def evaluate_split(
     counted = int((split.targets >= 0).sum()) if classes else 0
     losses = torch.zeros(members, dtype=torch.float64, device=theta.device)
     correct = torch.zeros_like(losses)
-    size = max(1, CHUNK // members)
+    size = max(1, stack.limits.portion(CHUNK) // members)
     for inputs, targets in zip(chunks(split.inputs, size), split.targets.split(size), strict=True):
         if len(targets) == 0:
             continue  # an empty split has one empty chunk
@@ -110,7 +110,7 @@ def output_change(
         inputs: [N, ...], or a nest.
     """
     differences, sizes = [], []
-    for chunk in chunks(inputs, max(1, CHUNK // len(theta))):
+    for chunk in chunks(inputs, max(1, stack.limits.portion(CHUNK) // len(theta))):
         one, two = (
             stack.outputs(parameters, buffers, chunk).double().flatten(1) for parameters in (theta, other)
         )

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lossray.errors import ModelError
+from lossray.limits import Limits
 from lossray.networks.executor import choose_executor
 from lossray.networks.stack import EXECUTORS, build_stack
 from lossray.seeds import stream
@@ -401,3 +402,48 @@ def test_a_table_of_positions_is_no_matrix():
     stack, _, _ = build_stack(Positions, (0,), executor="loop", dtype=torch.float32)
     assert dict(zip(stack.layout.names, stack.layout.roles, strict=True))["positions"] == "other"
     assert dict(zip(stack.layout.names, stack.layout.roles, strict=True))["head.weight"] == "matrix"
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize(("build", "shape"), [(dropout_net, (12,)), (convolutions, (1, 8, 8))])
+@pytest.mark.parametrize("per_member", [True, False])
+def test_members_evaluated_in_groups_give_what_they_give_together(
+    build, shape, executor, at_once, per_member
+):
+    stack, theta, buffers = build_stack(build, range(5), executor=executor, dtype=torch.float64)
+    inputs, targets = batch(5, *shape)
+    data = (inputs, targets) if per_member else (inputs[0], targets[0])
+    noise = {"train": True, "keys": tuple(range(5)), "per_member": per_member}
+    limited = stack.limited(Limits(at_once))
+    own = copy.deepcopy(buffers)
+    expected = stack.gradients(theta, buffers, *data, cross_entropy, **noise)
+    torch.testing.assert_close(
+        limited.gradients(theta, own, *data, cross_entropy, **noise), expected, rtol=1e-10, atol=1e-14
+    )
+    for name, buffer in buffers.items():
+        torch.testing.assert_close(own[name], buffer, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(
+        limited.losses(theta, own, *data, cross_entropy, per_member=per_member),
+        stack.losses(theta, buffers, *data, cross_entropy, per_member=per_member),
+    )
+    torch.testing.assert_close(
+        limited.outputs(theta, own, data[0], per_member=per_member),
+        stack.outputs(theta, buffers, data[0], per_member=per_member),
+    )
+
+
+def test_a_group_is_all_that_is_evaluated_at_a_time():
+    seen = []
+
+    class Counting(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(self.weight)
+            return super().forward(x)
+
+    stack, theta, buffers = build_stack(
+        lambda: Counting(12, 3), range(5), executor="vmap", dtype=torch.float64
+    )
+    inputs, targets = batch(5, 12)
+    stack.limited(Limits(2)).gradients(theta, buffers, inputs, targets, cross_entropy, per_member=True)
+    assert len(seen) == 3
