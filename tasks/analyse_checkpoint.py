@@ -4,10 +4,10 @@ import torch
 
 from lossray.geometry import vectors
 from lossray.measures.checkpoint_measures import CheckpointMeasures, joined_measures, measure_checkpoint
+from lossray.measures.halving import Halving, Part
 from lossray.storage.store import Store
 from tasks.commit_record import Record, Stopwatch
 from tasks.devices import device_name, local_device
-from tasks.halving import Halving, Part
 from tasks.jobs import CurvatureJob
 from tasks.planned_data import located
 

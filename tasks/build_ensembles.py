@@ -6,12 +6,12 @@ import torch
 
 from lossray.ensembles.bench import BaseRuns
 from lossray.measures.cells import Row
+from lossray.measures.halving import Halving, Part, rows_of_all, whole
 from lossray.measures.pack_ensembles import base_runs, ensemble_rows
 from lossray.storage.checkpoints import Checkpoint, read_checkpoint
 from lossray.storage.store import Store
 from tasks.commit_record import Record, Stopwatch
 from tasks.devices import device_name, local_device
-from tasks.halving import Halving, Part, rows_of_all, whole
 from tasks.jobs import EnsembleJob
 from tasks.planned_data import dataset_on
 

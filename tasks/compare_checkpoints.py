@@ -4,6 +4,7 @@ import torch
 
 from lossray.geometry.vectors import Name
 from lossray.measures.cells import Row
+from lossray.measures.halving import Halving, Part, rows_of_all
 from lossray.measures.neighbours import (
     displacement_angles,
     displacement_from,
@@ -17,7 +18,6 @@ from lossray.storage.store import Store
 from lossray.study import pair_tables
 from tasks.commit_record import Record, Stopwatch
 from tasks.devices import device_name, local_device
-from tasks.halving import Halving, Part, rows_of_all
 from tasks.jobs import CurvatureJob, PairJob
 from tasks.planned_data import dataset_of, located, stored_spectra
 

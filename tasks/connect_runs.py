@@ -6,6 +6,7 @@ import torch
 
 from lossray.limits import WHOLE, Limits
 from lossray.measures.cells import Row
+from lossray.measures.halving import Halving, Part, rows_of_all
 from lossray.measures.joined_paths import path_rows
 from lossray.measures.pack_point import stack_of
 from lossray.measures.path_ends import PathSite
@@ -13,7 +14,6 @@ from lossray.storage.checkpoints import read_checkpoint
 from lossray.storage.store import Store
 from tasks.commit_record import Record, Stopwatch
 from tasks.devices import device_name, local_device
-from tasks.halving import Halving, Part, rows_of_all
 from tasks.jobs import ConnectivityJob
 from tasks.planned_data import dataset_on
 

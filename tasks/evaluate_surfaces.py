@@ -7,6 +7,7 @@ import torch
 from lossray.measures.cells import Row
 from lossray.measures.checkpoint_spectra import HESSIAN
 from lossray.measures.course import course_of
+from lossray.measures.halving import Halving, Part
 from lossray.measures.slices import slice_rows
 from lossray.spectra.certified_pairs import PackedEigenPairs
 from lossray.storage.checkpoints import read_checkpoint
@@ -14,7 +15,6 @@ from lossray.storage.store import Store
 from lossray.study.demands import needs_course, needs_eigenvectors
 from tasks.commit_record import Record, Stopwatch
 from tasks.devices import device_name, local_device
-from tasks.halving import Halving, Part
 from tasks.jobs import SurfaceJob
 from tasks.planned_data import located, stored_spectra
 

@@ -6,11 +6,11 @@ import torch
 
 from lossray.measures.cells import Row
 from lossray.measures.course import course_of, runs_at, separation_rows, trajectory_rows
+from lossray.measures.halving import Halving, Part
 from lossray.storage.checkpoints import read_checkpoint
 from lossray.storage.store import Store
 from tasks.commit_record import Record, Stopwatch
 from tasks.devices import device_name, local_device
-from tasks.halving import Halving, Part
 from tasks.jobs import SeparationsJob, TrajectoryJob
 
 

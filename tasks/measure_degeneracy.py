@@ -6,10 +6,10 @@ import torch
 
 from lossray.measures.cells import Row
 from lossray.measures.checkpoint_degeneracy import degeneracy_rows
+from lossray.measures.halving import Halving, Part
 from lossray.storage.store import Store
 from tasks.commit_record import Record, Stopwatch
 from tasks.devices import device_name, local_device
-from tasks.halving import Halving, Part
 from tasks.jobs import DegeneracyJob
 from tasks.planned_data import located
 

@@ -7,6 +7,7 @@ import torch
 from lossray.errors import DataError
 from lossray.geometry import vectors
 from lossray.geometry.vectors import Name
+from lossray.measures.halving import Part, whole
 from lossray.measures.pack_point import PackPoint, locate
 from lossray.source_hash import check_imported
 from lossray.spectra.certified_pairs import PackedEigenPairs
@@ -14,7 +15,6 @@ from lossray.storage.checkpoints import read_checkpoint
 from lossray.storage.store import Store
 from lossray.study import Pack
 from lossray.training.datasets import Dataset, load_dataset, on_device
-from tasks.halving import Part, whole
 from tasks.jobs import Context
 
 _datasets: dict[tuple[str, torch.dtype], Dataset] = {}  # the one in use, so that a worker reads its data once

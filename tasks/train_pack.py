@@ -15,6 +15,7 @@ from torch import Tensor
 from lossray.errors import StoreError
 from lossray.limits import Limits
 from lossray.measures.cells import Row
+from lossray.measures.halving import Halving, release_memory
 from lossray.measures.pack_point import stack_of
 from lossray.measures.recorded_run import evaluated
 from lossray.measures.run_rows import checkpoint_rows, run_rows, training_rows
@@ -27,7 +28,6 @@ from lossray.training.settings import checkpoint_steps
 from tasks.commit_record import Stopwatch
 from tasks.devices import device_name, local_device
 from tasks.events import Finished, Published
-from tasks.halving import Halving, release_memory
 from tasks.jobs import TrainingJob
 from tasks.planned_data import dataset_of, dataset_on
 
