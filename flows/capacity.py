@@ -126,7 +126,8 @@ class Capacity:
     def __str__(self) -> str:
         """For messages: "8 CPUs and 1 GPU on 2 nodes"."""
         cpus, gpus = (sum(getattr(node, name) for node in self.nodes) for name in ("cpus", "gpus"))
-        nodes = f" on {len(self.nodes)} nodes" if len(self.nodes) > 1 else ""
+        computing = sum(bool(node.cpus or node.gpus) for node in self.nodes)
+        nodes = f" on {computing} nodes" if computing > 1 else ""
         return f"{_counted(cpus, 'CPU')} and {_counted(gpus, 'GPU')}{nodes}"
 
 

@@ -22,8 +22,9 @@ class ResourceWait:
     patience: float
     text: str = ""
     seconds: float = 0.0
-    _idle_since: float | None = None  # on the caller's clock
-    _before: float = 0.0  # `seconds` when the present wait began
+    _state: str = "running"  # or "missing": no node has what is needed; or "queued": one has it
+    _since: float = 0.0  # when that began, on the caller's clock
+    _before: float = 0.0  # `seconds` then
 
     def look(
         self, now: float, room: Capacity, needed: Collection[Kind], *, running: bool, embedded: bool
@@ -41,22 +42,25 @@ class ResourceWait:
             StudyError: for longer than the patience nothing ran, and no node had what is needed.
         """
         missing = [kind for kind in needed if not room.fits(kind)]
-        if running or not needed:
-            self._idle_since, self._before = None, self.seconds
+        at_work = running or not needed
+        self._enter("running" if at_work else "missing" if len(missing) == len(needed) else "queued", now)
+        idle = now - self._since
+        if self._state == "running":
             self.text = _waiting(missing, room)
             return
-        if self._idle_since is None:
-            self._idle_since = now
-        idle = now - self._idle_since
-        if len(missing) == len(needed):
+        if self._state == "missing":
             if idle >= self.patience:
                 waited = f"none with that came in {self.patience:g} s (resources.wait)"
                 raise StudyError(f"{unmet(missing[0], room)}; {waited}; the same command resumes")
             self.text = _waiting(missing, room)
         else:
             busy = not embedded and idle >= BUSY_SECONDS
-            self.text = _waiting(needed, room, "which others use") if busy else ""
+            self.text = _waiting(needed, room, ", which others use") if busy else ""
         self.seconds = self._before + (idle if self.text else 0.0)
+
+    def _enter(self, state: str, now: float) -> None:
+        if state != self._state:
+            self._state, self._since, self._before = state, now, self.seconds
 
 
 def _waiting(kinds: Collection[Kind], room: Capacity, remark: str = "") -> str:
@@ -64,4 +68,4 @@ def _waiting(kinds: Collection[Kind], room: Capacity, remark: str = "") -> str:
     if not kinds:
         return ""
     asked = " and ".join(dict.fromkeys(str(room.shares.of(kind)) for kind in kinds))
-    return f"waiting for {asked} (the cluster has {room}{', ' if remark else ''}{remark})"
+    return f"waiting for {asked} (the cluster has {room}{remark})"

@@ -70,6 +70,16 @@ def test_room_that_others_use_is_waited_for_without_an_end():
     assert wait.seconds == 1000
 
 
+def test_a_node_that_has_just_come_is_not_in_use_by_others():
+    wait = ResourceWait(600)
+    look(wait, 0, NOBODY, ["train"])
+    look(wait, 100, NOBODY, ["train"])
+    assert look(wait, 101, GPUS, ["train"]) == look(wait, 100 + BUSY_SECONDS, GPUS, ["train"]) == ""
+    assert wait.seconds == 100
+    assert "others use" in look(wait, 101 + BUSY_SECONDS, GPUS, ["train"])
+    assert wait.seconds == 100 + BUSY_SECONDS
+
+
 def test_where_nobody_else_is_a_slow_start_is_no_wait():
     wait = ResourceWait(60)
     look(wait, 0, GPUS, ["curvature"], embedded=True)
