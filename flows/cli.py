@@ -137,11 +137,14 @@ def submit(
 
 
 @app.command()
-def status(out: Annotated[str, OUT]) -> None:
-    """What is done, running, failed."""
-    from flows.status import describe
+def status(
+    out: Annotated[str, OUT],
+    json: Annotated[bool, typer.Option("--json", help="As JSON: counts, rate, time left.")] = False,
+) -> None:
+    """What is done, running, waiting, failed."""
+    from flows.status import as_json, describe
 
-    typer.echo(describe(out))
+    typer.echo(as_json(out) if json else describe(out))
 
 
 @app.command()

@@ -1,5 +1,8 @@
 """What `lossray status` prints, from any machine that reads the store."""
 
+import json
+from typing import Any
+
 import pandas as pd
 
 from flows.plan import make_plan
@@ -27,6 +30,40 @@ def describe(out: str) -> str:
         lines += ["", counts.to_string()]
     lines += [f"next run: {line}" for line in _superseded(study)]
     return "\n".join([*lines, *_failures(tasks[tasks["status"] == "failed"])])
+
+
+def as_json(out: str) -> str:
+    """The same for programs: what progress.json says, and beside it what only the store tells.
+
+    `driven` says whether a driver works on the store, `tasks` counts by kind and status, and `failures` names
+    each task that failed. Rate and time left are those of a driver that works: null where none does.
+    """
+    study = open_study(out)
+    store, tasks = study.store, study.table("tasks")
+    progress, driven = _said(store)
+    if not driven:
+        progress |= {"units_per_minute": None, "seconds_left": None, "running": [], "waiting": ""}
+    counts = tasks.groupby(["kind", "status"]).size()
+    failed = tasks.loc[tasks["status"] == "failed", ["task_key", "kind", "pack_id", "step", "error"]]
+    described = {
+        "study": study.study.name,
+        "out": store.url,
+        **progress,
+        "driven": driven,
+        "tasks": {kind: counts[kind].to_dict() for kind in counts.index.unique("kind")},
+        "failures": json.loads(failed.to_json(orient="records")),
+    }
+    return json.dumps(described, indent=2)
+
+
+def _said(store: Store) -> tuple[dict[str, Any], bool]:
+    """What the driver has said, as far as it can be read, and whether there is one."""
+    try:
+        driven = not is_free(read_holder(store), SILENCE_SECONDS)
+        progress = store.read_json("progress.json") if store.exists("progress.json") else {}
+    except StoreError:
+        return {"state": "unknown"}, False
+    return {"state": "unknown", **(progress if isinstance(progress, dict) else {})}, driven
 
 
 def _superseded(study: StudyResults) -> list[str]:

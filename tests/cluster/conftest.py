@@ -23,6 +23,13 @@ PORTS = (
 )
 
 
+AUTOSCALER = {
+    "RAY_FAKE_CLUSTER": "1",
+    "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+    "AUTOSCALER_HEARTBEAT_TIMEOUT_S": "3600",  # it does not see those of nodes that share a machine
+}
+
+
 def ray_start(*options, environment, log):
     """One node, its processes in a session of their own."""
     return subprocess.Popen(
@@ -44,10 +51,11 @@ def ray_start(*options, environment, log):
 class Head:
     """A Ray head on ports that were free, with its files in a folder with a short name.
 
-    With a token it lets in only who has it.
+    With a token it lets in only who has it. With ``worker_cpus`` it has an autoscaler, which adds nodes of so
+    many CPUs on demand: on this machine, in the session of the head.
     """
 
-    def __init__(self, cpus, folder, environment, log, token=None):
+    def __init__(self, cpus, folder, environment, log, *, token=None, worker_cpus=None):
         ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
         self.address = f"127.0.0.1:{ports['port']}"
         self.dashboard = f"http://127.0.0.1:{ports['dashboard-port']}"
@@ -55,7 +63,13 @@ class Head:
         self.token = token
         options = [f"--{name}={number}" for name, number in ports.items()]
         options += [f"--num-cpus={cpus}", f"--temp-dir={folder}"]
-        self.process = ray_start("--head", *options, environment=environment | self.secret, log=log)
+        environment = environment | self.secret
+        if worker_cpus is not None:
+            config = Path(folder) / "autoscaler.json"
+            config.write_text(json.dumps(autoscaler_config(self.address, worker_cpus)))
+            options.append(f"--autoscaling-config={config}")
+            environment |= AUTOSCALER
+        self.process = ray_start("--head", *options, environment=environment, log=log)
 
     @property
     def secret(self):
@@ -99,6 +113,26 @@ class Head:
         return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=environment)
 
 
+def autoscaler_config(address, worker_cpus):
+    """Of Ray's provider for tests, whose nodes are processes beside the head."""
+    worker = {"resources": {"CPU": worker_cpus, "object_store_memory": 10**8}, "max_workers": 2}
+    types = {"head": {"resources": {"CPU": 0}, "max_workers": 0}, "worker": worker}
+    commands = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
+    return {
+        "cluster_name": "grows",
+        "provider": {"type": "fake_multinode", "gcs_address": address},
+        "max_workers": 2,
+        "upscaling_speed": 1.0,
+        "idle_timeout_minutes": 60,
+        "head_node_type": "head",
+        "available_node_types": {name: node | {"node_config": {}} for name, node in types.items()},
+        **{f"{name}_commands": [] for name in commands},
+        **{name: {} for name in ("auth", "docker", "file_mounts")},
+        **{name: [] for name in ("cluster_synced_files", "rsync_exclude", "rsync_filter")},
+        "file_mounts_sync_continuously": False,
+    }
+
+
 def free_ports(number):
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
@@ -109,7 +143,7 @@ def free_ports(number):
 
 @pytest.fixture
 def cluster(ray_files, gates, helpers, tmp_path):
-    """``cluster(head_cpus, node_cpus, ..., token=None)``: a head, and nodes beside it."""
+    """``cluster(head_cpus, node_cpus, ...)``: a head, and nodes beside it; ``head.join(cpus)`` adds one."""
     processes = []
 
     log = tmp_path / "ray.log"
@@ -117,17 +151,22 @@ def cluster(ray_files, gates, helpers, tmp_path):
     def ended():
         return log.read_text() if any(process.poll() is not None for process in processes) else None
 
-    def start(head_cpus, *node_cpus, token=None):
+    def start(head_cpus, *node_cpus, token=None, worker_cpus=None):
+        folder = tempfile.mkdtemp(prefix="h", dir=ray_files)
         with log.open("w") as file:
-            folder = tempfile.mkdtemp(prefix="h", dir=ray_files)
-            head = Head(head_cpus, folder, gates.environment, file, token)
-            processes.append(head.process)
-            helpers.wait_for(head.is_ready, "the head", unless=ended)
-            for cpus in node_cpus:  # one by one: started together on one machine they get in each other's way
-                options = (f"--address={head.address}", f"--num-cpus={cpus}")
-                environment = gates.environment | head.secret
-                processes.append(ray_start(*options, environment=environment, log=file))
-                helpers.wait_for(lambda: len(head.listed("nodes")) == len(processes), "a node", unless=ended)
+            head = Head(head_cpus, folder, gates.environment, file, token=token, worker_cpus=worker_cpus)
+        processes.append(head.process)
+        helpers.wait_for(head.is_ready, "the head", unless=ended)
+
+        def join(cpus, *options):
+            options = (f"--address={head.address}", f"--num-cpus={cpus}", *options)
+            with log.open("a") as file:
+                processes.append(ray_start(*options, environment=gates.environment | head.secret, log=file))
+            helpers.wait_for(lambda: len(head.listed("nodes")) == len(processes), "a node", unless=ended)
+
+        head.join = join
+        for cpus in node_cpus:  # one by one: started together on one machine they get in each other's way
+            join(cpus)
         return head
 
     yield start

@@ -57,6 +57,8 @@ def test_progress_json_says_what_is_done_what_runs_and_when(store):
             "units_per_minute": None,
             "seconds_left": None,
             "elapsed_seconds": 0,
+            "waited_seconds": 0.0,
+            "waiting": "",
             "running": ["train a"],
             "updated": None,
         }
@@ -121,3 +123,19 @@ def test_pairs_are_told_where_there_are_some(store, capsys):
 def test_notes_stay_as_they_are_written(store, capsys):
     Progress(store, Counts()).note("[bold]training[/bold] of x failed: " + "long " * 50)
     assert capsys.readouterr().err == "[bold]training[/bold] of x failed: " + "long " * 50 + "\n"
+
+
+def test_time_without_resources_does_not_count_in_the_rate(store, monkeypatch, capsys):
+    monkeypatch.setattr(Progress, "elapsed", 120.0)
+    shown = Progress(store, Counts(**COUNTS), state="running")
+    shown.counts.units_done += 3
+    shown.wait_for("waiting for 1 CPU (the cluster has 0 CPUs and 0 GPUs)", 60.0)
+    assert published(store)["units_per_minute"] == 3.0  # in the minute that was left
+    assert published(store)["seconds_left"] == 120.0
+    assert published(store)["waiting"].startswith("waiting for 1 CPU")
+    assert capsys.readouterr().err.startswith(
+        "waiting for 1 CPU (the cluster has 0 CPUs and 0 GPUs); running: "
+    )
+    shown.wait_for("", 60.0)
+    assert published(store)["waiting"] == ""
+    assert published(store)["waited_seconds"] == 60.0

@@ -7,7 +7,7 @@ import pytest
 
 import tasks.run_analysis
 from flows.listing import head, list_tables
-from flows.status import describe
+from flows.status import as_json, describe
 from flows.study import run_study
 from lossray.errors import StoreError, StudyError
 from lossray.storage.lease import Lease
@@ -98,6 +98,32 @@ def test_a_study_at_work_says_what_runs_and_how_long_it_takes(abandoned):
     assert "running: train mlp-sgd" in lines
 
 
+def test_a_study_that_waits_says_for_what(abandoned):
+    progress = json.loads(Path(abandoned, "progress.json").read_text())
+    text = "waiting for 1 CPU (the cluster has 0 CPUs and 0 GPUs)"
+    Path(abandoned, "progress.json").write_text(json.dumps(progress | {"waiting": text}))
+    with Lease(Store(abandoned)):
+        assert describe(abandoned).splitlines()[2] == text
+        assert json.loads(as_json(abandoned))["waiting"] == text
+    assert text not in describe(abandoned)
+    assert json.loads(as_json(abandoned))["waiting"] == ""
+
+
+def test_programs_are_told_the_same_with_rate_and_time_left(abandoned):
+    progress = json.loads(Path(abandoned, "progress.json").read_text())
+    progress |= {"units_per_minute": 5.0, "seconds_left": 720.0, "running": ["train mlp-sgd"]}
+    Path(abandoned, "progress.json").write_text(json.dumps(progress))
+    with Lease(Store(abandoned)):
+        said = json.loads(as_json(abandoned))
+    assert said | progress == said
+    assert said["driven"]
+    assert said["tasks"] == {"checkpoint": {"done": 3}, "curvature": {"done": 2}, "pair": {"done": 1}}
+    assert said["failures"] == []
+    gone = json.loads(as_json(abandoned))
+    assert not gone["driven"]
+    assert (gone["units_per_minute"], gone["seconds_left"], gone["running"]) == (None, None, [])
+
+
 def test_an_interrupted_study_does_not_count_as_abandoned(abandoned):
     progress = json.loads(Path(abandoned, "progress.json").read_text())
     Path(abandoned, "progress.json").write_text(json.dumps(progress | {"state": "interrupted"}))
@@ -117,6 +143,12 @@ def test_failures_are_named_once_for_each_reason_with_their_log(study_file, out,
     assert failed.endswith("and 5 more: ValueError: no curvature today")
     (log,) = [line.split()[-1] for line in lines if "traceback in" in line]
     assert "no curvature today" in Path(out, log).read_text()
+    failures = json.loads(as_json(out))["failures"]
+    assert len(failures) == 6
+    assert {(failure["kind"], failure["error"]) for failure in failures} == {
+        ("curvature", "ValueError: no curvature today")
+    }
+    assert json.loads(as_json(out))["tasks"]["curvature"] == {"failed": 6}
     assert "checkpoints: 6 of 6 trained, 0 analysed, 6 failed" in lines
 
 
@@ -167,3 +199,5 @@ def test_results_are_told_also_where_the_drivers_words_are_damaged(finished, dam
     assert lines[1].startswith("state: unknown: ")
     assert "progress.json is damaged" in lines[1]
     assert any(line.startswith("curvature") for line in lines)
+    said = json.loads(as_json(finished))
+    assert (said["state"], said["tasks"]["curvature"]) == ("unknown", {"done": 3})
