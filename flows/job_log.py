@@ -7,7 +7,7 @@ from typing import Any
 
 import aiohttp
 
-SILENT_SECONDS = 60.0  # without a line of the log: look whether job and connection are still there
+SILENT_SECONDS = 30.0  # without a line of the log: look whether job and connection are still there
 RETRY_SECONDS = 2.0
 LOST_SECONDS = 600.0  # without an answer: give up
 INTERRUPTED = 130

@@ -78,10 +78,10 @@ def submit(
 def _send(server: JobServer, submission: Submission, upload: Upload, cpus: float) -> str:
     """Submit under the first free id; Ray gives an id to one job only, so one of two people wins."""
     for _ in range(ATTEMPTS):
-        jobs = [job for job in server.client.list_jobs() if job.submission_id]
-        _check_none_runs(server, submission, jobs)
-        submission_id = submission.next_id({job.submission_id for job in jobs})
         try:
+            jobs = [job for job in server.client.list_jobs() if job.submission_id]
+            _check_none_runs(server, submission, jobs)
+            submission_id = submission.next_id({job.submission_id for job in jobs})
             _submit_job(server, submission, upload, cpus, submission_id)
         except RuntimeError as error:
             if "already exists" in str(error):

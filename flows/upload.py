@@ -28,6 +28,8 @@ LEFT_OUT = (
     ".pytest_cache",
     ".ruff_cache",
 )
+# What folders of outputs hold: a store, perhaps just begun; recorded checkpoints; a virtual environment.
+OUTPUTS = ({"manifest.json", "study.toml"}, {"recorded", "checkpoints"}, {"pyvenv.cfg"})
 MIB = 2**20
 
 Ignore = Callable[[Path], bool]

@@ -21,6 +21,7 @@ LEFT = (
     "other env/pyvenv.cfg",
     "other env/x.py",
     "runs/[a]! #1/manifest.json",
+    "runs/[a]! #1/study.toml",
     "runs/[a]! #1/parts/tasks/k.parquet",
     "runs/rec/recorded/r.json",
     "runs/rec/checkpoints/r/0.safetensors",
