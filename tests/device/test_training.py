@@ -1,0 +1,79 @@
+"""Packs are trained on the GPU as on the CPU, by every optimizer, and without waiting more than needed."""
+
+import pytest
+import torch
+
+from lossray.networks.models import build_model
+from lossray.networks.settings import model_settings
+from lossray.networks.stack import build_stack
+from lossray.training.data_settings import data_settings
+from lossray.training.datasets import load_dataset
+from lossray.training.loop import train
+from lossray.training.settings import TrainingSettings
+from lossray.training.update_rules import OPTIMIZERS, optimizer_settings
+
+STEPS = 4
+DATA = load_dataset(data_settings({"source": "gaussians", "n": 60, "dim": 5}), dtype=torch.float64)
+MLP = model_settings({"name": "mlp", "widths": [4], "norm": "batch", "dropout": 0.2})
+SGD = optimizer_settings({"name": "sgd", "lr": 0.1})
+
+
+def trained(device, rule, *, executor="loop", steps=STEPS, resume=None, shadow=("sgd", "muon")):
+    """The checkpoints of a pack of two."""
+    settings = TrainingSettings(steps=steps, batch_size=16, log_every=2, dtype="float64")
+    stack, theta, buffers = build_stack(
+        lambda: build_model(MLP, DATA.input_shape, DATA.n_outputs),
+        (0, 1),
+        executor=executor,
+        dtype=torch.float64,
+        device=device,
+    )
+    return list(
+        train(
+            stack,
+            theta,
+            buffers,
+            rule,
+            settings,
+            DATA,
+            pack_id="p",
+            seeds=(0, 1),
+            shadow=shadow,
+            resume=resume,
+        )
+    )
+
+
+def tensors(checkpoint):
+    named = {"alive": checkpoint.alive, "diverged_at": checkpoint.diverged_at}
+    for table in ("parameters", "buffers", "optimizer", "shadow", "evaluation", "log"):
+        named |= {f"{table} {name}": tensor for name, tensor in getattr(checkpoint, table).items()}
+    return named
+
+
+def assert_same(found, expected):
+    named = tensors(found)
+    assert list(named) == list(tensors(expected))
+    for name, tensor in tensors(expected).items():
+        torch.testing.assert_close(
+            named[name].cpu(), tensor.cpu(), rtol=1e-7, atol=1e-9, equal_nan=True, msg=name
+        )
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer(gpu, name):
+    rule = optimizer_settings({"name": name})
+    checkpoints = trained(gpu, rule)
+    for found, expected in zip(checkpoints, trained("cpu", rule), strict=True):
+        assert_same(found, expected)
+        assert {tensor.device for tensor in found.parameters.values()} == {gpu}
+    again = trained(gpu, rule, resume=checkpoints[1])  # whose tensors are on the GPU
+    assert_same(again[-1], checkpoints[-1])
+
+
+@pytest.mark.parametrize("executor", ["vmap", "loop"])
+def test_a_member_that_diverges_is_frozen(gpu, executor):
+    rule = optimizer_settings({"name": "sgd", "lr": 1e12})
+    found, expected = (trained(device, rule, executor=executor)[-1] for device in (gpu, "cpu"))
+    assert not found.alive.any()
+    assert_same(found, expected)
