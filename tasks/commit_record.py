@@ -42,6 +42,8 @@ class Stopwatch:
         """The first piece of work may have waited for a worker."""
         self.queued = max(0.0, self.started - self.attempt.submitted)
         self.products_before = PRODUCTS.total
+        if self.device not in ("", "cpu"):
+            forget_peak()
 
     def restart(self) -> None:
         """Begin timing the next piece of work, which waits for nothing."""
@@ -110,8 +112,16 @@ def failure(
     }
 
 
+def forget_peak() -> None:
+    """Begin `peak_bytes` of the GPU anew: a worker may have done other tasks before."""
+    import torch  # here: as below
+
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+
+
 def peak_bytes() -> int:
-    """Most memory that this process has held: on the GPU where it used one, else resident in main memory."""
+    """Most memory that this process has held, resident in main memory; or, since the task's start, on the GPU."""
     import torch  # here: `lossray status` reads records, and needs none
 
     if torch.cuda.is_available() and (peak := torch.cuda.max_memory_allocated()):

@@ -11,16 +11,18 @@ from lossray.training.datasets import load_dataset
 from lossray.training.loop import train
 from lossray.training.settings import TrainingSettings
 from lossray.training.update_rules import OPTIMIZERS, optimizer_settings
+from tests.device.pretended_gpu import GPU
 
 STEPS = 4
 DATA = load_dataset(data_settings({"source": "gaussians", "n": 60, "dim": 5}), dtype=torch.float64)
 MLP = model_settings({"name": "mlp", "widths": [4], "norm": "batch", "dropout": 0.2})
-SGD = optimizer_settings({"name": "sgd", "lr": 0.1})
 
 
-def trained(device, rule, *, executor="loop", steps=STEPS, resume=None, shadow=("sgd", "muon")):
+def trained(device, rule, *, executor="loop", steps=STEPS, resume=None, shadow=("sgd", "muon"), **options):
     """The checkpoints of a pack of two."""
-    settings = TrainingSettings(steps=steps, batch_size=16, log_every=2, dtype="float64")
+    settings = TrainingSettings(
+        **{"steps": steps, "batch_size": 16, "log_every": 2, "dtype": "float64", **options}
+    )
     stack, theta, buffers = build_stack(
         lambda: build_model(MLP, DATA.input_shape, DATA.n_outputs),
         (0, 1),
@@ -77,3 +79,15 @@ def test_a_member_that_diverges_is_frozen(gpu, executor):
     found, expected = (trained(device, rule, executor=executor)[-1] for device in (gpu, "cpu"))
     assert not found.alive.any()
     assert_same(found, expected)
+
+
+@pytest.mark.parametrize("name", ["momentum", "adam", "lion", "muon"])
+def test_a_step_waits_twice_for_the_device(pretended, name):
+    """To learn whether a member diverges at it, by its gradient and by its parameters."""
+    waits = []
+    for steps in (4, 10):
+        pretended.waits.clear()
+        ends = {"log_every": 100, "checkpoints": {"count": 2}}
+        trained(GPU, optimizer_settings({"name": name}), steps=steps, **ends)
+        waits.append(pretended.waits.total())
+    assert waits[1] - waits[0] == 2 * (10 - 4), pretended.waits

@@ -2,6 +2,9 @@
 
 import time
 
+import pytest
+import torch
+
 from lossray.operators.product_count import PRODUCTS
 from lossray.storage.rows import to_arrow
 from lossray.storage.store import Store
@@ -59,3 +62,14 @@ def test_a_failure_is_shown_and_does_not_count_as_done(tmp_path):
     (row,) = store.records().to_pylist()
     assert (row["status"], row["error"], row["step"]) == ("failed", "ValueError: no", 5)
     assert store.committed_keys() == set()
+
+
+@pytest.mark.parametrize(("device", "begins_anew"), [("cpu", False), ("some GPU", True)])
+def test_on_a_gpu_each_task_has_a_peak_of_its_own(monkeypatch, device, begins_anew):
+    peaks = {"largest": 3 * 10**12}  # of an earlier task of this worker
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peaks["largest"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: peaks.update(largest=10**12))
+    row = Stopwatch(Attempt(), device).record("k", "curvature")
+    assert row["peak_bytes"] == (10**12 if begins_anew else 3 * 10**12)
