@@ -121,7 +121,7 @@ def forget_peak() -> None:
 
 
 def peak_bytes() -> int:
-    """Most memory that this process has held, resident in main memory; or, since the task's start, on the GPU."""
+    """Most memory that this task has held on the GPU; where it used none, its process in main memory."""
     import torch  # here: `lossray status` reads records, and needs none
 
     if torch.cuda.is_available() and (peak := torch.cuda.max_memory_allocated()):
