@@ -18,6 +18,8 @@ from lossray.training.datasets import Dataset, load_dataset
 def study_data(study: Study, manifest: Manifest, url: str) -> Dataset:
     """The data of a study, in the dtype of its training.
 
+    Where the folder of the study is not on this machine (it ran as a job), the current one stands for it.
+
     Args:
         study: its settings.
         manifest: of its store.
@@ -26,9 +28,10 @@ def study_data(study: Study, manifest: Manifest, url: str) -> Dataset:
     Raises:
         DataError: the data cannot be read, or have changed since the study ran.
     """
-    add_user_folders([Path.cwd(), manifest.folder])
+    folder = Path(manifest.folder)
+    add_user_folders([Path.cwd(), folder])
     dtype = getattr(torch, study.training.dtype)
-    dataset = load_dataset(study.data, dtype=dtype, base=Path(manifest.folder))
+    dataset = load_dataset(study.data, dtype=dtype, base=folder if folder.is_dir() else Path.cwd())
     if dataset.fingerprint != manifest.inputs.data_key:
         raise DataError(f"the data have changed since {url} was made: restore them")
     return dataset

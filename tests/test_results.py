@@ -153,6 +153,21 @@ def test_data_are_those_of_the_study(out):
         study.data("valid")
 
 
+def test_data_beside_a_study_that_ran_as_a_job_are_read_from_the_current_directory(tmp_path, monkeypatch):
+    frame = pd.DataFrame({"x": range(20), "y": [0, 1] * 10})
+    frame.to_parquet(tmp_path / "d.parquet")
+    data = {"source": "parquet", "path": "d.parquet", "features": ["x"], "label": "y"}
+    study = study_from_table(STUDY | {"data": data})
+    dataset = load_dataset(study.data, dtype=torch.float64, base=tmp_path)
+    packs = partition(study, (), lambda setting: ("vmap", "vmap"))
+    inputs = study_inputs(study, dataset.fingerprint)
+    manifest = new_manifest(study, inputs, packs, folder=tmp_path / "of another machine")
+    Store(str(tmp_path / "out")).write_json("manifest.json", manifest.plain())
+    monkeypatch.chdir(tmp_path)
+    read = lossray.open_study(tmp_path / "out").data("test")
+    assert read[0].equal(dataset.test.inputs)
+
+
 def test_changed_data_are_refused(out):
     store = Store(out)
     manifest = store.read_json("manifest.json")
