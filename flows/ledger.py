@@ -1,10 +1,11 @@
 """The driver's books: what is committed, what is counted, what failed."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from flows.followers import Event, Follower, Waiting
 from flows.plan import PackPlan, Plan, described
 from flows.progress import Counts, Progress
+from lossray.errors import StoreError
 from lossray.measures.run_rows import failed_run_rows
 from lossray.storage.store import Store
 from tasks.commit_record import failure
@@ -17,16 +18,16 @@ class Ledger:
     Args:
         plan: what the study consists of.
         store: where failures are recorded.
-        committed: task keys committed before this driver started.
+        committed: status by task key of what was committed before this driver started.
         guard: raises once the store has been taken over by another driver.
     """
 
     def __init__(
-        self, plan: Plan, store: Store, committed: Collection[str], *, guard: Callable[[], None]
+        self, plan: Plan, store: Store, committed: Mapping[str, str], *, guard: Callable[[], None]
     ) -> None:
         self.plan = plan
         self.store = store
-        self.committed = frozenset(committed)
+        self.committed = committed
         self.guard = guard
         self._packs = {pack.pack.pack_id: pack for pack in plan.packs}
         self._waiting = Waiting(follower for follower in self._followers() if follower.key not in committed)
@@ -65,6 +66,7 @@ class Ledger:
     def training_done(self, pack: PackPlan) -> None:
         """All members of the pack are trained (or have diverged)."""
         self.progress.counts.runs_done += len(pack.pack.seeds)
+        self.progress.counts.runs_diverged += self._diverged(pack)
 
     def training_failed(self, pack: PackPlan, attempt: Attempt, error: str, trace: str) -> None:
         """The pack cannot be trained: record why, and go on with the others."""
@@ -137,8 +139,19 @@ class Ledger:
         """
         needed = {*self.unanalysed(pack), *self._needed[pack.pack.pack_id]}
         paths = [self.store.checkpoint_path(pack.pack.pack_id, step) for step in sorted(needed)]
-        recorded = self.committed.issuperset([pack.training_key, *pack.checkpoint_keys.values()])
+        recorded = self.committed.keys() >= {pack.training_key, *pack.checkpoint_keys.values()}
         return recorded and all(map(self.store.exists, paths))
+
+    def _diverged(self, pack: PackPlan) -> int:
+        """How many runs of a trained pack have diverged."""
+        if self.committed.get(pack.training_key) == "done":
+            return 0
+        try:
+            runs = self.store.read_table(self.store.part_path("runs", pack.training_key), "runs")
+        except StoreError:  # gathering says so
+            return 0
+        statuses: list[str] = runs["status"].to_pylist()
+        return statuses.count("diverged")
 
     def _fail(self, record: dict[str, object], what: str, trace: str) -> None:
         path = self.store.log_path(f"{record['task_key']}.log")
@@ -156,6 +169,7 @@ class Ledger:
             trained = self.is_trained(pack)
             counts.runs += len(pack.pack.seeds)
             counts.runs_done += len(pack.pack.seeds) if trained else 0
+            counts.runs_diverged += self._diverged(pack) if trained else 0
             counts.checkpoints += steps
             counts.checkpoints_trained += steps if trained else 0
             counts.to_analyse += to_analyse

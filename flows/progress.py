@@ -23,7 +23,8 @@ class Counts:
 
     Attributes:
         runs: to be trained.
-        runs_done: of them.
+        runs_done: of them, those that diverged included.
+        runs_diverged: of those.
         runs_failed: of them.
         checkpoints: of packs, to be trained.
         checkpoints_trained: of them.
@@ -43,6 +44,7 @@ class Counts:
 
     runs: int = 0
     runs_done: int = 0
+    runs_diverged: int = 0
     runs_failed: int = 0
     checkpoints: int = 0
     checkpoints_trained: int = 0

@@ -311,8 +311,14 @@ def test_a_learning_rate_that_diverges_is_a_result_and_harms_no_other_run(study_
         assert kept == undisturbed[name], name
     assert len(table(out, "curvature")) == 6 * 3
     before = files(out)
-    assert run(study_file(optimizers=[SGD, {"name": "momentum", "lr": 1e12}, ADAM]), out) == 0
+    study = study_file(optimizers=[SGD, {"name": "momentum", "lr": 1e12}, ADAM])
+    assert run(study, out) == 0
     assert files(out) == before  # not tried again
+    pairs, store = table(out, "tasks").query("kind == 'pair'"), Store(out)
+    store.delete(store.part_path("tasks", pairs["task_key"].iloc[0]))
+    assert store.read_json("progress.json")["runs_diverged"] == len(diverged)
+    assert run(study, out) == 0
+    assert store.read_json("progress.json")["runs_diverged"] == len(diverged)  # of an earlier driver
 
 
 HASTY_NETS = """
