@@ -263,6 +263,8 @@ class Driver:
         except RayError as error:
             receive(stream, error)
         else:
+            if isinstance(event, Published | Finished) and event.record is not None:
+                self.ledger.task_ended(event.record)
             receive(stream, event)
 
     def _receive_training(self, stream: Any, event: Event | RayError | None) -> None:

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Iterator, Mapping
 
 from flows.followers import Event, Follower, Waiting
+from flows.metrics import StudyMetrics
 from flows.plan import PackPlan, Plan, described
 from flows.progress import Counts, Progress
 from lossray.errors import StoreError
 from lossray.measures.run_rows import failed_run_rows
 from lossray.storage.store import Store
-from tasks.commit_record import failure
+from tasks.commit_record import Record, failure
 from tasks.jobs import AnalysisJob, Attempt, CurvatureJob, PairJob
 
 
@@ -20,15 +21,23 @@ class Ledger:
         store: where failures are recorded.
         committed: status by task key of what was committed before this driver started.
         guard: raises once the store has been taken over by another driver.
+        metrics: what Prometheus is told; None without Ray.
     """
 
     def __init__(
-        self, plan: Plan, store: Store, committed: Mapping[str, str], *, guard: Callable[[], None]
+        self,
+        plan: Plan,
+        store: Store,
+        committed: Mapping[str, str],
+        *,
+        guard: Callable[[], None],
+        metrics: StudyMetrics | None = None,
     ) -> None:
         self.plan = plan
         self.store = store
         self.committed = committed
         self.guard = guard
+        self.metrics = metrics
         self._packs = {pack.pack.pack_id: pack for pack in plan.packs}
         self._waiting = Waiting(follower for follower in self._followers() if follower.key not in committed)
         self._needed = self._waiting.needed_steps("trained", "analysed")  # by pack: checkpoints
@@ -43,6 +52,13 @@ class Ledger:
         """Now and then: check the lease, show and publish the progress."""
         self.guard()
         self.progress.refresh()
+        if self.metrics is not None:
+            self.metrics.progressed(self.progress.snapshot())
+
+    def task_ended(self, record: Record) -> None:
+        """A task has committed this, or has failed for good."""
+        if self.metrics is not None:
+            self.metrics.task_ended(record)
 
     def is_trained(self, pack: PackPlan) -> bool:
         """Whether the pack was trained before this driver started, and leaves nothing to train again."""
@@ -153,10 +169,10 @@ class Ledger:
         statuses: list[str] = runs["status"].to_pylist()
         return statuses.count("diverged")
 
-    def _fail(self, record: dict[str, object], what: str, trace: str) -> None:
+    def _fail(self, record: Record, what: str, trace: str) -> None:
         path = self.store.log_path(f"{record['task_key']}.log")
         self.store.write_bytes(path, trace.encode())
-        self.store.commit(record)
+        self.task_ended(self.store.commit(record))
         first_line = str(record["error"]).strip().splitlines()[:1]
         self.failures.append(f"{what} failed: {''.join(first_line)} (traceback in {path})")
         self.progress.note(self.failures[-1])

@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 from ray.util.metrics import Counter, Gauge
 
+from tasks.commit_record import Record
+
 
 @dataclass(frozen=True)
 class MetricSpec:
@@ -88,7 +90,7 @@ class StudyMetrics:
         self._tags = {"study": study}
         self._metrics = {name: _metric(name, spec) for name, spec in METRICS.items()}
 
-    def task_ended(self, record: Mapping[str, Any]) -> None:
+    def task_ended(self, record: Record) -> None:
         """Count a task by its row of `tasks`."""
         kind = {"kind": record["kind"]}
         self._add("lossray_tasks", 1, kind | {"status": record["status"]})

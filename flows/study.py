@@ -12,6 +12,7 @@ import torch
 from flows.freeze import study_device
 from flows.interrupt import Interrupt
 from flows.ledger import Ledger
+from flows.metrics import StudyMetrics
 from flows.notes import keep_notes, notes_of
 from flows.plan import Plan, make_plan
 from flows.progress import duration
@@ -137,6 +138,7 @@ def _run_rounds(
 ) -> Outcome:
     """Run what the study lacks: in one round, or in as many as the tuning of its learning rates takes."""
     store, outcome = request.store, Outcome()
+    metrics = None if shares is None else StudyMetrics(request.loaded.study.name)
     while True:
         plan, tuning = freeze(request, rule, outcome.untrained)
         if not outcome.rounds:
@@ -146,7 +148,7 @@ def _run_rounds(
             _say(line)
         left = [pack for pack in plan.packs if pack.pack.pack_id not in outcome.untrained]
         plan = replace(plan, packs=tuple(left))
-        ledger = Ledger(plan, store, store.committed(), guard=lease.check)
+        ledger = Ledger(plan, store, store.committed(), guard=lease.check, metrics=metrics)
         with ledger.progress:
             finished = _run_round(plan, ledger, shares, interrupt)
             if finished and tuning.settled:

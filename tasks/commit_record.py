@@ -84,8 +84,7 @@ class Stopwatch:
     def commit(self, store: Store, job: AnalysisJob, *, reduced: str | None = None) -> Record:
         """Commit what a job has published, and return its record."""
         record = self.record(job.key, job.kind, pack_id=job.pack.pack_id, step=job.step, reduced=reduced)
-        store.commit(record)
-        return record
+        return store.commit(record)
 
 
 def versions_text(versions: Mapping[str, int]) -> str:

@@ -56,8 +56,7 @@ def train_pack(job: TrainingJob, device: torch.device | None = None) -> Iterator
     store.publish("runs", job.key, segments.run_rows(whole.device))
     record = whole.record(job.key, "training", pack_id=job.pack.pack_id, reduced=halving.reduced)
     record["status"] = "done" if segments.all_alive else "diverged"
-    store.commit(record)
-    yield Finished(record)
+    yield Finished(store.commit(record))
 
 
 def _trained(segments: "_Segments", device: torch.device) -> Iterator[Checkpoint]:
@@ -182,7 +181,7 @@ class _Segments:
                 step=checkpoint.step,
                 reduced=self.halving.reduced,
             )
-            self.store.commit(record)
+            record = self.store.commit(record)
         self.last = checkpoint
         self.seconds += checkpoint.seconds
         return Published(job.pack.pack_id, checkpoint.step, int(checkpoint.alive.sum()), record)

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.request
 from contextlib import ExitStack
 from pathlib import Path
@@ -90,8 +91,13 @@ class Head:
 
     def scraped(self, prefix):
         """The lines that the node serves to Prometheus of metrics whose names begin with a prefix."""
-        with urllib.request.urlopen(self.metrics, timeout=60) as response:
-            return [line for line in response.read().decode().splitlines() if line.startswith(prefix)]
+        time.sleep(0.5)  # who polls leaves the node some time
+        try:
+            with urllib.request.urlopen(self.metrics, timeout=60) as response:
+                lines = response.read().decode().splitlines()
+        except OSError:  # its agent starts after the head
+            return []
+        return [line for line in lines if line.startswith(prefix)]
 
     def listed(self, what):
         """What the State API of the dashboard lists: "tasks", "actors" or "nodes"."""

@@ -1,4 +1,4 @@
-"""cluster/grafana.json and cluster/prometheus.yml: the metrics that they name are ours or Ray's."""
+"""cluster/grafana.json and prometheus.yml: their metrics are ours or Ray's, and a node serves ours."""
 
 import json
 import re
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import lossray
 from flows.metrics import METRICS
 
 ROOT = Path(__file__).parents[2]
@@ -103,3 +104,62 @@ def test_the_page_lists_every_metric(name):
     spec = OURS[name]
     row = f"| `{name}` | {spec.unit} | {', '.join(spec.tags)} | {spec.description} |"
     assert row in (ROOT / "docs" / "cluster.md").read_text().splitlines()
+
+
+SERIES = re.compile(r"(?P<name>\w+){(?P<tags>.*)} (?P<value>\S+)")
+TAG = re.compile(r'(\w+)="([^"]*)"')
+COLUMNS = {
+    "ray_lossray_task_seconds_total": "wall_seconds",
+    "ray_lossray_queue_seconds_total": "queue_seconds",
+    "ray_lossray_products_total": "products",
+    "ray_lossray_published_bytes_total": "published_bytes",
+}
+RAYS_TAGS = {"Component", "NodeAddress", "SessionName", "Version", "WorkerId"}
+
+
+def served(head):
+    """What the node serves of ours: (name, tags) -> value; two workers with a series would be an error."""
+    values = {}
+    for line in head.scraped("ray_lossray"):
+        series = SERIES.fullmatch(line)
+        tags = {tag: value for tag, value in TAG.findall(series["tags"]) if not tag.startswith("otel_")}
+        ours = {tag: value for tag, value in tags.items() if tag not in RAYS_TAGS}
+        assert set(ours) == set(OURS[series["name"]].tags)
+        assert ours.pop("study") == "small"
+        assert (series["name"], *ours.values()) not in values
+        values[series["name"], *ours.values()] = float(series["value"])
+    return values
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_a_node_serves_what_its_study_has_done(cluster, gates, helpers, lossray_run, study_path, tmp_path):
+    head, out = cluster(2), tmp_path / "out"
+    gates.shut("*/checkpoints/*/12.safetensors")
+    run = lossray_run(study_path, "--out", out, "--address", head.address)
+    half = {
+        ("ray_lossray_tasks_total", "checkpoint", "done"): 2,
+        ("ray_lossray_tasks_total", "curvature", "done"): 2,
+        ("ray_lossray_tasks_total", "pair", "done"): 1,
+        ("ray_lossray_units",): 3 + 3 + 2,
+        ("ray_lossray_units_done",): 2 + 2 + 1,
+        ("ray_lossray_runs", "finished"): 0,
+    }
+    helpers.wait_for(lambda: half.items() <= served(head).items(), "half of the study", unless=run.ended)
+    groups = json.loads(head.get("/api/v0/tasks/summarize"))["data"]["result"]["result"]
+    names = set(groups["node_id_to_summary"]["cluster"]["summary"])
+    assert {"train", "curvature", "pair"} <= {name for name in names if not name.endswith(".__init__")}
+    gates.open()
+    assert run.result() == 0, run.said
+
+    tasks = lossray.open_study(out).table("tasks").query("kind != 'gather'")
+    counts = tasks.groupby(["kind", "status"]).size()
+    totals = {("ray_lossray_tasks_total", *names): number for names, number in counts.items()}
+    for name, column in COLUMNS.items():
+        sums = tasks.groupby("kind")[column].sum()
+        totals |= {(name, kind): pytest.approx(total) for kind, total in sums.items() if total}
+
+    def counters():
+        return {series: value for series, value in served(head).items() if series[0].endswith("_total")}
+
+    helpers.wait_for(lambda: counters() == totals, "the whole study")
