@@ -11,16 +11,17 @@ from typer.main import get_command
 from flows.cli import app
 
 README = Path(__file__).resolve().parents[2] / "cluster" / "README.md"
-BLOCKS = re.findall(r"^```\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+BLOCKS = re.findall(r"^ *```\n(.*?)^ *```", README.read_text(), re.DOTALL | re.MULTILINE)
 
 
 def commands(program):
     """The arguments of every call of a program."""
     for block in BLOCKS:
         for line in block.replace("\\\n", " ").splitlines():
-            if line and Path(line.split()[0]).name == program:
+            if line and line.split()[0] == program:
                 words = shlex.split(line, comments=True)[1:]
-                yield [word for word in words if not re.fullmatch(r"&|>.*", word)]
+                ends = [at for at, word in enumerate(words) if re.match("[&>]", word)]
+                yield words[: min(ends, default=len(words))]
 
 
 def parsed(group, arguments):

@@ -108,11 +108,11 @@ def test_the_launcher_finds_its_tools_and_may_choose_the_command():
     assert not arguments("ENTRYPOINT")
 
 
-def run_command(mentioned, folder, **environment):
+def run_command(mentioned, folder, *, pip_ends=0, **environment):
     """Run the command of the one RUN that mentions something, with a stand-in for pip; what pip was asked."""
     (command,) = [command for command in arguments("RUN") if mentioned in command]
     pip = folder / "pip"
-    pip.write_text('#!/bin/sh\necho "pip $*"\n')
+    pip.write_text(f'#!/bin/sh\necho "pip $*"\nexit {pip_ends}\n')
     pip.chmod(0o755)
     path = f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "PYTHONPATH": str(folder)} | environment
@@ -128,6 +128,13 @@ def test_the_device_says_which_build_of_torch_is_taken(device, build, tmp_path):
     torch = Version(f"{PINS['torch']}{build}")
     assert result.stdout.split()[-1] == f"torch=={torch}"
     assert required("torch").contains(torch)
+
+
+def test_a_build_that_the_index_does_not_have_is_a_line_with_the_remedy(tmp_path):
+    result = run_command("torch==", tmp_path, pip_ends=1, DEVICE="cpu")
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"no torch=={PINS['torch']}+cpu: ")
+    assert "--build-arg PIP_EXTRA_INDEX_URL=" in result.stderr
 
 
 def test_another_device_is_refused(tmp_path):
@@ -148,3 +155,8 @@ def test_a_build_for_the_other_device_is_refused(device, cuda, code, tmp_path):
     assert result.returncode == code, result.stderr
     assert result.stdout == "pip install --no-cache-dir --constraint constraints.txt .[s3]\n"
     assert ("PIP_EXTRA_INDEX_URL" in result.stderr) == (code == 1)
+
+
+def test_s3_may_be_left_out(tmp_path):
+    result = run_command("torch.version", tmp_path, DEVICE="cpu", EXTRAS="")
+    assert result.stdout.splitlines()[0].endswith(" --constraint constraints.txt .")

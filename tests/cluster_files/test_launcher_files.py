@@ -72,6 +72,7 @@ def test_on_aws_the_head_does_no_work_and_the_workers_are_spot_from_none():
     assert " --num-cpus=0 " in config["head_start_ray_commands"][-1]
     assert "InstanceMarketOptions" not in head["node_config"]
     assert set(types) == {"cpu", "gpu"}
+    assert types["gpu"]["docker"] == {"worker_run_options": ["--env NVIDIA_VISIBLE_DEVICES=all"]}
     for worker in types.values():
         assert worker["min_workers"] == 0 < worker["max_workers"] <= config["max_workers"]
         assert worker["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
