@@ -28,12 +28,13 @@ class Part:
 PARTS = {
     part.name: part
     for part in (
-        Part("machine", 30),
-        Part("device_tests", 120),
+        Part("machine", 25),
+        Part("device_tests", 110),
         Part("whole_study", 75),
-        Part("packs", 70),
-        Part("products", 65),
-        Part("reports", 75),
-        Part("packed_analyses", 35),
+        Part("memory", 60),
+        Part("packs", 60),
+        Part("products", 55),
+        Part("reports", 60),
+        Part("packed_analyses", 25),
     )
 }
