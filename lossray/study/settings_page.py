@@ -244,6 +244,8 @@ def described(annotation: Any, metadata: Iterable[Any] = ()) -> Values:
         each, number = described(inner[0]), "" if inner[-1] is Ellipsis else f"{len(inner)} "
         of_each = f"each {each.allowed}" if each.allowed and not _is_choice(each) else each.allowed
         return Values(f"list of {number}{each.type}s", ", ".join(filter(None, [bounds, of_each])))
+    if origin is dict:
+        return Values("table", f"of {described(inner[1]).type}s")
     if _is_settings(annotation):
         return Values("table", "see below")
     return Values(WORDS[annotation], bounds)
@@ -285,8 +287,8 @@ def _default(settings: type[Settings], key: str) -> str:
     if ALL in NAMES.get((settings, key), ()):
         return f"`{toml_value(ALL)}`"
     value = field.get_default(call_default_factory=True)
-    if value is None or value == ():
-        return "*none*" if value is None else "`[]`"
+    if value is None or value == () or value == {}:
+        return "*none*" if value is None else "`[]`" if value == () else "`{}`"
     return "-" if isinstance(value, Settings) else f"`{toml_value(value)}`"
 
 

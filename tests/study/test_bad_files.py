@@ -134,6 +134,11 @@ BAD = [
     (GOOD + "[resources]\ntrain = {cpu = 1}\n", "resources.train.cpu", ["did you mean 'cpus'?"]),
     (GOOD + "[resources]\ntrain = {cpus = 0}\n", "resources.train.cpus", ["found 0", "greater than 0"]),
     (GOOD + "[resources]\ntrain = {gpus = 1.5}\n", "resources.train.gpus", ["found 1.5", "a whole number"]),
+    (GOOD + "[resources]\nwait = -1\n", "resources.wait", ["found -1", "at least 0"]),
+    (GOOD + "[resources.train]\nlabels = {zone = 1}\n", "resources.train.labels.zone", ["found 1"]),
+    (GOOD + "[resources.train]\nlabels = {zone = 'in('}\n", "resources.train.labels.zone", ["'in(A, B)'"]),
+    (GOOD + "[resources.train]\nlabels = {'a b' = 'c'}\n", "resources.train.labels", ["found 'a b'"]),
+    (GOOD + "[resources.train]\nfallback = [{zone = 'b'}]\n", "resources.train", ["fallback without labels"]),
     # functions of the user's
     (GOOD.replace('"mlp"', '"no_module_x:f"'), "models[0].name", ["no_module_x", "not found"]),
     (GOOD + '[training]\nloss = "json:lods"\n', "training.loss", ["'lods'", "did you mean 'loads'?"]),

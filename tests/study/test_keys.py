@@ -121,6 +121,7 @@ def test_analysis_settings_change_the_curvature_key_only(changes):
     [
         {"name": "other"},
         {"resources": {"pack": 16, "train": {"cpus": 2}, "curvature": {"gpus": 1}}},
+        {"resources": {"wait": 5, "train": {"labels": {"zone": "in(a, b)"}, "fallback": [{"zone": "c"}]}}},
         {"claims": {"alpha": 0.1}},
         {"degeneracy": {"dense_up_to": 3}},
         {"trajectory": {}, "surfaces": {}},
