@@ -49,6 +49,7 @@ class Submission:
     def metadata(self) -> dict[str, str]:
         """What stands beside the command."""
         return {
+            "job_name": self.loaded.study.name,  # which the dashboard shows as the job's name
             "study": self.loaded.study.name,
             "out": self.out,
             "lossray": __version__,

@@ -63,7 +63,7 @@ def test_a_ready_made_study_goes_by_its_name(monkeypatch, tmp_path):
 def test_metadata_are_what_the_job_server_takes(submitted):
     metadata = submitted().metadata
     assert metadata["out"] == OUT
-    assert metadata["study"] == "small"
+    assert metadata["study"] == metadata["job_name"] == "small"
     assert all(isinstance(value, str) for value in metadata.values())
 
 
