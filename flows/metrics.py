@@ -13,8 +13,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ray.util.metrics import Counter, Gauge
-
 from tasks.commit_record import Record
 
 
@@ -122,5 +120,7 @@ class StudyMetrics:
 
 
 def _metric(name: str, spec: MetricSpec) -> Any:
+    from ray.util.metrics import Counter, Gauge  # here: a study in this process has no Ray
+
     metric = Counter if spec.type == "counter" else Gauge
     return metric(name, spec.description, spec.tags)

@@ -3,8 +3,8 @@
 from collections import Counter
 
 import pytest
+import ray.util.metrics
 
-from flows import metrics
 from flows.metrics import METRICS, StudyMetrics
 from flows.progress import Counts, Progress
 from lossray.storage.store import Store
@@ -34,7 +34,7 @@ class Recorded:
 def values(monkeypatch):
     monkeypatch.setattr(Recorded, "values", Counter(), raising=False)
     for name in ("Counter", "Gauge"):
-        monkeypatch.setattr(metrics, name, Recorded)
+        monkeypatch.setattr(ray.util.metrics, name, Recorded)
     return Recorded.values
 
 
