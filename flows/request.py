@@ -1,13 +1,14 @@
 """A study that is asked for, and its store: what is checked, what is there, and what is to be done now."""
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import chdir
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from flows.freeze import decide
+from flows.gpu_packs import kind_of
 from flows.plan import Plan, make_plan
 from flows.superseded import (
     Superseded,
@@ -39,6 +40,7 @@ from lossray.study import (
 )
 from lossray.study.checks import check_against_data, check_recordings
 from lossray.study.manifest import Manifest, check_extension, edited_packs, extended, new_manifest
+from lossray.study.packs import AUTO_SIZE
 from lossray.training.datasets import Dataset, load_dataset
 from tasks.jobs import Context
 
@@ -57,6 +59,7 @@ class Request:
         dataset: its data.
         manifest: of the store; None where it has none.
         recompute: whether to withdraw what was computed with other source of the user's functions.
+        sizes: runs per new pack with "auto", by kind of setting, where memory was measured.
     """
 
     loaded: LoadedStudy
@@ -66,6 +69,7 @@ class Request:
     dataset: Dataset
     manifest: Manifest | None
     recompute: bool = False
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def edited(self) -> dict[str, list[str]]:
@@ -288,7 +292,11 @@ def user_folders(loaded: LoadedStudy) -> list[str]:
 
 def _partition(request: Request, rule: Rule, tuning: Round) -> tuple[Pack, ...]:
     study, recordings = request.loaded.study, request.inputs.recordings
-    return partition(study, request.frozen, rule, recordings, settings=tuning.settings)
+
+    def auto_size(setting: Setting, executor: str) -> int:
+        return request.sizes.get(kind_of(setting), AUTO_SIZE[executor])
+
+    return partition(study, request.frozen, rule, recordings, settings=tuning.settings, auto_size=auto_size)
 
 
 def _extended(old: Manifest, request: Request, packs: Sequence[Pack]) -> Manifest:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from flows.freeze import study_device
+from flows.gpu_memory import gpu_packs, measure_here
+from flows.gpu_packs import GpuPacks
 from flows.interrupt import Interrupt
 from flows.ledger import Ledger
 from flows.metrics import StudyMetrics
@@ -100,7 +102,12 @@ def run_study(
         shares, gpus = None, in_process and torch.cuda.is_available()
         if not in_process:
             shares, gpus = _join_ray(stack, request, address, dashboard=dashboard)
-        rule = try_settings(request, study_device(request.loaded.study, gpus=gpus))
+        device = study_device(request.loaded.study, gpus=gpus)
+        rule = try_settings(request, device)
+        if device == "cuda":
+            packs = _gpu_packs(request, rule, shares)
+            request, notes = replace(request, sizes=packs.sizes), [*notes, *packs.notes]
+            shares = shares and packs.applied(shares, request.loaded.study.resources)
         for line in explained(superseded(request, plan_of(request, rule))):  # before anything is written
             _say(f"note: {line}")
         interrupt = stack.enter_context(Interrupt())
@@ -126,6 +133,19 @@ def _join_ray(
         raise StudyError("Ray is not installed here; allowed without it: --in-process") from None
     folders = user_folders(request.loaded)
     return stack.enter_context(join(address, folders, request.loaded.study.resources, dashboard=dashboard))
+
+
+def _gpu_packs(request: Request, rule: Rule, shares: "Shares | None") -> GpuPacks:
+    """What packs take of a GPU, measured where the study will run."""
+    if shares is None:
+        packs = gpu_packs(request, rule, measure_here)
+    else:
+        from flows.cluster_memory import measure_with  # here: it loads Ray
+
+        packs = gpu_packs(request, rule, measure_with(shares))
+    for line in packs.notes:
+        _say(f"note: {line}")
+    return packs
 
 
 def _run_rounds(

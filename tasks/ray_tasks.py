@@ -13,6 +13,7 @@ from lossray.storage.publish import publish_tables
 from lossray.storage.store import Store
 from tasks.events import Finished, Published, Started
 from tasks.jobs import AnalysisJob, Context, TrainingJob
+from tasks.measure_memory import MeasuredMemory, MemoryJob, measure_memory
 from tasks.planned_data import dataset_of
 from tasks.run_analysis import run_analysis
 from tasks.train_pack import train_pack
@@ -46,6 +47,12 @@ def warm_up(context: Context) -> None:
     """Make a worker ready: import what an analysis needs, and read the data."""
     prepare_worker(1)
     dataset_of(context)
+
+
+@ray.remote(num_cpus=1, num_gpus=1, max_retries=1)
+def memory_of_packs(job: MemoryJob, cpus: float) -> MeasuredMemory | None:
+    """`measure_memory` as a Ray task."""
+    return measure_memory(job, prepare_worker(cpus))
 
 
 @ray.remote(num_cpus=1, max_retries=3)

@@ -165,11 +165,12 @@ def partition(
     recordings: Sequence[Recording] = (),
     *,
     settings: Sequence[Setting] | None = None,
+    auto_size: Callable[[Setting, str], int] = lambda setting, executor: AUTO_SIZE[executor],
 ) -> tuple[Pack, ...]:
     """Divide the runs of a study into packs.
 
     Frozen packs come first and stay as they are. Seeds of a setting that no frozen pack covers form new
-    packs, in the study's order, of `resources.pack` runs; "auto": 16 for the vmap executor, 1 for the loop.
+    packs, in the study's order, of `resources.pack` runs.
     A recorded study has one pack for each recording, whatever was frozen.
 
     Args:
@@ -178,6 +179,7 @@ def partition(
         decide: (executor, product mode) of a setting that has no pack yet; others keep theirs.
         recordings: the recorded runs of the store.
         settings: what is trained, where that is not `settings_of` the study.
+        auto_size: runs of a new pack with "auto", by setting and executor; 16 for vmap, 1 for the loop.
     """
     if study.source == "checkpoints":
         return _recorded_packs(study, frozen, decide, recordings)
@@ -191,7 +193,8 @@ def partition(
         executor, product_mode = (
             (earlier[0].executor, earlier[0].product_mode) if earlier else decide(setting)
         )
-        size = AUTO_SIZE[executor] if study.resources.pack == "auto" else study.resources.pack
+        asked = study.resources.pack
+        size = auto_size(setting, executor) if asked == "auto" else asked
         for start in range(0, len(seeds), size):
             packs.append(_pack(setting, tuple(seeds[start : start + size]), executor, product_mode))
     return tuple(packs)

@@ -99,7 +99,8 @@ class TaskResources(Settings):
 
     Attributes:
         cpus: how many, or a share of one.
-        gpus: a share of one, or a whole number; "auto" takes half of one where the cluster has any.
+        gpus: a share of one, or a whole number; "auto" takes what was measured where the cluster has any: a
+            half, a quarter, or all of one.
         labels: what the labels of its node must be, such as {"ray.io/accelerator-type" = "H100"}; a value may
             also be "!H100" or "in(H100, A100)".
         fallback: other labels, in turn, where no node of the cluster has these.
@@ -123,7 +124,8 @@ class Resources(Settings):
     Attributes:
         train: of a training actor.
         curvature: of a curvature task, and of the task that compares two checkpoints.
-        pack: runs per new pack; "auto": 16 where they are computed as one stack, 1 where in a loop.
+        pack: runs per new pack; "auto": 1 where they are computed in a loop; where as one stack, 16 on a CPU,
+            and on a GPU as many as half of its memory holds, at most 64.
         wait: seconds for which the study waits until the cluster has a node for its tasks; a Ray that it has
             started itself has all that it will ever have, and is not waited for.
     """

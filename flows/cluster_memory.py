@@ -1,0 +1,65 @@
+"""Measures on a GPU of the cluster what packs take of it."""
+
+import os
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import RayTaskError
+
+from flows.capacity import Shares, cluster_nodes
+from flows.gpu_memory import Measure
+from flows.session import is_embedded, worker_options
+from tasks.measure_memory import MeasuredMemory, MemoryJob
+from tasks.ray_tasks import memory_of_packs
+
+PATIENCE = 300.0  # seconds for a GPU to be free, and for all packs
+KIND_OF_GPU = "ray.io/accelerator-type"  # a label of a node
+
+
+def measure_with(shares: Shares) -> Measure:
+    """On a GPU that a training of these shares may get."""
+    return partial(_measure, shares=shares)
+
+
+def _measure(job: MemoryJob, *, shares: Shares) -> tuple[MeasuredMemory, int] | None:
+    """The packs on one GPU; the memory is that of the smallest kind of GPU.
+
+    Raises:
+        TimeoutError: no GPU was free in time.
+    """
+    if is_embedded() and not torch.cuda.is_available():
+        return None  # GPUs that were declared alone
+    folders = [os.getcwd(), *filter(None, [job.context.folder])]
+    options = shares.train.options() | worker_options(folders) | {"num_gpus": 1, "name": "memory"}
+    tasks = [_submitted(job, options, shares.train.cpus)]
+    for kind in _other_kinds(shares):
+        chosen = options | {"label_selector": {KIND_OF_GPU: kind}}
+        tasks.append(_submitted(replace(job, packs=()), chosen, shares.train.cpus))
+    _, late = ray.wait(tasks, num_returns=len(tasks), timeout=PATIENCE)
+    if late:
+        for task in late:
+            ray.cancel(task, force=True)
+        raise TimeoutError(f"no GPU was free for {PATIENCE:g} s")
+    try:
+        results: list[MeasuredMemory | None] = ray.get(tasks)
+    except RayTaskError as error:
+        raise error.cause from None
+    measured = results[0]
+    if measured is None:
+        return None
+    smallest = min(result.gpu for result in results if result is not None)
+    return replace(measured, gpu=smallest), max(1, int(sum(node.gpus for node in cluster_nodes())))
+
+
+def _other_kinds(shares: Shares) -> list[str]:
+    """The kinds of GPU where there are several that a task may get."""
+    nodes = [node for node in cluster_nodes() if node.gpus and node.slots(shares.train)]
+    kinds = sorted({node.labels[KIND_OF_GPU] for node in nodes if KIND_OF_GPU in node.labels})
+    return kinds if len(kinds) > 1 and not shares.train.selectors else []
+
+
+def _submitted(job: MemoryJob, options: dict[str, Any], cpus: float) -> Any:
+    return memory_of_packs.options(**options).remote(job, cpus)
