@@ -12,7 +12,8 @@ from ray.exceptions import RayTaskError
 from flows.capacity import Shares, cluster_nodes
 from flows.gpu_memory import Measure
 from flows.session import is_embedded, worker_options
-from tasks.measure_memory import MeasuredMemory, MemoryJob
+from lossray.measures.pack_memory import MeasuredMemory
+from tasks.measure_memory import MemoryJob
 from tasks.ray_tasks import memory_of_packs
 
 PATIENCE = 300.0  # seconds for a GPU to be free, and for all packs

@@ -5,9 +5,10 @@ from dataclasses import replace
 
 from flows.gpu_packs import GpuPacks, GpuRoom, PackMemory, decided, kind_of, pack_size
 from flows.request import Request, Rule, plan_of
+from lossray.measures.pack_memory import MeasuredMemory
 from lossray.study import Pack, runs_of
 from tasks.devices import local_device
-from tasks.measure_memory import MeasuredMemory, MemoryJob, measure_memory
+from tasks.measure_memory import MemoryJob, measure_memory
 
 TRIALS = {"vmap": (2, 4), "loop": (1, 2)}  # runs of the two packs; one alone is not computed as a stack
 
@@ -15,20 +16,24 @@ TRIALS = {"vmap": (2, 4), "loop": (1, 2)}  # runs of the two packs; one alone is
 Measure = Callable[[MemoryJob], tuple[MeasuredMemory, int] | None]
 
 
-def gpu_packs(request: Request, rule: Rule, measure: Measure) -> GpuPacks:
+def gpu_packs(request: Request, rule: Rule, measure: Measure, *, sharing: bool) -> GpuPacks:
     """How large new packs are, and how many share a GPU; nothing is measured that the study decides itself.
 
     Args:
         request: for the study, which trains on a GPU.
         rule: executor and product mode of each setting.
         measure: where the study will run.
+        sharing: whether tasks may share a GPU.
     """
     study = request.loaded.study
     resources = study.resources
-    left_open = "auto" in (resources.pack, resources.train.gpus, resources.curvature.gpus)
-    if study.source == "checkpoints" or not left_open:
+    packs = _packs(request, rule)
+    kinds = {kind_of(pack): pack for pack in packs}
+    new = {kind_of(pack) for pack in packs if pack.executor == "vmap" and pack not in request.frozen}
+    sized = new if resources.pack == "auto" else set()
+    shared = sharing and "auto" in (resources.train.gpus, resources.curvature.gpus)
+    if study.source == "checkpoints" or not (sized or shared):
         return GpuPacks()
-    kinds = {kind_of(pack): pack for pack in _packs(request, rule)}
     trials = [trial for pack in kinds.values() for trial in _trials(pack)]
     try:
         result = measure(MemoryJob(request.context, tuple(trials)))
@@ -39,10 +44,7 @@ def gpu_packs(request: Request, rule: Rule, measure: Measure) -> GpuPacks:
         return GpuPacks()
     measured, gpus = result
     room, memory = GpuRoom(measured.gpu, gpus), _memory(kinds, measured)
-    sizes = {}
-    if resources.pack == "auto":
-        stacked = [kind for kind, pack in kinds.items() if pack.executor == "vmap"]
-        sizes = {kind: pack_size(memory.get(kind), room, len(runs_of(study))) for kind in stacked}
+    sizes = {kind: pack_size(memory.get(kind), room, len(runs_of(study))) for kind in sized}
     return decided(_packs(replace(request, sizes=sizes), rule), memory, sizes, room)
 
 

@@ -134,10 +134,10 @@ def decided(
     training, analysis = SHARED_BY[0], SHARED_BY[0]
     lines = []
     for (kind, runs), pack in {(kind_of(pack), len(pack.seeds)): pack for pack in packs}.items():
-        named = f"a pack of {runs} runs of {pack.setting_id}"
+        named = f"a pack of {runs} run{'s' if runs > 1 else ''} of {pack.setting_id}"
         if kind not in memory:
             training = analysis = 1
-            lines.append(f"{named} takes more of a GPU than could be had for a trial")
+            lines.append(f"{named}: a trial ran out of the memory of a GPU, {readable_bytes(room.bytes)}")
             continue
         to_train, to_analyse = memory[kind].training(runs), memory[kind].analysis(runs)
         training = min(training, room.shared_by(to_train))

@@ -138,11 +138,11 @@ def _join_ray(
 def _gpu_packs(request: Request, rule: Rule, shares: "Shares | None") -> GpuPacks:
     """What packs take of a GPU, measured where the study will run."""
     if shares is None:
-        packs = gpu_packs(request, rule, measure_here)
+        packs = gpu_packs(request, rule, measure_here, sharing=False)
     else:
         from flows.cluster_memory import measure_with  # here: it loads Ray
 
-        packs = gpu_packs(request, rule, measure_with(shares))
+        packs = gpu_packs(request, rule, measure_with(shares), sharing=True)
     for line in packs.notes:
         _say(f"note: {line}")
     return packs

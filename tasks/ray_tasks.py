@@ -9,11 +9,12 @@ from collections.abc import Iterator
 
 import ray
 
+from lossray.measures.pack_memory import MeasuredMemory
 from lossray.storage.publish import publish_tables
 from lossray.storage.store import Store
 from tasks.events import Finished, Published, Started
 from tasks.jobs import AnalysisJob, Context, TrainingJob
-from tasks.measure_memory import MeasuredMemory, MemoryJob, measure_memory
+from tasks.measure_memory import MemoryJob, measure_memory
 from tasks.planned_data import dataset_of
 from tasks.run_analysis import run_analysis
 from tasks.train_pack import train_pack

@@ -1,6 +1,6 @@
 """How much memory a pack takes on a GPU: the peaks of a few steps of training, and of curvature products."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -8,6 +8,7 @@ import torch
 
 from lossray.measures.halving import release_memory
 from lossray.measures.pack_point import loss_of, stack_of
+from lossray.memory import is_out_of_memory
 from lossray.operators.objectives import PackedObjective
 from lossray.operators.packed import PackedHessian
 from lossray.study import Pack, Study
@@ -32,6 +33,44 @@ class PackPeaks:
 
     training: int
     analysis: int
+
+
+@dataclass(frozen=True)
+class MeasuredMemory:
+    """What was measured on one GPU.
+
+    Attributes:
+        gpu: bytes that it has.
+        peaks: of each pack; None where it ran out of memory.
+    """
+
+    gpu: int
+    peaks: tuple[PackPeaks | None, ...]
+
+
+def measured_memory(
+    study: Study, packs: Sequence[Pack], dataset: Dataset, device: torch.device
+) -> MeasuredMemory:
+    """What packs take of a GPU.
+
+    Args:
+        study: the settings.
+        packs: which are trained for a few steps.
+        dataset: the study's data, on the device.
+        device: the GPU.
+    """
+
+    def peaks(pack: Pack) -> PackPeaks | None:
+        try:
+            return pack_peaks(study, pack, dataset, gpu_meter(device))
+        except Exception as error:
+            if is_out_of_memory(error):
+                return None
+            raise
+
+    measured = tuple(map(peaks, packs))
+    release_memory()
+    return MeasuredMemory(torch.cuda.mem_get_info(device)[1], measured)
 
 
 def pack_peaks(study: Study, pack: Pack, dataset: Dataset, meter: Meter) -> PackPeaks:

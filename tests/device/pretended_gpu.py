@@ -355,6 +355,7 @@ ANSWERS: dict[str, Callable[..., Any]] = {
     "memory_reserved": lambda device=None: 0,
     "memory_allocated": lambda device=None: 0,
     "max_memory_allocated": lambda device=None: 1,
+    "max_memory_reserved": lambda device=None: 1,
     "reset_peak_memory_stats": lambda device=None: None,
     "manual_seed": lambda seed: None,
     "manual_seed_all": lambda seed: None,
