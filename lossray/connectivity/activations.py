@@ -50,7 +50,10 @@ def activation_matching(
         for batch in inputs:
             for part in _parts(batch):
                 _observe(symmetry, (graphs[0], graphs[1]), part, moments)
-    gains = {g: torch.zeros(count, count, dtype=torch.float64) for g, count in symmetry.groups.items()}
+    gains = {
+        g: torch.zeros(count, count, dtype=torch.float64, device="cpu")
+        for g, count in symmetry.groups.items()
+    }
     for node, position in symmetry.positions.items():
         if node in moments:
             gains[position.group] += moments[node].correlation().cpu()

@@ -169,8 +169,10 @@ class _Task:
         units = {} if self.units is None else self.units.groups
         return _Candidate(
             distance=float((self.source - self.target).norm()),
-            permutations={name: torch.arange(count) for name, count in groups.items()},
-            factors={n: torch.ones(s.stop - s.start, dtype=torch.float64) for n, s in units.items()},
+            permutations={name: torch.arange(count, device="cpu") for name, count in groups.items()},
+            factors={
+                n: torch.ones(s.stop - s.start, dtype=torch.float64, device="cpu") for n, s in units.items()
+            },
         )
 
     def placed(self, permutations: Permutations) -> _Candidate:

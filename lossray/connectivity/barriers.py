@@ -42,7 +42,7 @@ def barriers(ts: Sequence[float], lengths: Tensor, evaluation: Mapping[str, Tens
     Raises:
         ValueError: the places do not increase from 0 to 1.
     """
-    times = torch.tensor(ts, dtype=torch.float64)
+    times = torch.tensor(ts, dtype=torch.float64, device="cpu")
     if len(ts) < 2 or ts[0] != 0 or ts[-1] != 1 or not bool((times.diff() > 0).all()):
         raise ValueError(f"ts: found {list(ts)}; allowed: numbers that increase from 0 to 1")
     names = ("train_loss", "test_loss", "train_accuracy", "test_accuracy")

@@ -109,7 +109,7 @@ class Connection:
         Batch norm has the statistics of the data at all of them: ends with others of their own would be
         compared with what lies between by another measure.
         """
-        ts = torch.linspace(0, 1, POINTS, dtype=torch.float64)
+        ts = torch.linspace(0, 1, POINTS, dtype=torch.float64, device="cpu")
         return above_chord(ts, self._treated_alike(ts.tolist(), self.losses(ts.tolist())))
 
     def _treated_alike(self, ts: Sequence[float], losses: Tensor) -> Tensor:
@@ -334,7 +334,7 @@ def _loss_of(objective: ModuleObjective) -> float:
     with torch.no_grad():
         batches = objective.batches()
         loss = sum(batch.share * float(objective.losses(objective.theta, batch)) for batch in batches)
-        require_finite_loss(objective, torch.tensor(loss))
+        require_finite_loss(objective, torch.tensor(loss, device="cpu"))
     return loss
 
 

@@ -86,7 +86,10 @@ def _gradient(
 ) -> tuple[Tensor, Tensor]:
     """Losses [R] at this step's ts and the gradients of all bends, [bends * R, d]."""
     ts = torch.cat(
-        [torch.rand(1, generator=generator(seed, "curve", step), dtype=torch.float64) for seed in task.seeds]
+        [
+            torch.rand(1, generator=generator(seed, "curve", step), device="cpu", dtype=torch.float64)
+            for seed in task.seeds
+        ]
     )
     batch = next_minibatch(task.dataset, task.training, task.seeds, step)
     losses, gradient = gradient_in_training(

@@ -109,7 +109,10 @@ def _weights(parts: list[Batch], device: torch.device) -> Tensor | None:
     if all(part.weights is None for part in parts):
         return None
     weights = torch.cat(
-        [part.weights if part.weights is not None else torch.ones(part.size or 0) for part in parts]
+        [
+            part.weights if part.weights is not None else torch.ones(part.size or 0, device="cpu")
+            for part in parts
+        ]
     ).to(device)
     return weights / weights.mean()
 

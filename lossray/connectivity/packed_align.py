@@ -52,7 +52,7 @@ def packed_align(
     """
     rows = list(members[0])
     buffers = [{name: tensor[r] for name, tensor in members[1].items()} for r in range(len(rows))]
-    changes = torch.full((len(rows),), torch.nan, dtype=torch.float64)
+    changes = torch.full((len(rows),), torch.nan, dtype=torch.float64, device="cpu")
     for r in torch.nonzero(alive)[:, 0].tolist():
         member = stack.module(rows[r], buffers[r])
         other = stack.module(to[0][r], {name: tensor[r] for name, tensor in to[1].items()})

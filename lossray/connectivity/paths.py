@@ -112,7 +112,7 @@ class Path:
             return torch.stack(
                 [math.comb(pieces, k) * times**k * (1 - times) ** (pieces - k) for k in range(pieces + 1)]
             )
-        corners = torch.arange(pieces + 1, dtype=torch.float64)
+        corners = torch.arange(pieces + 1, dtype=torch.float64, device="cpu")
         return (1 - (pieces * times - corners[:, None]).abs()).clamp(min=0)  # hat functions
 
     def _steps(self) -> Tensor:
@@ -135,7 +135,7 @@ class Path:
         steps = self._steps()
         # Of the hodograph, whose control points are the steps: the Gram matrices are all that lengths need.
         grams = torch.einsum("ird,jrd->rij", steps, steps)
-        hodograph = Path("bezier", torch.zeros(len(steps), 1, 1))
+        hodograph = Path("bezier", torch.zeros(len(steps), 1, 1, device="cpu"))
 
         def speed(t: float) -> Tensor:
             weights = len(steps) * hodograph.coefficients(t)[:, 0].to(grams.device)
@@ -204,7 +204,7 @@ def _integrals(speed: Callable[[float], Tensor], edges: Sequence[float]) -> Tens
     for start, end in pairwise(edges):
         half, middle = (end - start) / 2, (end + start) / 2
         values = (w * speed(middle + half * x) for x, w in zip(nodes.tolist(), weights.tolist(), strict=True))
-        panels.append(half * sum(values, start=torch.zeros(())))
+        panels.append(half * sum(values, start=torch.zeros((), device="cpu")))
     return torch.stack(panels, dim=1)
 
 

@@ -92,8 +92,8 @@ def _best(w: Tensor, v: Tensor, alpha: Tensor, block: slice) -> Tensor:
 
 def _positive_roots(p: Tensor, q: Tensor) -> Tensor:
     """The positive roots of x^4 - p x^3 + q x - 1 [U, 4], each polished; 1 in place of the others."""
-    companion = torch.zeros(len(p), 4, 4, dtype=torch.float64)
-    companion[:, 1:, :3] = torch.eye(3, dtype=torch.float64)
+    companion = torch.zeros(len(p), 4, 4, dtype=torch.float64, device="cpu")
+    companion[:, 1:, :3] = torch.eye(3, dtype=torch.float64, device="cpu")
     companion[:, 0, 3], companion[:, 1, 3], companion[:, 3, 3] = 1.0, -q, p
     x = torch.linalg.eigvals(companion).real
     x = torch.where(x > 0, x, 1.0)

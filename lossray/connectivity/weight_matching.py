@@ -29,7 +29,7 @@ def assignment(gain: Tensor) -> Tensor:
     from scipy.optimize import linear_sum_assignment  # here: half a second that few tasks need
 
     columns = linear_sum_assignment(gain.cpu().numpy(), maximize=True)[1]
-    return torch.as_tensor(columns, dtype=torch.int64)
+    return torch.as_tensor(columns, dtype=torch.int64, device="cpu")
 
 
 def weight_matching(symmetry: PermutationSymmetry, source: Weights, target: Weights) -> Permutations:
@@ -52,10 +52,13 @@ def weight_matching(symmetry: PermutationSymmetry, source: Weights, target: Weig
 
 
 def _starts(symmetry: PermutationSymmetry) -> Iterator[Permutations]:
-    yield {group: torch.arange(count) for group, count in symmetry.groups.items()}
+    yield {group: torch.arange(count, device="cpu") for group, count in symmetry.groups.items()}
     for counter in range(RESTARTS):
         draw = generator(0, "alignment/start", counter)
-        yield {group: torch.randperm(count, generator=draw) for group, count in symmetry.groups.items()}
+        yield {
+            group: torch.randperm(count, generator=draw, device="cpu")
+            for group, count in symmetry.groups.items()
+        }
 
 
 def _descended(
@@ -71,7 +74,7 @@ def _descended(
     names = list(symmetry.groups)
     for _ in range(SWEEPS):
         improved = False
-        for index in torch.randperm(len(names), generator=draw).tolist():
+        for index in torch.randperm(len(names), generator=draw, device="cpu").tolist():
             group = names[index]
             better = _better(symmetry, group, moved, target)
             if better is not None:
@@ -110,7 +113,7 @@ def _gain(uses: list[ChannelUse], source: Weights, target: Weights, count: int) 
         target[use.tensor].reshape(-1)[use.elements] @ source[use.tensor].reshape(-1)[use.elements].T
         for use in uses
     )
-    return reduce(torch.add, products, torch.zeros(count, count, dtype=torch.float64))
+    return reduce(torch.add, products, torch.zeros(count, count, dtype=torch.float64, device="cpu"))
 
 
 def _successive(symmetry: PermutationSymmetry, source: Weights, target: Weights) -> Permutations:

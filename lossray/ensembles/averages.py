@@ -50,6 +50,8 @@ def gaussian_samples(
 def _draws(seeds: Sequence[int], k: int, like: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Standard normal numbers [R, d] and [R, rank] of each run's own generator."""
     draws = [generator(seed, "ensembles/swag", k) for seed in seeds]
-    z1 = torch.stack([torch.randn(like.shape[1], generator=draw, dtype=torch.float64) for draw in draws])
-    z2 = torch.stack([torch.randn(rank, generator=draw, dtype=torch.float64) for draw in draws])
+    z1 = torch.stack(
+        [torch.randn(like.shape[1], generator=draw, device="cpu", dtype=torch.float64) for draw in draws]
+    )
+    z2 = torch.stack([torch.randn(rank, generator=draw, device="cpu", dtype=torch.float64) for draw in draws])
     return z1.to(like.device), z2.to(like.device)

@@ -158,7 +158,9 @@ def _displaced(bench: Bench, point: PackedWeights, distance: Tensor, number: int
     """Moved by a distance [R] in a random direction."""
     draws = [generator(seed, "ensembles/perturbation", number) for seed in bench.base_runs.seeds]
     dim = point.theta.shape[1]
-    noise = torch.stack([torch.randn(dim, generator=draw, dtype=torch.float64) for draw in draws])
+    noise = torch.stack(
+        [torch.randn(dim, generator=draw, device="cpu", dtype=torch.float64) for draw in draws]
+    )
     noise = torch.nn.functional.normalize(noise.to(distance.device), dim=1) * distance[:, None]
     return replace(point, theta=point.theta + noise.to(point.theta.dtype))
 

@@ -101,7 +101,7 @@ class Gauges:
         stack, train = bench.base_runs.stack, bench.base_runs.dataset.train
         dead = self._dead_units(point)
         before = largest_eigenvalue(bench.base_runs, point)
-        sigma = torch.full((len(bench.base_runs.seeds),), self.sigma, dtype=torch.float64)
+        sigma = torch.full((len(bench.base_runs.seeds),), self.sigma, dtype=torch.float64, device="cpu")
         trying = np.ones(len(sigma), dtype=bool)
         for trial in range(HALVINGS + 1):
             exact = self._diagonal(sigma, dead).to(point.theta.device)
@@ -179,7 +179,7 @@ class Gauges:
     def _too_steep(self, before: Tensor, after: Tensor) -> Tensor:
         """Whether the learning rate is unstable at D theta, [R]."""
         if self._limit is None:
-            return torch.zeros(len(after), dtype=torch.bool)
+            return torch.zeros(len(after), dtype=torch.bool, device="cpu")
         lr = self.bench.base_runs.optimizer.lr
         return (lr * after >= torch.clamp(WORSE * lr * before, min=self._limit)).cpu()
 
@@ -213,6 +213,7 @@ def dead_units(bench: Bench, symmetry: RescalingSymmetry, point: PackedWeights) 
         count(inputs),
         base_runs.dataset.n_outputs,
         generator=generator(0, "ensembles/dead units"),
+        device="cpu",
         dtype=torch.float64,
     ).to(point.theta)
     size = _at_once(point)
@@ -246,7 +247,10 @@ def largest_eigenvalue(base_runs: BaseRuns, point: PackedWeights) -> Tensor:
     hessian = PackedHessian(objective)
     draws = [
         torch.randn(
-            base_runs.stack.dim, generator=generator(seed, "ensembles/sharpness"), dtype=torch.float64
+            base_runs.stack.dim,
+            generator=generator(seed, "ensembles/sharpness"),
+            device="cpu",
+            dtype=torch.float64,
         )
         for seed in base_runs.seeds
     ]

@@ -33,7 +33,9 @@ def grow(bench: Bench, vertices: Sequence[PackedWeights], steps: int) -> PackedW
     fixed = torch.stack([vertex.theta for vertex in vertices])  # [V, R, d]
     middle = fixed.mean(dim=0)
     draws = [generator(seed, "ensembles/vertex", number) for seed in base_runs.seeds]
-    away = torch.stack([torch.randn(base_runs.stack.dim, generator=draw) for draw in draws]).to(middle)
+    away = torch.stack([torch.randn(base_runs.stack.dim, generator=draw, device="cpu") for draw in draws]).to(
+        middle
+    )
     length = START * torch.linalg.vector_norm(fixed[0], dim=1) / torch.linalg.vector_norm(away, dim=1)
     theta = middle + length[:, None] * away
     healthy = torch.stack([vertex.alive for vertex in vertices]).all(dim=0)
@@ -62,7 +64,10 @@ def uniform_shares(seeds: Sequence[int], count: int, number: int, draw: int) -> 
         [
             -torch.log1p(
                 -torch.rand(
-                    count, generator=generator(seed, f"ensembles/simplex{number}", draw), dtype=torch.float64
+                    count,
+                    generator=generator(seed, f"ensembles/simplex{number}", draw),
+                    device="cpu",
+                    dtype=torch.float64,
                 )
             )
             for seed in seeds

@@ -22,8 +22,12 @@ class GramSketch:
     def __init__(self, dim: int) -> None:
         generator = torch.Generator().manual_seed(SEED)
         self.width = min(dim, WIDTH)
-        self._signs = 2 * torch.randint(0, 2, (dim,), generator=generator, dtype=torch.float64) - 1
-        self._shifts = torch.randint(0, self.width, (-(-dim // self.width),), generator=generator).tolist()
+        self._signs = (
+            2 * torch.randint(0, 2, (dim,), generator=generator, device="cpu", dtype=torch.float64) - 1
+        )
+        self._shifts = torch.randint(
+            0, self.width, (-(-dim // self.width),), generator=generator, device="cpu"
+        ).tolist()
 
     def __call__(self, vectors: Tensor) -> Tensor:
         """The images [..., m] of ``vectors`` [..., d], float64."""

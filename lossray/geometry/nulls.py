@@ -105,8 +105,8 @@ class IsotropicNull:
 def layer_index(layout: Layout) -> Tensor:
     """Number of the layer of every coordinate, [d] int64."""
     owner = {name: i for i, names in enumerate(layers(layout).values()) for name in names}
-    counts = torch.tensor(layout.sizes)
-    return torch.repeat_interleave(torch.tensor([owner[name] for name in layout.names]), counts)
+    counts = torch.tensor(layout.sizes, device="cpu")
+    return torch.repeat_interleave(torch.tensor([owner[name] for name in layout.names], device="cpu"), counts)
 
 
 def layer_sums(values: Tensor, index: Tensor, count: int) -> Tensor:

@@ -239,9 +239,9 @@ def _filter_normalised(theta: Tensor, layout: Layout, random: torch.Generator) -
     parts = []
     pieces = layout.split(theta.double().cpu()).values()
     for weights, role in zip(pieces, layout.roles, strict=True):
-        drawn = torch.randn(weights.shape, generator=random, dtype=torch.float64)
+        drawn = torch.randn(weights.shape, generator=random, device="cpu", dtype=torch.float64)
         if role == "other":
-            parts.append(torch.zeros(weights.numel(), dtype=torch.float64))
+            parts.append(torch.zeros(weights.numel(), dtype=torch.float64, device="cpu"))
             continue
         filters = drawn.flatten(1)
         lengths = torch.linalg.vector_norm(filters, dim=1, keepdim=True)

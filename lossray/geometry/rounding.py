@@ -25,7 +25,9 @@ def shaken_spread(exact: Objective, theta: Tensor) -> Tensor:
     """
     losses = []
     for i in range(SHAKES):
-        noise = torch.randn(theta.shape[1], generator=generator(0, "rounding", i), dtype=torch.float64)
+        noise = torch.randn(
+            theta.shape[1], generator=generator(0, "rounding", i), device="cpu", dtype=torch.float64
+        )
         losses.append(mean_losses(exact, theta * (1 + EPS * noise.to(theta))))
     return torch.stack(losses).std(dim=0)
 

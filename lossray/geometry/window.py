@@ -178,12 +178,14 @@ class _Sums:
     """What a window keeps of one direction: sums over its steps, and a sketch of each."""
 
     def __init__(self, bases: Sequence[Tensor], sketch: GramSketch) -> None:
-        self.steps = torch.zeros((), dtype=torch.int64)  # [R] once there is a step, as are the squares
+        self.steps = torch.zeros(
+            (), dtype=torch.int64, device="cpu"
+        )  # [R] once there is a step, as are the squares
         self.bases = bases  # per frame [R, k, d]
         self.projected = [
             torch.zeros(basis.shape[:2], dtype=torch.float64, device=basis.device) for basis in bases
         ]
-        self.squares = torch.zeros(())  # [R, d]
+        self.squares = torch.zeros((), device="cpu")  # [R, d]
         self.sketches: list[Tensor] = []  # [R, steps, m] each
         self._sketch = sketch
         self._waiting: list[Tensor] = []

@@ -224,7 +224,7 @@ def _quadratures(
     scales, alive = None, None
     if spectra is not None:
         scales = [spectrum.scale if spectrum is not None else math.nan for spectrum in spectra]
-        alive = torch.tensor([spectrum is not None for spectrum in spectra])
+        alive = torch.tensor([spectrum is not None for spectrum in spectra], device="cpu")
     seeds = [point.pack.seeds[member.index] for member in members]
     return quadrature_counts(
         operator,

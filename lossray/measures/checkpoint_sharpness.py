@@ -105,11 +105,11 @@ def _batches(point: PackPoint) -> Iterator[PackedObjective]:
     train, settings = point.dataset.train, point.study.training
     n = len(train.targets)
     if takes_all(n, settings.batch_size):
-        drawn = [torch.arange(n)]
+        drawn = [torch.arange(n, device="cpu")]
     else:
         size = int(settings.batch_size)
         draws = [generator(0, "batch sharpness", i) for i in range(BATCHES)]
-        drawn = [torch.randperm(n, generator=draw)[:size] for draw in draws]
+        drawn = [torch.randperm(n, generator=draw, device="cpu")[:size] for draw in draws]
     for index in drawn:
         chosen = index.to(train.targets.device)
         yield PackedObjective(

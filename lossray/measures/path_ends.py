@@ -178,7 +178,7 @@ def _rescaled(site: PathSite, ends: PathEnds) -> PathEnds:
     data = (site.dataset.train.inputs, None)
     symmetry = rescaling_symmetry(site.stack.template, site.stack.layout, data)
     seeds = [stream(site.seed(run), "connectivity/rescaled") for _, run in site.pairs]
-    sigma = torch.full((len(seeds),), site.settings.sigma, dtype=torch.float64)
+    sigma = torch.full((len(seeds),), site.settings.sigma, dtype=torch.float64, device="cpu")
     diagonal = symmetry.diagonal(random_factors(seeds, symmetry.units, sigma=sigma)).to(ends.b.device)
     scaled = ends.b.double() * diagonal
     rounded = scaled.to(ends.b.dtype)

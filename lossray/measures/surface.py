@@ -83,7 +83,9 @@ class Surface(Summarised):
         """One row per point, with columns of the table `surfaces`."""
         import pandas as pd
 
-        i, j = torch.meshgrid(torch.arange(len(self.x)), torch.arange(len(self.y)), indexing="ij")
+        i, j = torch.meshgrid(
+            torch.arange(len(self.x), device="cpu"), torch.arange(len(self.y), device="cpu"), indexing="ij"
+        )
         x_norm, y_norm = torch.linalg.vector_norm(self.vectors, dim=0).tolist()
         accuracy = torch.full_like(self.loss, torch.nan) if self.accuracy is None else self.accuracy
         columns = {
@@ -200,7 +202,7 @@ def _ticks(points: int, span: float, marks: Sequence[float]) -> Tensor:
     units = [(2 * i - (points - 1)) / (points - 1) for i in range(points)]  # 0 exactly in the middle
     low, high = (min(marks), max(marks)) if marks else (-1.0, 1.0)
     half = span * (high - low) / 2 * (AROUND if marks else 1.0)
-    return torch.tensor([(low + high) / 2 + half * unit for unit in units], dtype=torch.float64)
+    return torch.tensor([(low + high) / 2 + half * unit for unit in units], dtype=torch.float64, device="cpu")
 
 
 # ---- the loss, and what its derivatives predict
@@ -219,7 +221,7 @@ def _hessian(objective: ModuleObjective) -> PackedHessian | LossrayError:
 def _derivatives(hessian: PackedHessian | LossrayError, vectors: Tensor) -> tuple[Tensor, Tensor, list[str]]:
     """Slope [2] and curvature [2, 2] along the axes [2, d]."""
     if isinstance(hessian, LossrayError):
-        unknown = torch.full((2, 2), torch.nan, dtype=torch.float64)
+        unknown = torch.full((2, 2), torch.nan, dtype=torch.float64, device="cpu")
         return unknown[0], unknown, [f"no slope and curvature: {hessian}"]
     norms = torch.linalg.vector_norm(vectors, dim=1)
     units = vectors / norms[:, None]  # which do not overflow in float32
@@ -232,7 +234,10 @@ def _derivatives(hessian: PackedHessian | LossrayError, vectors: Tensor) -> tupl
 def _evaluated(objective: ModuleObjective, grid: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor | None]:
     """Losses [P] and accuracies [P] at the places [P, 2] of a plane; the data are read once."""
     theta = objective.theta.detach()[0].double()
-    losses, right = torch.zeros(len(grid), dtype=torch.float64), torch.zeros(len(grid), dtype=torch.float64)
+    losses, right = (
+        torch.zeros(len(grid), dtype=torch.float64, device="cpu"),
+        torch.zeros(len(grid), dtype=torch.float64, device="cpu"),
+    )
     counted, classes = 0, True
     with exact_products(objective.device, recurrent=objective.recurrent), torch.no_grad():
         for part in _parts(objective):

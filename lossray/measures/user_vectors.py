@@ -82,7 +82,7 @@ def _in_order(given: Sequence[Any], model: nn.Module, layout: Layout, name: str)
     if all(piece is None for piece in given):
         raise StudyError(f"{name}: found nothing but None; call backward() first")
     return [
-        torch.zeros(shape) if piece is None else _checked(piece, shape, f"{name}: {key!r}")
+        torch.zeros(shape, device="cpu") if piece is None else _checked(piece, shape, f"{name}: {key!r}")
         for piece, key, shape in zip(given, layout.names, layout.shapes, strict=True)
     ]
 

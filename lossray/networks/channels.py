@@ -67,7 +67,7 @@ class Channels:
         times, rest = divmod(size, self.count)
         if self.axis == "channel" or rest or (self.axis == "last" and times != 1):
             return None
-        channels = torch.arange(self.count)
+        channels = torch.arange(self.count, device="cpu")
         return channels.repeat(times) if self.axis == "tiles" else channels.repeat_interleave(times)
 
 
@@ -137,7 +137,7 @@ def layer(walk: Walk, node: Node, value: Channels | None) -> Channels:
         else:
             walk.uses.append((value.group, WeightUse(weight, sources.expand_as(weight), True)))
     count = len(weight)
-    rows = torch.arange(count)
+    rows = torch.arange(count, device="cpu")
     group = walk.new(node, count, (weight, rows.view(shape).expand_as(weight)), (module.bias, rows))
     walk.units.add(group)
     if isinstance(module, nn.Linear):
@@ -156,8 +156,13 @@ def _conv_sources(layer: nn.modules.conv._ConvNd, value: Channels) -> Tensor | N
     if (value.axis, value.spatial, value.count) != ("channel", spatial, layer.in_channels):
         return None
     per_group = layer.in_channels // layer.groups
-    first = torch.arange(layer.groups).repeat_interleave(layer.out_channels // layer.groups) * per_group
-    return (first[:, None] + torch.arange(per_group)).view(*layer.weight.shape[:2], *(1,) * spatial)
+    first = (
+        torch.arange(layer.groups, device="cpu").repeat_interleave(layer.out_channels // layer.groups)
+        * per_group
+    )
+    return (first[:, None] + torch.arange(per_group, device="cpu")).view(
+        *layer.weight.shape[:2], *(1,) * spatial
+    )
 
 
 def flattened(value: Channels) -> Channels:

@@ -41,7 +41,9 @@ class NoiseTape:
     def draw(self, calls: Sequence[Call], key: int, dtype: torch.dtype) -> list[Tensor]:
         """The masks of one member: Bernoulli(1 - p) / (1 - p), from a CPU generator seeded with ``key``."""
         generator = torch.Generator().manual_seed(key)
-        masks = [(torch.empty(shape).bernoulli_(1 - p, generator=generator), p) for shape, p in calls]
+        masks = [
+            (torch.empty(shape, device="cpu").bernoulli_(1 - p, generator=generator), p) for shape, p in calls
+        ]
         return [mask.to(dtype) / (1 - p) if p < 1 else mask.to(dtype) for mask, p in masks]
 
     def apply(self, x: Tensor, shape: torch.Size, p: float) -> Tensor:

@@ -135,4 +135,4 @@ def _moved(tensor: Tensor, draw: torch.Generator) -> Tensor:
 
 
 def _normal(tensor: Tensor, draw: torch.Generator) -> Tensor:
-    return torch.randn(tensor.shape, generator=draw, dtype=torch.float64).to(tensor)
+    return torch.randn(tensor.shape, generator=draw, device="cpu", dtype=torch.float64).to(tensor)

@@ -99,7 +99,7 @@ def _norm(walk: Walk, node: Node, value: Channels | None, axes: int | None) -> C
         return None
     axis, spatial = normed
     count = len(weight)
-    channels = torch.arange(count).view(-1, *(1 for _ in weight.shape[1:])).expand_as(weight)
+    channels = torch.arange(count, device="cpu").view(-1, *(1 for _ in weight.shape[1:])).expand_as(weight)
     group = walk.new(node, count, (weight, channels), (bias, channels))
     return Channels(group, count, axis, spatial)
 

@@ -165,7 +165,7 @@ def ignores_one_logit(loss: Callable[[Tensor], Tensor], outputs: object) -> bool
     """
     if not isinstance(outputs, Tensor) or not outputs.is_floating_point() or not is_one_logit(outputs):
         return False
-    random = torch.randn(outputs.shape, generator=generator(0, "outputs"), dtype=torch.float64)
+    random = torch.randn(outputs.shape, generator=generator(0, "outputs"), device="cpu", dtype=torch.float64)
     with torch.no_grad():
         changed = outputs + (10 * (1 + outputs.abs().max()) * random.to(outputs.device)).to(outputs.dtype)
         return bool(loss(outputs) == 0) and bool(loss(changed) == 0)

@@ -191,7 +191,9 @@ def permuted(
 
 def _drawn(symmetry: PermutationSymmetry, draw: torch.Generator) -> dict[str, Tensor]:
     """A random permutation of each group."""
-    return {name: torch.randperm(count, generator=draw) for name, count in symmetry.groups.items()}
+    return {
+        name: torch.randperm(count, generator=draw, device="cpu") for name, count in symmetry.groups.items()
+    }
 
 
 def _moved(tensor: Tensor, elements: Tensor, permutation: Tensor) -> Tensor:
@@ -217,9 +219,9 @@ def _checked(name: str, given: Permutation, count: int) -> Tensor:
     try:
         values = torch.as_tensor(given).detach().cpu()
     except (TypeError, ValueError, RuntimeError):
-        values = torch.empty(0)
+        values = torch.empty(0, device="cpu")
     whole = not values.is_floating_point() and not values.is_complex()
-    if not whole or not torch.equal(values.long().sort().values, torch.arange(count)):
+    if not whole or not torch.equal(values.long().sort().values, torch.arange(count, device="cpu")):
         raise ModelError(
             f"permute, permutation of {name!r}: found {given!r}; allowed: each of 0 to {count - 1} once"
         )
@@ -305,7 +307,7 @@ def _shared_by_all(module: nn.Module | None, value: Channels) -> bool:
 def _channels_of(tensor: Tensor, value: Channels) -> Tensor | None:
     """The channel of each element of a tensor that multiplies, or is added to, the value."""
     if value.axis == "channel":
-        channels = torch.arange(value.count).view(-1, *(1 for _ in tensor.shape[1:]))
+        channels = torch.arange(value.count, device="cpu").view(-1, *(1 for _ in tensor.shape[1:]))
         return channels.expand_as(tensor) if len(tensor) == value.count else None
     along = value.along(tensor.shape[-1])
     return None if along is None else along.expand_as(tensor)

@@ -19,6 +19,9 @@ def random_factors(seeds: Sequence[int], units: int, *, sigma: Tensor, powers_of
         powers_of_two: round each factor to the nearest power of two. Then nothing is rounded where weights
             are multiplied by it, and the rescaled network computes the same outputs bit for bit.
     """
-    draws = [torch.randn(units, generator=generator(seed, "gauge"), dtype=torch.float64) for seed in seeds]
+    draws = [
+        torch.randn(units, generator=generator(seed, "gauge"), device="cpu", dtype=torch.float64)
+        for seed in seeds
+    ]
     octaves = sigma[:, None] * torch.stack(draws) / math.log(2)
     return torch.exp2(octaves.round() if powers_of_two else octaves)

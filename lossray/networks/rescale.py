@@ -56,7 +56,7 @@ def rescale(model: nn.Module, factors: Mapping[str, Factors], data: Any = None) 
         raise ModelError(
             f"rescale, factors: found {type(factors).__name__}; allowed: a dict, hidden layer to factors"
         )
-    alpha = torch.ones(symmetry.units, dtype=torch.float64)
+    alpha = torch.ones(symmetry.units, dtype=torch.float64, device="cpu")
     for name, given in factors.items():
         if name not in symmetry.groups:
             raise ModelError(f"rescale, hidden layer: {unknown_name(str(name), symmetry.groups)}")

@@ -113,8 +113,8 @@ def _takes(model: nn.Module, inputs: Tensor) -> bool:
 
 def _made(shape: tuple[int, ...], highest: int | None, draw: torch.Generator, device: torch.device) -> Tensor:
     if highest is not None:
-        return torch.randint(0, highest, (ROWS, *shape), generator=draw).to(device)
-    return torch.randn(ROWS, *shape, generator=draw, dtype=torch.float64).to(device)
+        return torch.randint(0, highest, (ROWS, *shape), generator=draw, device="cpu").to(device)
+    return torch.randn(ROWS, *shape, generator=draw, device="cpu", dtype=torch.float64).to(device)
 
 
 Shapes = Iterable[tuple[int, ...]]  # of one example

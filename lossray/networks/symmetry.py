@@ -46,7 +46,7 @@ class RescalingSymmetry:
 
     def kernel_signs(self, units: slice = slice(None)) -> Tensor:
         """The diagonals of K_j, +1 on incoming, -1 on outgoing coordinates, [units, d] int8."""
-        numbers = torch.arange(self.units)[units, None].to(self.incoming.device)
+        numbers = torch.arange(self.units, device="cpu")[units, None].to(self.incoming.device)
         return (self.incoming == numbers).to(torch.int8) - (self.outgoing == numbers).to(torch.int8)
 
     def kernel_vectors(self, theta: Tensor, units: slice = slice(None)) -> Tensor:
@@ -106,10 +106,10 @@ def rescaling_symmetry(model: nn.Module, layout: Layout, data: Any = None) -> Re
     seen = observe(model, data)
     hidden = hidden_groups(model, seen)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    starts = torch.tensor([0, *layout.sizes]).cumsum(0).tolist()
+    starts = torch.tensor([0, *layout.sizes], device="cpu").cumsum(0).tolist()
     offsets = {id(parameter): start for parameter, start in zip(trainable, starts, strict=False)}
-    incoming = torch.full((layout.dim,), -1)
-    outgoing = torch.full((layout.dim,), -1)
+    incoming = torch.full((layout.dim,), -1, device="cpu")
+    outgoing = torch.full((layout.dim,), -1, device="cpu")
     groups: dict[str, slice] = {}
     units = 0
     for group in hidden:
@@ -120,7 +120,9 @@ def rescaling_symmetry(model: nn.Module, layout: Layout, data: Any = None) -> Re
         groups[group.name] = slice(units, units + group.count)
         units += group.count
     symmetry = RescalingSymmetry(units, incoming, outgoing, groups, seen)
-    tried = torch.randn(units, generator=generator(0, "tried factors"), dtype=torch.float64).exp()
+    tried = torch.randn(
+        units, generator=generator(0, "tried factors"), device="cpu", dtype=torch.float64
+    ).exp()
     seen.require_kept(model, lambda module: rescaled(module, symmetry, tried))
     return symmetry
 

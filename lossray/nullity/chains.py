@@ -132,7 +132,7 @@ def _bends(node: Node) -> bool:
 
     One with straight pieces, such as ReLU6 or ELU, may be flat or linear at random weights and not here.
     """
-    points = torch.linspace(-4, 4, 801, dtype=torch.float64)
+    points = torch.linspace(-4, 4, 801, dtype=torch.float64, device="cpu")
     with torch.no_grad():
         straight = node.function(points).diff(n=2).abs() < STRAIGHT
     return not bool((straight[1:] & straight[:-1]).any())

@@ -249,7 +249,7 @@ def gram_counts(objective: PackedObjective) -> list[list[Count]]:
     for r in range(objective.theta.shape[0]):
         factor = _factor(objective, r)
         values = torch.linalg.eigvalsh(factor @ factor.T)
-        full = torch.zeros(max(dim, len(values)), dtype=torch.float64)
+        full = torch.zeros(max(dim, len(values)), dtype=torch.float64, device="cpu")
         full[: len(values)] = values.cpu()
         full = full[full.abs().argsort()][-dim:]
         scale = float(full[-1].abs())

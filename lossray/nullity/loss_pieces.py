@@ -44,7 +44,7 @@ def _is_continuous(field: Callable[[Tensor], Tensor], n: int, device: torch.devi
     """Whether ``field`` [N, m] of the times [N] has no jump in [0, 1]."""
     grid = torch.linspace(0, 1, POINTS, dtype=torch.float64, device=device)
     before = field(grid[0].expand(n))
-    least, most, largest = before.clone(), before.clone(), torch.full((n,), -1.0).to(before)
+    least, most, largest = before.clone(), before.clone(), torch.full((n,), -1.0, device="cpu").to(before)
     low, first, last = torch.zeros_like(largest), before.clone(), before.clone()
     for time in grid[1:]:
         after = field(time.expand(n))

@@ -52,7 +52,7 @@ class FrozenNetwork(nn.Module):
         random = generator(draw, "generic weights")
         with torch.no_grad():
             for parameter in self.parameters():
-                values = torch.randn(parameter.shape, generator=random, dtype=torch.float64)
+                values = torch.randn(parameter.shape, generator=random, device="cpu", dtype=torch.float64)
                 fan_in = parameter[0].numel() if parameter.ndim > 1 else 1
                 parameter.copy_(values / math.sqrt(fan_in))
             self._rescale(basis, scale)

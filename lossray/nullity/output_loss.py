@@ -220,7 +220,9 @@ def _stays(output_loss: OutputLoss, bases: Sequence[Tensor], shifts: Sequence[Te
     """Whether the gradient is the same after finite shifts, next to what other changes of that size do."""
     if not shifts:
         return True
-    weights = torch.randn(len(shifts), generator=generator(0, "shifts"), dtype=torch.float64).tolist()
+    weights = torch.randn(
+        len(shifts), generator=generator(0, "shifts"), device="cpu", dtype=torch.float64
+    ).tolist()
     shift = sum(weight * one for weight, one in zip(weights, shifts, strict=True))
     assert isinstance(shift, Tensor)
     random = noise_like(bases[0], 6)
@@ -239,7 +241,9 @@ def _stays(output_loss: OutputLoss, bases: Sequence[Tensor], shifts: Sequence[Te
 
 def noise_like(like: Tensor, draw: int) -> Tensor:
     """Random numbers of the shape of ``like``."""
-    values = torch.randn(like.shape, generator=generator(draw, "random outputs"), dtype=torch.float64)
+    values = torch.randn(
+        like.shape, generator=generator(draw, "random outputs"), device="cpu", dtype=torch.float64
+    )
     return values.to(like.device)
 
 

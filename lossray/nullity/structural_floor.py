@@ -209,7 +209,7 @@ def null_vectors(model: nn.Module, data: Any, loss: Loss) -> Tensor:
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     dim = sum(p.numel() for _, p in trainable)
     last = _last_linear(graph_of(model))
-    rows = [torch.zeros(0, dim, dtype=torch.float64)]
+    rows = [torch.zeros(0, dim, dtype=torch.float64, device="cpu")]
     if last is None or not _gives(model, last, inputs, outputs):
         return rows[0]
     start = 0
@@ -217,7 +217,7 @@ def null_vectors(model: nn.Module, data: Any, loss: Loss) -> Tensor:
         if parameter is last.bias:
             directions = ignored.common.cpu()
         elif parameter is last.weight:
-            features = torch.eye(parameter.shape[1], dtype=torch.float64)
+            features = torch.eye(parameter.shape[1], dtype=torch.float64, device="cpu")
             directions = torch.einsum("uc,ij->uicj", ignored.each.cpu(), features).reshape(
                 -1, parameter.numel()
             )

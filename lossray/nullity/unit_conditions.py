@@ -86,7 +86,7 @@ def _gated_inputs(layers: Sequence[Layer], i: int, inputs: Tensor, pattern: Patt
     x, random = inputs, generator(draw, "structural floor", i)
     for layer in layers[:i]:
         weights = {
-            name: torch.randn(p.shape, generator=random, dtype=torch.float64).to(p.device)
+            name: torch.randn(p.shape, generator=random, device="cpu", dtype=torch.float64).to(p.device)
             for name, p in layer.module.named_parameters()
         }
         weights["weight"] /= math.sqrt(weights["weight"][0].numel())

@@ -88,7 +88,7 @@ def derivative_errors(objective: Objective, makers: Sequence[TrialMaker]) -> Ten
     first = next(iter(exact.batches()))
     for r in (~objective.dead).nonzero().flatten().tolist():
         differences = [_told(objective.member(r), exact.member(r), first, maker) for maker in makers]
-        errors[r] = torch.tensor(differences).max()  # NaN stays NaN
+        errors[r] = torch.tensor(differences, device="cpu").max()  # NaN stays NaN
     return errors
 
 
@@ -185,7 +185,7 @@ def _few(objective: Objective, batch: Batch, count: int) -> Batch:
     """A few examples of a batch, or all of one that cannot be divided."""
     if batch.size is None:
         return replace(batch, share=1.0)
-    indices = torch.linspace(0, batch.size - 1, min(batch.size, CONSIDERED)).round().long()
+    indices = torch.linspace(0, batch.size - 1, min(batch.size, CONSIDERED), device="cpu").round().long()
     considered = batch.pick(indices.to(objective.device))
     return replace(representative(considered, max(2, count) if objective.coupled else count), share=1.0)
 
@@ -277,7 +277,9 @@ def _ahead(point: Tensor, step: float, direction: Tensor) -> Tensor:
 
 
 def _direction(point: Tensor, seed: int) -> Tensor:
-    noise = torch.randn(point.shape, generator=generator(seed, "derivative"), dtype=torch.float64)
+    noise = torch.randn(
+        point.shape, generator=generator(seed, "derivative"), device="cpu", dtype=torch.float64
+    )
     direction: Tensor = (noise / torch.linalg.vector_norm(noise)).to(point)
     return direction
 

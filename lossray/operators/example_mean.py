@@ -156,7 +156,7 @@ def _of_model(objective: Objective, theta: Tensor, batch: Batch) -> Difference:
 
 def _moved(theta: Tensor) -> Tensor:
     """Generic parameters near ``theta``."""
-    noise = torch.randn(theta.shape, generator=generator(0, "elsewhere"), dtype=torch.float64)
+    noise = torch.randn(theta.shape, generator=generator(0, "elsewhere"), device="cpu", dtype=torch.float64)
     return theta.detach() + 0.1 * _scale(theta) * noise.to(theta)
 
 
@@ -183,7 +183,7 @@ def _of_loss(objective: Objective, batch: Batch) -> list[Difference]:
     except ModelError:
         return []
     n = batch.size or 0
-    shuffled = torch.randperm(n, generator=generator(0, "parts")).to(objective.device)
+    shuffled = torch.randperm(n, generator=generator(0, "parts"), device="cpu").to(objective.device)
     orders = (torch.arange(n, device=objective.device), shuffled)
     results = [_of_outputs(objective, outputs, batch, order) for order in orders]
     if not results[0].informative:
@@ -236,7 +236,9 @@ def _difference(
 
     The vector is as long as the point is, so that all three are changes of the loss by their size.
     """
-    noise = torch.randn(point.shape, generator=generator(0, "example mean"), dtype=torch.float64)
+    noise = torch.randn(
+        point.shape, generator=generator(0, "example mean"), device="cpu", dtype=torch.float64
+    )
     direction = _scale(point) * noise.to(point)
     length = float(torch.linalg.vector_norm(direction.double()))
     derivatives, dtype = _derivatives(whole, point, direction)

@@ -332,7 +332,7 @@ class ModuleObjective:
                 "one batch, or train=False"
             )
         for loss in first:
-            require_finite_loss(self, torch.tensor(loss))
+            require_finite_loss(self, torch.tensor(loss, device="cpu"))
         self._pass = 2
         second, _, _ = self._survey()
         self._pass = 0
@@ -382,7 +382,7 @@ class ModuleObjective:
 
     def _compare(self, first: list[float], second: list[float]) -> None:
         """Refuse losses that differ from one evaluation to the next."""
-        a, b = torch.tensor(first), torch.tensor(second)
+        a, b = torch.tensor(first, device="cpu"), torch.tensor(second, device="cpu")
         if a.shape == b.shape and torch.allclose(a, b, rtol=SAME_LOSS, atol=0, equal_nan=True):
             return
         layers = _random_layers(self._model, train=self.train)

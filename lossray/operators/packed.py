@@ -203,7 +203,9 @@ class ObjectiveOperator:
 
     def _keep_linearized(self) -> None:
         """Linearise, and go on with double backward where that fails or disagrees."""
-        probe = torch.randn(self.shape, generator=generator(0, "linearized"), dtype=torch.float64)
+        probe = torch.randn(
+            self.shape, generator=generator(0, "linearized"), device="cpu", dtype=torch.float64
+        )
         block = probe[:, None].to(self.device, self.dtype)
         make_piece = type(self).make_piece
         expected = self._sum(_pieces(self.objective, make_piece, self._size), block)
@@ -217,7 +219,7 @@ class ObjectiveOperator:
         except Exception as error:  # torch.func fails in many ways, with no common type
             if is_out_of_memory(error):
                 raise
-            agrees = torch.zeros(1, dtype=torch.bool)
+            agrees = torch.zeros(1, dtype=torch.bool, device="cpu")
         if not bool(agrees.all()):
             self._kept = None
             self.mode = plan_products(self.objective, "auto", make_piece).mode

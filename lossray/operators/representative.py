@@ -74,9 +74,9 @@ def _order(batch: Batch) -> tuple[Rows, Rows]:
 def _row_sums(leaf: Tensor, random: torch.Generator | None) -> NDArray[np.float64]:
     """The sum of each example's numbers [N], or of their products with random ones."""
     rows = leaf.detach().reshape(len(leaf), leaf[0].numel() if len(leaf) else 0)
-    factors = torch.ones(rows.shape[1], dtype=torch.float64)
+    factors = torch.ones(rows.shape[1], dtype=torch.float64, device="cpu")
     if random is not None:
-        factors = torch.randn(rows.shape[1], generator=random, dtype=torch.float64)
+        factors = torch.randn(rows.shape[1], generator=random, device="cpu", dtype=torch.float64)
     parts = [(part.cpu().double().nan_to_num() * factors).sum(dim=1) for part in rows.split(ROWS_AT_ONCE)]
     return torch.cat(parts).numpy()
 
@@ -95,12 +95,12 @@ def _one_of_each_value(batch: Batch) -> Rows:
 
 def _first_rows(leaf: Tensor, low: int, width: int) -> list[int]:
     """The first row with each of the values from ``low``, rare values first."""
-    first = torch.full((width,), len(leaf), dtype=torch.int64)
-    counts = torch.zeros(width, dtype=torch.int64)
+    first = torch.full((width,), len(leaf), dtype=torch.int64, device="cpu")
+    counts = torch.zeros(width, dtype=torch.int64, device="cpu")
     start = 0
     for part in leaf.detach().reshape(len(leaf), -1).split(ROWS_AT_ONCE):
         values = part.cpu().long() - low
-        numbers = torch.arange(start, start + len(part))[:, None].expand_as(values)
+        numbers = torch.arange(start, start + len(part), device="cpu")[:, None].expand_as(values)
         first.scatter_reduce_(0, values.flatten(), numbers.flatten(), "amin")
         counts += torch.bincount(values.flatten(), minlength=width)
         start += len(part)

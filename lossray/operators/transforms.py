@@ -199,7 +199,10 @@ def select_parameters(layout: Layout, names: Iterable[str]) -> list[int]:
 def _positions(layout: Layout, chosen: Sequence[int]) -> Tensor:
     """Places of the chosen parameters' elements on the last axis of theta."""
     starts = [sum(layout.sizes[:i]) for i in chosen]
-    parts = [torch.arange(start, start + layout.sizes[i]) for start, i in zip(starts, chosen, strict=True)]
+    parts = [
+        torch.arange(start, start + layout.sizes[i], device="cpu")
+        for start, i in zip(starts, chosen, strict=True)
+    ]
     return torch.cat(parts)
 
 

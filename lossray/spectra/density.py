@@ -131,8 +131,13 @@ class PackedDensity:
         if self.others:
             sums = (sums + self.others[0].sums(*functions)) / 2
         estimate = jackknife(sums, of, exact=self.exact)
-        off = torch.tensor(slopes or [0.0] * len(functions)).to(sums) * self.deflation_error[:, None]
-        signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=len(functions)))).to(sums)
+        off = (
+            torch.tensor(slopes or [0.0] * len(functions), device="cpu").to(sums)
+            * self.deflation_error[:, None]
+        )
+        signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=len(functions))), device="cpu").to(
+            sums
+        )
         means += [sums.mean(dim=1) + sign * off for sign in signs]
         errors = torch.stack([(of(mean) - estimate.value).abs() for mean in means])
         rules = errors[: -len(signs)].amax(dim=0)
@@ -292,7 +297,9 @@ def _samples(rows: Sequence[Array | None]) -> Tensor:
     n = max((len(row) for row in rows if row is not None), default=1)
     return torch.stack(
         [
-            torch.full((n,), float("nan"), dtype=torch.float64) if row is None else torch.from_numpy(row)
+            torch.full((n,), float("nan"), dtype=torch.float64, device="cpu")
+            if row is None
+            else torch.from_numpy(row)
             for row in rows
         ]
     )
@@ -317,7 +324,7 @@ def _measure(rules: Sequence[_Rule | None], dim: int) -> tuple[Tensor | None, Te
 def _padded(nodes: Tensor | None, weights: Tensor | None, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Filled up with copies of the last node, of weight 0; NaN where there is nothing."""
     if nodes is None or weights is None:
-        missing = torch.full(shape, float("nan"), dtype=torch.float64)
+        missing = torch.full(shape, float("nan"), dtype=torch.float64, device="cpu")
         return missing, missing
     extra = shape[1] - nodes.shape[1]
     return (

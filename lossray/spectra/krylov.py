@@ -187,7 +187,9 @@ class KrylovBases:
         n_sound = int((sizes > noise).sum())
         sizes[n_sound:] = 0
         draws = generator(self.seeds[r], "replacement", draw)
-        fresh = torch.randn(len(sizes) - n_sound, self.dim, dtype=torch.float64, generator=draws)
+        fresh = torch.randn(
+            len(sizes) - n_sound, self.dim, dtype=torch.float64, generator=draws, device="cpu"
+        )
         rows = fresh.to(block.device)
         basis = torch.cat([self.occupied(r), block[r, :n_sound]])
         for _ in range(2):

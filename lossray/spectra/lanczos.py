@@ -359,7 +359,7 @@ class KrylovPass:
 
     def _random(self, r: int, round_index: int, size: int) -> Tensor:
         draws = generator(self.members[r].seed, "lanczos", round_index)
-        vectors = torch.randn(size, self.bases.dim, dtype=torch.float64, generator=draws)
+        vectors = torch.randn(size, self.bases.dim, dtype=torch.float64, generator=draws, device="cpu")
         return vectors.to(self.operator.device)
 
     def _block_size(self) -> int:

@@ -163,9 +163,9 @@ def histogram(density: "SpectralDensity", bins: int = BINS) -> list[str]:
     if not high > low:
         return [f"{low:11.4g}  all {density.dim:,}"]
     indices = ((nodes - low) / (high - low) * bins).long().clamp(0, bins - 1)
-    shares = torch.zeros(bins, dtype=torch.float64).index_add(0, indices.cpu(), weights.cpu())
+    shares = torch.zeros(bins, dtype=torch.float64, device="cpu").index_add(0, indices.cpu(), weights.cpu())
     counts = (density.dim * shares).tolist()
-    edges = torch.linspace(low, high, bins + 1, dtype=torch.float64).tolist()
+    edges = torch.linspace(low, high, bins + 1, dtype=torch.float64, device="cpu").tolist()
     scale = WIDTH / math.log1p(max(counts))
     bars = ["#" * round(scale * math.log1p(count)) for count in counts]
     return [

@@ -100,5 +100,7 @@ def packed_trace(
 
 def _probes(space: Tensor, n: int, seed: int) -> Tensor:
     """Independent vectors [n, d], uniform on the unit sphere outside ``space`` [q, d]."""
-    draws = torch.randn(n, space.shape[1], dtype=torch.float64, generator=generator(seed, "trace"))
+    draws = torch.randn(
+        n, space.shape[1], dtype=torch.float64, generator=generator(seed, "trace"), device="cpu"
+    )
     return outside(draws.to(space.device), space)

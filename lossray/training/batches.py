@@ -48,7 +48,7 @@ def batch_indices(seed: int, step: int, n: int, batch_size: BatchSize) -> Tensor
     batch takes all examples, they come in their own order.
     """
     if takes_all(n, batch_size):
-        return torch.arange(n)
+        return torch.arange(n, device="cpu")
     return _pack_indices((seed,), step, n, int(batch_size))[0]
 
 
@@ -61,7 +61,9 @@ def _pack_indices(seeds: tuple[int, ...], step: int, n: int, batch_size: int) ->
 @lru_cache(maxsize=2)  # the epoch in training, and one that an analysis asks for
 def _epoch_orders(seeds: tuple[int, ...], epoch: int, n: int) -> Tensor:
     """The permutations of one epoch, [R, n]."""
-    return torch.stack([torch.randperm(n, generator=generator(seed, "order", epoch)) for seed in seeds])
+    return torch.stack(
+        [torch.randperm(n, generator=generator(seed, "order", epoch), device="cpu") for seed in seeds]
+    )
 
 
 def next_minibatch(

@@ -91,7 +91,7 @@ def keeps_function(
     if bool(kept.all()):
         return kept
     draw = generator(0, "function change")
-    noise = eps * torch.randn(theta.shape, generator=draw, dtype=torch.float64).to(theta.device)
+    noise = eps * torch.randn(theta.shape, generator=draw, device="cpu", dtype=torch.float64).to(theta.device)
     noisy = output_change(stack, theta.double(), theta.double() * (1 + noise), double, some)
     return kept | (change <= (ROUNDINGS * noisy).clamp(max=LARGEST_NOISE))
 

@@ -38,7 +38,7 @@ class Lion(torch.optim.Optimizer):
     @staticmethod
     def _step_one(parameter: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
         if not state:
-            state["step"] = torch.tensor(0.0)
+            state["step"] = torch.tensor(0.0, device="cpu")
             state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         beta1, beta2 = group["betas"]
         state["step"] += 1

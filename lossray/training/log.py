@@ -47,12 +47,12 @@ class LogShape:
 
     def columns(self, steps: Sequence[int], rates: Sequence[float], rows: Sequence[Row]) -> dict[str, Tensor]:
         """`step` and `examples_seen` (before the step) [n] int64, `lr` [n] and the others [n, R] float64."""
-        counts = torch.tensor(steps, dtype=torch.int64)
+        counts = torch.tensor(steps, dtype=torch.int64, device="cpu")
         lists = {name: [row.get(name, self.nothing) for row in rows] for name in MEASURED + EVALUATED}
         empty = self.nothing.new_empty(0, len(self.nothing))
         return {
             "step": counts,
             "examples_seen": counts * self.batch,
-            "lr": torch.tensor(rates, dtype=torch.float64),
+            "lr": torch.tensor(rates, dtype=torch.float64, device="cpu"),
             **{name: torch.stack(values) if values else empty for name, values in lists.items()},
         }

@@ -128,7 +128,7 @@ def read_optimizer(
 
 def _read(pieces: Sequence[_Piece], step: int) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     notes = [_maximising()] if any(piece.group.get("maximize") for piece in pieces) else []
-    state = {RATE: torch.tensor(max(_rates(pieces, "lr")), dtype=torch.float64)}
+    state = {RATE: torch.tensor(max(_rates(pieces, "lr")), dtype=torch.float64, device="cpu")}
     for name, value in ((MOMENTUM, _momentum(pieces)), (SCALE, _scale(pieces))):
         if isinstance(value, str):
             notes.append(value)
@@ -138,7 +138,7 @@ def _read(pieces: Sequence[_Piece], step: int) -> tuple[dict[str, Tensor], tuple
     if isinstance(threshold, str):
         notes.append(threshold)
     elif threshold is not None:
-        state[THRESHOLD] = torch.tensor(threshold, dtype=torch.float64)
+        state[THRESHOLD] = torch.tensor(threshold, dtype=torch.float64, device="cpu")
     waiting = [piece.name for piece in pieces if not piece.state]
     if SCALE in state and 0 < len(waiting) < len(pieces) and callable(OPTIMIZERS[pieces[0].entry].scale):
         notes.append(f"{_some(waiting, pieces)} without a step so far, and counted as not moved")

@@ -239,7 +239,9 @@ def _checkpoint(
     finite = all(bool(torch.isfinite(tensor).all()) for tensor in parameters.values())
     state = dict(reading.state) if reading else {}
     lr = rate(optimizer) if optimizer is not None else None
-    rates = torch.tensor([torch.nan if lr is None else state.get(RATE, lr)], dtype=torch.float64)
+    rates = torch.tensor(
+        [torch.nan if lr is None else state.get(RATE, lr)], dtype=torch.float64, device="cpu"
+    )
     return Checkpoint(
         pack_id=recording.run,
         step=step,
@@ -247,11 +249,11 @@ def _checkpoint(
         parameters={name: tensor[None] for name, tensor in parameters.items()},
         buffers={name: tensor[None] for name, tensor in buffers.items()},
         optimizer=state,
-        alive=torch.tensor([finite]),
-        diverged_at=torch.tensor([-1 if finite else step]),
-        initial_loss=torch.tensor([torch.nan], dtype=torch.float64),
+        alive=torch.tensor([finite], device="cpu"),
+        diverged_at=torch.tensor([-1 if finite else step], device="cpu"),
+        initial_loss=torch.tensor([torch.nan], dtype=torch.float64, device="cpu"),
         evaluation={},
-        log={"step": torch.tensor([step]), "lr": rates},
+        log={"step": torch.tensor([step], device="cpu"), "lr": rates},
         seconds=0.0,
     )
 

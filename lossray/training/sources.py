@@ -117,7 +117,7 @@ def _on_grid(values: Array) -> Array:
 
 def _normal(settings: GaussiansSettings, purpose: str, *shape: int) -> Array:
     draws = torch.randn(
-        shape, generator=generator(settings.seed, f"gaussians/{purpose}"), dtype=torch.float64
+        shape, generator=generator(settings.seed, f"gaussians/{purpose}"), device="cpu", dtype=torch.float64
     )
     return _on_grid(draws.numpy())
 

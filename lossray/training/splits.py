@@ -127,4 +127,4 @@ def _path(
 
 
 def _permutation(n: int, seed: int, label: int) -> Indices:
-    return torch.randperm(n, generator=generator(seed, "split", label)).numpy()
+    return torch.randperm(n, generator=generator(seed, "split", label), device="cpu").numpy()

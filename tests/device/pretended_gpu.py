@@ -359,7 +359,7 @@ ANSWERS: dict[str, Callable[..., Any]] = {
     "reset_peak_memory_stats": lambda device=None: None,
     "manual_seed": lambda seed: None,
     "manual_seed_all": lambda seed: None,
-    "get_rng_state": lambda device=None: torch.zeros(8, dtype=torch.uint8),
+    "get_rng_state": lambda device=None: torch.zeros(8, dtype=torch.uint8, device="cpu"),
     "set_rng_state": lambda state, device=None: None,
     "synchronize": lambda device=None: None,
     "empty_cache": lambda: None,

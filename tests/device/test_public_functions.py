@@ -56,7 +56,7 @@ class Scene:
 
     def vector(self, seed=0):
         draw = torch.Generator().manual_seed(seed)
-        return torch.randn(51, generator=draw, dtype=torch.float64).to(self.device)
+        return torch.randn(51, generator=draw, dtype=torch.float64, device="cpu").to(self.device)
 
 
 def examples():

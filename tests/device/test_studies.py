@@ -60,24 +60,29 @@ WHOLE = BRIEF | {
     },
     "ensembles": {"methods": METHODS, "budgets": [2.0], "cycle": 0.5},
 }
+FEW = WHOLE["curvature"] | {"operators": ["hessian", "ggn", "fisher", "preconditioned"]}
 STUDIES = {
     "mlp": WHOLE,
     "cnn": WHOLE
     | {
         "models": [{"name": "cnn", "channels": [3], "kernel": 3, "widths": [3], "norm": "batch"}],
+        "curvature": FEW,
         "ensembles": {"methods": "all", "budgets": [2.0], "cycle": 0.5},
     },
-    "resnet": WHOLE | {"models": [{"name": "resnet", "width": 2}]},
-    "vit": WHOLE | {"models": [{"name": "vit", "dim": 4, "depth": 1, "heads": 2}]},
+    "resnet": WHOLE | {"models": [{"name": "resnet", "width": 1}], "curvature": FEW},
+    "vit": WHOLE | {"models": [{"name": "vit", "dim": 4, "depth": 1, "heads": 2}], "curvature": FEW},
 }
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-7}
 BY_ROUNDING = {  # columns that rounding decides: where a Krylov space is exhausted, or a value is zero
     "density": ("node", "weight"),
-    "eigenvalues": ("ipr",),
-    "curvature": tuple(
-        f"{name}{suffix}"
-        for name in ("frobenius_norm", "participation", "effective_dimension", "negative_mass")
-        for suffix in ("", "_stderr", "_bound")
+    "eigenvalues": ("ipr", "gap"),
+    "curvature": (
+        "matvecs",
+        *(
+            f"{name}{suffix}"
+            for name in ("frobenius_norm", "participation", "effective_dimension", "negative_mass")
+            for suffix in ("", "_stderr", "_bound")
+        ),
     ),
 }
 
