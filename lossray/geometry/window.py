@@ -178,9 +178,8 @@ class _Sums:
     """What a window keeps of one direction: sums over its steps, and a sketch of each."""
 
     def __init__(self, bases: Sequence[Tensor], sketch: GramSketch) -> None:
-        self.steps = torch.zeros(
-            (), dtype=torch.int64, device="cpu"
-        )  # [R] once there is a step, as are the squares
+        # [R] once there is a step, as are the squares
+        self.steps = torch.zeros((), dtype=torch.int64, device="cpu")
         self.bases = bases  # per frame [R, k, d]
         self.projected = [
             torch.zeros(basis.shape[:2], dtype=torch.float64, device=basis.device) for basis in bases

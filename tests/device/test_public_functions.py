@@ -363,3 +363,13 @@ def test_data_may_be_elsewhere_than_the_model(on_cpu, gpu, tmp_path, name, model
     expected, found = on_cpu(name), USES[name](scene)
     for key, value in expected.items():
         assert_close(found[key], value, f"{name}, {key}")
+
+
+@pytest.mark.parametrize("name", ["align", "analyse", "connect", "degeneracy", "sharpness", "surface"])
+def test_a_default_device_changes_nothing(on_cpu, gpu, tmp_path, name):
+    """As after `torch.set_default_device("cuda")`: what lossray draws and counts on the CPU stays there."""
+    expected, scene = on_cpu(name), Scene(gpu, tmp_path, gpu)
+    with torch.device("cuda"):
+        found = USES[name](scene)
+    for key, value in expected.items():
+        assert_close(found[key], value, f"{name}, {key}")
