@@ -46,14 +46,14 @@ class Ledger:
         self._trained = {name for name, pack in self._packs.items() if self._was_trained(pack)}
         self.failures: list[str] = []
         self.untrained: set[str] = set()  # ids of packs whose training has failed
-        self.progress = Progress(store, self._counts(), state="tuning" if plan.only_trains else "running")
+        state = "tuning" if plan.only_trains else "running"
+        listener = None if metrics is None else metrics.progressed
+        self.progress = Progress(store, self._counts(), state=state, listener=listener)
 
     def tick(self) -> None:
         """Now and then: check the lease, show and publish the progress."""
         self.guard()
         self.progress.refresh()
-        if self.metrics is not None:
-            self.metrics.progressed(self.progress.snapshot())
 
     def task_ended(self, record: Record) -> None:
         """A task has committed this, or has failed for good."""

@@ -73,6 +73,7 @@ class Progress:
         waiting: what the study waits for; empty while it works.
         waited: seconds for which nothing could run; they do not count in the rate.
         started: when, on the monotonic clock.
+        listener: hears what is published.
     """
 
     store: Store
@@ -82,6 +83,7 @@ class Progress:
     waiting: str = ""
     waited: float = 0.0
     started: float = field(default_factory=time.monotonic)
+    listener: Callable[[dict[str, Any]], None] | None = None
 
     def __post_init__(self) -> None:
         """Choose the display: live in a terminal, lines elsewhere."""
@@ -129,7 +131,10 @@ class Progress:
         now = time.monotonic()
         if force or now - self._published >= PUBLISH_SECONDS:
             self._published = now
-            self.store.write_json("progress.json", self.snapshot())
+            snapshot = self.snapshot()
+            self.store.write_json("progress.json", snapshot)
+            if self.listener is not None:
+                self.listener(snapshot)
         if self._live:
             self._live.update(self._table(), refresh=True)
         elif (force or now - self._printed >= LINE_SECONDS) and self._text() != self._line:

@@ -67,6 +67,16 @@ def test_progress_json_says_what_is_done_what_runs_and_when(store):
     assert (published(store)["state"], published(store)["runs_done"]) == ("done", 4)
 
 
+def test_a_listener_hears_what_is_published(store):
+    heard = []
+    with Progress(store, Counts(**COUNTS), state="running", listener=heard.append) as shown:
+        shown.counts.units_done = 12
+        shown.refresh()  # too soon
+        assert [snapshot["units_done"] for snapshot in heard] == [3]
+    assert heard[-1] == published(store)
+    assert [snapshot["units_done"] for snapshot in heard] == [3, 12]
+
+
 def test_the_rate_counts_what_this_driver_did_and_gives_the_time_left(store):
     shown = Progress(store, Counts(**COUNTS), started=time.monotonic() - 60)
     shown.counts.units_done += 3  # three were done before it started
