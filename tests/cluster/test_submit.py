@@ -11,6 +11,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
 SHORT = (
     *("--set", "seeds=1", "--set", "training.steps=20", "--set", "training.checkpoints.count=2"),
     *("--set", 'optimizers=[{name = "adam", lr = 3e-3}]', "--set", "surfaces.points=3"),
+    *("--set", "connectivity.steps=10"),
 )
 
 
