@@ -13,6 +13,7 @@ from flows.resource_wait import ResourceWait
 
 LOOK_SECONDS = 1.0  # between two looks at the cluster
 ASK_SECONDS = 10.0  # between two requests for more of it
+MOST_ASK_SECONDS = 300.0  # likewise, where it does not grow
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class ClusterWatch:
         self._warm = warm
         self._warming: list[Any] = []  # held, or Ray would drop the tasks
         self._looked = self._asked = -math.inf
+        self._pause, self._nodes_before = ASK_SECONDS, 0
 
     def warm_up(self, share: Share, workers: int) -> None:
         """Make so many workers ready."""
@@ -77,7 +79,7 @@ class ClusterWatch:
         self.capacity = capacity(self.shares)
         work = backlog()
         self.wait.look(now, self.capacity, work.needed, running=work.running, embedded=self.embedded)
-        if not self.embedded and now - self._asked >= ASK_SECONDS:
+        if not self.embedded and now - self._asked >= self._pause:
             self._asked = now
             self._ask_for_more(work)
         return True
@@ -86,10 +88,15 @@ class ClusterWatch:
         """Tell an autoscaler how much more the study could use: as much again as it has, while that waits.
 
         Only tasks that wait make a cluster grow, and the study's own wait in its driver. So warm-ups ask in
-        their stead: they end with the driver, while a request to the autoscaler would outlive it.
+        their stead: they end with the driver, while a request to the autoscaler would outlive it. Each that
+        has been answered by the nodes that there were doubles the pause before the next.
         """
         if self._warming:
             _, self._warming = ray.wait(self._warming, num_returns=len(self._warming), timeout=0)
         if not self._warming:
+            nodes = len(self.capacity.nodes)
+            in_vain = nodes == self._nodes_before
+            self._pause = min(2 * self._pause, MOST_ASK_SECONDS) if in_vain else ASK_SECONDS
+            self._nodes_before = nodes
             self.warm_up(self.shares.train, min(work.packs, max(1, work.trainers)))
             self.warm_up(self.shares.curvature, min(work.analyses, max(1, work.in_flight)))
