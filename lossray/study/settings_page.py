@@ -248,8 +248,6 @@ def described(annotation: Any, metadata: Iterable[Any] = ()) -> Values:
         return Values("table", f"of {described(inner[1]).type}s")
     if _is_settings(annotation):
         return Values("table", "see below")
-    if origin is dict:
-        return Values("table", "of strings")
     return Values(WORDS[annotation], bounds)
 
 

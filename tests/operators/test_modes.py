@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import lossray
 from lossray.errors import ResourceError
+from lossray.limits import Limits
 from lossray.networks.losses import get_loss
 from lossray.networks.models import build_model
 from lossray.networks.settings import model_settings
@@ -217,3 +218,23 @@ def test_a_thousand_products_leave_nothing_behind(mode: str) -> None:
     tensors_after, memory_after = held(1000)
     assert tensors_after <= tensors
     assert memory_after - memory < 1000 * operator.shape[1] * 8  # not even one vector for each product
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_where_memory_has_run_out_fewer_examples_are_held_and_products_are_the_same(
+    kind: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The share counts for the bytes that are kept, whatever mode was frozen."""
+    objective = _objective(MLP, n=40)
+    expected = kind(objective, mode="retained")
+    whole = graph_bytes(objective, next(objective.batches()), kind.make_piece).of(40)
+    monkeypatch.setattr(modes, "RETAINED_BYTES", whole)
+    objective.stack = objective.stack.limited(Limits(share=0.25))
+    plan = plan_products(objective, "retained", kind.make_piece)
+    assert plan.mode == "recompute"
+    assert plan.piece is not None
+    assert plan.piece < 12
+    probe = torch.randn(expected.shape, dtype=torch.float64)
+    actual = kind(objective, mode="retained")
+    torch.testing.assert_close(actual.apply(probe), expected.apply(probe), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(actual.losses, expected.losses, rtol=1e-12, atol=0)

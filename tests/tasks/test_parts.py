@@ -16,13 +16,13 @@ from tasks.train_pack import train_pack
 
 TANH = {"name": "mlp", "widths": [3], "activation": "tanh"}
 NOISY = {"name": "mlp", "widths": [3], "activation": "tanh", "norm": "batch", "dropout": 0.2}
-CNN = {"name": "cnn", "channels": [2], "norm": "batch"}
 SMALL = {
     "seeds": [3, 8, 5],
     "data": {"source": "gaussians", "n": 60, "dim": 4, "classes": 3, "noise": 1.0},
     "training": {"dtype": "float64", "steps": 4, "batch_size": 16, "checkpoints": {"steps": [0, 4]}},
     "curvature": {"dtype": "float64", "top": 2, "tolerance": 1e-9},
     "angles": {"window": 1},
+    "resources": {"pack": 3},
 }
 OF_ONE_CHECKPOINT = {
     "degeneracy": {"polish": False},
@@ -80,15 +80,23 @@ def assert_same_up_to_rounding(actual, expected):
 
 
 @pytest.mark.parametrize(
-    ("model", "sections", "halvings"),
-    [(TANH, OF_ONE_CHECKPOINT, 1), (TANH, OF_RETRAINED, 1), (NOISY, {}, 3)],
-    ids=["analysed", "retrained", "noisy"],
+    ("model", "sections", "executor", "halvings"),
+    [
+        (TANH, OF_ONE_CHECKPOINT, "vmap", 1),
+        (TANH, OF_RETRAINED, "vmap", 1),
+        (NOISY, {}, "vmap", 1),
+        (NOISY, {}, "loop", 3),
+    ],
+    ids=["analysed", "retrained", "noisy", "looped"],
 )
-def test_parts_give_the_same_tables(planned, model, sections, halvings):
+def test_parts_give_the_same_tables(planned, monkeypatch, model, sections, executor, halvings):
+    monkeypatch.setattr("flows.freeze.choose_executor", lambda *args, **options: executor)
     study = {**SMALL, **sections, "models": [model]}
     expected, unsaid = run(planned("whole", **study))
     actual, said = run(planned("parts", **study), halvings)
     assert_same_up_to_rounding(actual, expected)
     assert unsaid == {}
+    at_once = len(SMALL["seeds"]) if executor == "vmap" else 1
+    assert said.pop("training") == said.pop("checkpoint") == Halving(at_once, halvings).reduced
     assert said.pop("connectivity", Halving(2, 1, "pairs").reduced) == Halving(2, 1, "pairs").reduced
     assert set(said.values()) == {Halving(3, halvings).reduced}
