@@ -28,13 +28,13 @@ class Part:
 PARTS = {
     part.name: part
     for part in (
-        Part("machine", 25),
-        Part("device_tests", 110),
-        Part("whole_study", 75),
-        Part("memory", 60),
-        Part("packs", 60),
-        Part("products", 55),
-        Part("reports", 60),
+        Part("machine", 20),
+        Part("device_tests", 140),
+        Part("whole_study", 70),
+        Part("memory", 55),
+        Part("packs", 55),
+        Part("products", 50),
+        Part("reports", 55),
         Part("packed_analyses", 25),
     )
 }

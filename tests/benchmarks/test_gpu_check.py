@@ -2,12 +2,14 @@
 
 import importlib
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import benchmarks.report
-from benchmarks.gpu_check import check, document, requirements
+from benchmarks.gpu_check import check, document, requirements, time_limit
+from benchmarks.gpu_check.device_tests import Outcomes
 from benchmarks.gpu_check.parts import PARTS
 from benchmarks.gpu_check.processes import run_limited
 from benchmarks.gpu_check.recorder import Recorder, append, read
@@ -136,3 +138,29 @@ def test_what_is_missing_is_a_line_each(monkeypatch):
     (line,) = requirements.lacking()
     assert line.startswith("pydantic is missing: ")
     assert requirements.left_out() == ["ray is not installed: the study runs in one process"]
+
+
+def test_no_test_begins_past_the_moment(monkeypatch):
+    monkeypatch.setenv(time_limit.UNTIL, "0")
+    with pytest.raises(pytest.skip.Exception, match=time_limit.REASON):
+        time_limit.pytest_runtest_setup(None)
+    monkeypatch.setenv(time_limit.UNTIL, "inf")
+    time_limit.pytest_runtest_setup(None)
+
+
+def test_a_test_has_one_outcome(tmp_path):
+    record = Recorder(tmp_path, "device_tests", CPU, 60)
+    reports = [
+        ("setup", "passed", ""),
+        ("call", "passed", ""),
+        ("teardown", "passed", ""),
+        ("setup", "skipped", f"Skipped: {time_limit.REASON}"),
+        ("setup", "failed", "an error"),
+    ]
+    for when, outcome, text in reports:
+        flags = {name: name == outcome for name in ("passed", "skipped", "failed")}
+        report = SimpleNamespace(nodeid="t", when=when, outcome=outcome, longrepr=text, **flags)
+        Outcomes(record).pytest_runtest_logreport(report)
+    ends = [{"part": "device_tests", "end": "passed", "seconds": 1.0}]
+    assert "| 1 passed, 1 failed, 1 left out for lack of time |" in document.summary(read(tmp_path) + ends)
+    assert [line["failure"] for line in read(tmp_path) if "failure" in line] == ["t (setup)"]
