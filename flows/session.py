@@ -13,6 +13,7 @@ from lossray.errors import StudyError
 from lossray.imports import USER_FOLDERS_VARIABLE
 
 DRIVER_VARIABLE = "LOSSRAY_DRIVER"  # in workers: which driver they belong to
+EVERY_GPU = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}  # is seen by a worker; see tasks/worker.py
 SCHEMES = {
     "ray": "a Ray Client address",
     "http": "the address of a dashboard, which takes jobs",
@@ -51,7 +52,7 @@ def ray_session(
         # Ray starts a worker a core ahead, set up otherwise than ours: no task of ours would run in them.
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     environment = {
-        "env_vars": {USER_FOLDERS_VARIABLE: os.pathsep.join(user_folders)},
+        "env_vars": {USER_FOLDERS_VARIABLE: os.pathsep.join(user_folders), **EVERY_GPU},
         "worker_process_setup_hook": "lossray.imports.worker_started",
     }
     try:
@@ -81,7 +82,8 @@ def worker_options(user_folders: Sequence[str]) -> dict[str, Any]:
     if USER_FOLDERS_VARIABLE in (ray.get_runtime_context().runtime_env.get("env_vars") or {}):
         return {}
     folders = os.pathsep.join(user_folders)
-    return {"runtime_env": {"env_vars": {USER_FOLDERS_VARIABLE: folders, DRIVER_VARIABLE: uuid.uuid4().hex}}}
+    variables = {USER_FOLDERS_VARIABLE: folders, DRIVER_VARIABLE: uuid.uuid4().hex, **EVERY_GPU}
+    return {"runtime_env": {"env_vars": variables}}
 
 
 def has_gpus() -> bool:

@@ -1,5 +1,7 @@
 """On Ray: logical GPUs, requests that cannot be met, a machine with one CPU to spare."""
 
+import os
+
 import pytest
 import ray
 import torch
@@ -7,9 +9,10 @@ import torch
 import flows
 from flows.capacity import shares_of
 from flows.driver import Driver
+from flows.session import worker_options
 from lossray.errors import StudyError
 from lossray.study import Resources
-from tasks.worker import prepare_worker
+from tasks.worker import gpu_index, prepare_worker
 
 pytestmark = pytest.mark.ray
 
@@ -37,7 +40,8 @@ def test_tasks_take_their_share_of_a_logical_gpu_and_run_on_the_cpu_where_torch_
     ("ids", "available", "device"),
     [
         ([0], True, "cuda:0"),
-        ([3], True, "cuda:0"),
+        ([3], True, "cuda:3"),
+        ([4], True, "cuda:0"),
         ([], True, "cpu"),
         ([0], False, "cpu"),
         ([], False, "cpu"),
@@ -50,7 +54,35 @@ def test_a_task_runs_on_the_gpu_only_if_it_was_given_one_and_torch_sees_it(
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     monkeypatch.setattr(ray, "get_gpu_ids", lambda: ids)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert str(prepare_worker(1)) == device
+    assert [str(one) for one in current] == ([device] if device != "cpu" else [])
+
+
+@pytest.mark.parametrize(
+    ("given", "visible", "count", "index"),
+    [
+        (1, "", 2, 1),
+        (3, "2,3", 2, 1),  # a node that was started with some of its machine's GPUs
+        ("GPU-5ab", "GPU-1cd, GPU-5ab", 2, 1),
+        (1, "1", 1, 0),  # Ray has hidden the others
+        (1, "", 1, 0),  # likewise, by another variable
+    ],
+)
+def test_which_of_the_visible_gpus_a_task_was_given(given, visible, count, index):
+    assert gpu_index(given, visible=visible, count=count) == index
+
+
+def test_a_worker_that_is_reused_sees_every_gpu(session_ray):
+    @ray.remote(num_gpus=1)
+    def visible():
+        return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    assert ray.get(visible.options(**worker_options([])).remote()) == before
 
 
 @pytest.mark.parametrize("asked", ["train.cpus=64", "train.gpus=2", "curvature.cpus=64"])
