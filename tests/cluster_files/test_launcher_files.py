@@ -62,6 +62,8 @@ def test_the_machines_of_ones_own_are_all_used():
     config = prepared(LAUNCHERS["local"])
     (nodes,) = config["available_node_types"].values()
     assert nodes["min_workers"] == nodes["max_workers"] == len(config["provider"]["worker_ips"]) == 2
+    start = config["head_start_ray_commands"][-1]
+    assert start.startswith("export RAY_enable_autoscaler_v2=0;")  # after Ray's own export of 1
 
 
 def test_on_aws_the_head_does_no_work_and_the_workers_are_spot_from_none():
