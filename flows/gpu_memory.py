@@ -45,7 +45,7 @@ def gpu_packs(request: Request, rule: Rule, measure: Measure, *, sharing: bool) 
     measured, gpus = result
     room, memory = GpuRoom(measured.gpu, gpus), _memory(kinds, measured)
     sizes = {kind: pack_size(memory.get(kind), room, len(runs_of(study))) for kind in sized}
-    return decided(_packs(replace(request, sizes=sizes), rule), memory, sizes, room)
+    return decided(_packs(replace(request, gpu=GpuPacks(sizes)), rule), memory, sizes, room)
 
 
 def measure_here(job: MemoryJob) -> tuple[MeasuredMemory, int] | None:

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 from lossray.measures.pack_memory import PackPeaks
 from lossray.memory import readable_bytes
 from lossray.settings import content_hash
+from lossray.storage.store import Store
 from lossray.study import Pack, Resources, Setting
 
 if TYPE_CHECKING:
     from flows.capacity import Share, Shares
 
+PATH = "gpu_memory.json"  # in the store
 USABLE = 0.8  # of a GPU's memory: allocators fragment, and a measure is a sample
 CONTEXT_BYTES = 2**29  # that each process takes on a GPU before its first tensor
 LARGEST_PACK = 64
@@ -86,6 +88,11 @@ class GpuPacks:
     sizes: Mapping[str, int] = field(default_factory=dict)
     shared_by: tuple[int, int] | None = None
     notes: tuple[str, ...] = ()
+
+    def keep(self, store: Store) -> None:
+        """Write what was found into the store, for those who read it."""
+        if self.notes:
+            store.write_json(PATH, list(self.notes))
 
     def applied(self, shares: "Shares", resources: Resources) -> "Shares":
         """The shares of a GPU that tasks take, where the study leaves them open."""

@@ -1,14 +1,14 @@
 """A study that is asked for, and its store: what is checked, what is there, and what is to be done now."""
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import chdir
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from flows.freeze import decide
-from flows.gpu_packs import kind_of
+from flows.gpu_packs import GpuPacks, kind_of
 from flows.plan import Plan, make_plan
 from flows.superseded import (
     Superseded,
@@ -59,7 +59,7 @@ class Request:
         dataset: its data.
         manifest: of the store; None where it has none.
         recompute: whether to withdraw what was computed with other source of the user's functions.
-        sizes: runs per new pack with "auto", by kind of setting, where memory was measured.
+        gpu: what follows from measured memory; nothing where none was.
     """
 
     loaded: LoadedStudy
@@ -69,7 +69,7 @@ class Request:
     dataset: Dataset
     manifest: Manifest | None
     recompute: bool = False
-    sizes: Mapping[str, int] = field(default_factory=dict)
+    gpu: GpuPacks = field(default_factory=GpuPacks)
 
     @property
     def edited(self) -> dict[str, list[str]]:
@@ -294,7 +294,7 @@ def _partition(request: Request, rule: Rule, tuning: Round) -> tuple[Pack, ...]:
     study, recordings = request.loaded.study, request.inputs.recordings
 
     def auto_size(setting: Setting, executor: str) -> int:
-        return request.sizes.get(kind_of(setting), AUTO_SIZE[executor])
+        return request.gpu.sizes.get(kind_of(setting), AUTO_SIZE[executor])
 
     return partition(study, request.frozen, rule, recordings, settings=tuning.settings, auto_size=auto_size)
 

@@ -106,7 +106,7 @@ def run_study(
         rule = try_settings(request, device)
         if device == "cuda":
             packs = _gpu_packs(request, rule, shares)
-            request, notes = replace(request, sizes=packs.sizes), [*notes, *packs.notes]
+            request = replace(request, gpu=packs)
             shares = shares and packs.applied(shares, request.loaded.study.resources)
         for line in explained(superseded(request, plan_of(request, rule))):  # before anything is written
             _say(f"note: {line}")
@@ -163,6 +163,7 @@ def _run_rounds(
         plan, tuning = freeze(request, rule, outcome.untrained)
         if not outcome.rounds:
             keep_notes(store, notes)
+            request.gpu.keep(store)
             _say(f"{plan.study.name}: {len(plan.packs)} packs; results in {store.url}")
         for line in tuning.lines:
             _say(line)

@@ -60,7 +60,9 @@ def test_new_packs_are_as_large_as_half_of_the_gpu_holds_and_frozen_ones_stay(
     assert frozen(tmp_path / "out") == [4, 4]
     note = "takes 4 GB of a GPU to train and 4 GB to analyse"
     assert note in capfd.readouterr().err
-    assert any(note in line for line in Store(str(tmp_path / "out")).read_json("notes.json"))
+    assert any(note in line for line in Store(str(tmp_path / "out")).read_json("gpu_memory.json"))
+    not_computed = Store(str(tmp_path / "out")).read_json("notes.json")
+    assert not any("GPU" in line for line in not_computed)
     larger, _ = gpu_of(100)
     on_gpu(larger)
     run(study_path, tmp_path / "out", "seeds=16")
