@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.func import functional_call, grad, hessian, jvp, vmap
 
-from tests.device.pretended_gpu import GPU
+from tests.device.pretended_gpu import GPU, pretended_gpu
 
 pytestmark = pytest.mark.usefixtures("pretended")
 
@@ -206,12 +206,14 @@ def test_waits_for_the_device_are_counted(pretended):
     assert pretended.waits.total() == 6
 
 
-def test_nothing_remains_afterwards():
-    mode = torch.overrides._get_current_function_mode()
-    mode.__exit__(None, None, None)
-    try:
-        assert torch.zeros(3).device.type == "cpu"
-        with pytest.raises((RuntimeError, AssertionError)):
-            torch.zeros(3, device="cuda")
-    finally:
-        mode.__enter__()
+def test_afterwards_all_is_as_before(monkeypatch):
+    def none():
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", none)
+    modes = torch.overrides._get_current_function_mode_stack()
+    with pretended_gpu() as mode:
+        assert torch.cuda.is_available()
+        assert torch.overrides._get_current_function_mode_stack() == [*modes, mode]
+    assert torch.cuda.is_available is none
+    assert torch.overrides._get_current_function_mode_stack() == modes

@@ -48,7 +48,7 @@ WHOLE = BRIEF | {
         **BRIEF["curvature"],
         "operators": ["hessian", "ggn:layers", "fisher", "preconditioned"],
     },
-    "angles": {"shadow": ["sgd", "muon"], "window": 2, "layers": True},
+    "angles": {"shadow": ["sgd", "adagrad"], "window": 2, "layers": True},
     "degeneracy": {"dense_up_to": 100},
     "trajectory": {},
     "surfaces": {"points": 3},
