@@ -13,7 +13,7 @@ from benchmarks.gpu_check.time_limit import REASON, UNTIL
 TITLE = "Tests on the device"
 TEXT = "`tests/device`: where the other runs of the tests pretend to have a GPU, these have it."
 FOLDER = Path(__file__).resolve().parents[2] / "tests" / "device"
-LONGEST = 15  # seconds that a test may take
+LONGEST = 50  # seconds that a test may take
 PROCESSES = 4  # on one GPU, where pytest-xdist is there
 
 
@@ -37,12 +37,17 @@ class Outcomes:
 
 def measure(record: Recorder) -> None:
     """Run them."""
-    marks = "not cluster" if find_spec("ray") else "not ray and not cluster"
+    marks = " and ".join(f"not {mark}" for mark in _left_out(record))
     os.environ[UNTIL] = str(time.time() + record.deadline - time.monotonic() - LONGEST)
     plugins = ["-p", "no:cacheprovider", "-p", "benchmarks.gpu_check.time_limit"]
-    options = [*plugins, "-m", marks, "-v", "--tb=short"]
+    options = [*plugins, "-m", marks, "-v", "--tb=short", "--timeout=0"]  # the part has a limit of its own
     if find_spec("xdist") and (os.cpu_count() or 1) >= 2 * PROCESSES:
         options += ["-n", str(PROCESSES)]
     code = pytest.main([str(FOLDER), *options], plugins=[Outcomes(record)])
     if code and not record.failed:
         record.failure(f"pytest ended with {code!r}")
+
+
+def _left_out(record: Recorder) -> list[str]:
+    """Marks of the tests that are not for this machine."""
+    return ["cluster", *([] if find_spec("ray") else ["ray"]), *(["slow"] if record.small else [])]
