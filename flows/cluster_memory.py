@@ -1,6 +1,7 @@
 """Measures on a GPU of the cluster what packs take of it."""
 
 import os
+import time
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,22 +11,24 @@ import torch
 from ray.exceptions import RayTaskError
 
 from flows.capacity import Shares, cluster_nodes
+from flows.driver import WAIT_SECONDS
 from flows.gpu_memory import Measure
+from flows.interrupt import Interrupt
 from flows.session import is_embedded, worker_options
 from lossray.measures.pack_memory import MeasuredMemory
 from tasks.measure_memory import MemoryJob
 from tasks.ray_tasks import memory_of_packs
 
-PATIENCE = 300.0  # seconds for a GPU to be free, and for all packs
+PATIENCE = 120.0  # seconds for a share of a GPU to be free, and for all packs
 KIND_OF_GPU = "ray.io/accelerator-type"  # a label of a node
 
 
-def measure_with(shares: Shares) -> Measure:
+def measure_with(shares: Shares, interrupt: Interrupt) -> Measure:
     """On a GPU that a training of these shares may get."""
-    return partial(_measure, shares=shares)
+    return partial(_measure, shares=shares, interrupt=interrupt)
 
 
-def _measure(job: MemoryJob, *, shares: Shares) -> tuple[MeasuredMemory, int] | None:
+def _measure(job: MemoryJob, *, shares: Shares, interrupt: Interrupt) -> tuple[MeasuredMemory, int] | None:
     """The packs on one GPU; the memory is that of the smallest kind of GPU.
 
     Raises:
@@ -34,16 +37,15 @@ def _measure(job: MemoryJob, *, shares: Shares) -> tuple[MeasuredMemory, int] | 
     if is_embedded() and not torch.cuda.is_available():
         return None  # GPUs that were declared alone
     folders = [os.getcwd(), *filter(None, [job.context.folder])]
-    options = shares.train.options() | worker_options(folders) | {"num_gpus": 1, "name": "memory"}
+    options = shares.train.options() | worker_options(folders) | {"name": "memory"}
     tasks = [_submitted(job, options, shares.train.cpus)]
     for kind in _other_kinds(shares):
         chosen = options | {"label_selector": {KIND_OF_GPU: kind}}
         tasks.append(_submitted(replace(job, packs=()), chosen, shares.train.cpus))
-    _, late = ray.wait(tasks, num_returns=len(tasks), timeout=PATIENCE)
-    if late:
-        for task in late:
-            ray.cancel(task, force=True)
-        raise TimeoutError(f"no GPU was free for {PATIENCE:g} s")
+    deadline = time.monotonic() + PATIENCE
+    while ray.wait(tasks, num_returns=len(tasks), timeout=WAIT_SECONDS)[1]:
+        if interrupt.received or time.monotonic() > deadline:  # a task that is late ends by itself
+            raise TimeoutError("interrupted" if interrupt.received else f"no GPU was free for {PATIENCE:g} s")
     try:
         results: list[MeasuredMemory | None] = ray.get(tasks)
     except RayTaskError as error:

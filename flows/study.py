@@ -104,14 +104,17 @@ def run_study(
             shares, gpus = _join_ray(stack, request, address, dashboard=dashboard)
         device = study_device(request.loaded.study, gpus=gpus)
         rule = try_settings(request, device)
-        if device == "cuda":
-            packs = _gpu_packs(request, rule, shares)
-            request = replace(request, gpu=packs)
-            shares = shares and packs.applied(shares, request.loaded.study.resources)
         for line in explained(superseded(request, plan_of(request, rule))):  # before anything is written
             _say(f"note: {line}")
         interrupt = stack.enter_context(Interrupt())
         lease = stack.enter_context(_lease(request.store))  # the first thing that writes
+        if device == "cuda":
+            packs = _gpu_packs(request, rule, shares, interrupt)
+            if interrupt.received:  # nothing is frozen yet, least of all what was not measured
+                _say("interrupted before anything began; the same command starts again")
+                return INTERRUPTED
+            request = replace(request, gpu=packs)
+            shares = shares and packs.applied(shares, request.loaded.study.resources)
         outcome = _run_rounds(request, rule, notes, shares, interrupt, lease)
     return _conclude(request.store, outcome)
 
@@ -135,14 +138,14 @@ def _join_ray(
     return stack.enter_context(join(address, folders, request.loaded.study.resources, dashboard=dashboard))
 
 
-def _gpu_packs(request: Request, rule: Rule, shares: "Shares | None") -> GpuPacks:
+def _gpu_packs(request: Request, rule: Rule, shares: "Shares | None", interrupt: Interrupt) -> GpuPacks:
     """What packs take of a GPU, measured where the study will run."""
     if shares is None:
         packs = gpu_packs(request, rule, measure_here, sharing=False)
     else:
         from flows.cluster_memory import measure_with  # here: it loads Ray
 
-        packs = gpu_packs(request, rule, measure_with(shares), sharing=True)
+        packs = gpu_packs(request, rule, measure_with(shares, interrupt), sharing=True)
     for line in packs.notes:
         _say(f"note: {line}")
     return packs

@@ -1,11 +1,14 @@
 """Studies on a GPU measure what packs take of it before they are frozen; the measuring is replaced here."""
 
+import signal
+
 import pytest
 
 import flows
 import flows.study
 from flows.capacity import Share, Shares
 from flows.cluster_memory import measure_with
+from flows.interrupt import Interrupt
 from lossray.measures.pack_memory import MeasuredMemory, PackPeaks
 from lossray.storage.store import Store
 from lossray.study.manifest import Manifest
@@ -94,6 +97,20 @@ def test_a_measuring_that_fails_leaves_the_packs_of_a_cpu_and_a_note(study_path,
     assert "was not measured: of the model\n" in capfd.readouterr().err
 
 
+def test_an_interrupt_while_memory_is_measured_freezes_nothing(study_path, tmp_path, on_gpu):
+    def interrupted(job):
+        signal.raise_signal(signal.SIGTERM)
+        raise TimeoutError("interrupted")
+
+    on_gpu(interrupted)
+    assert flows.run(study_path, tmp_path / "out", in_process=True) == 130
+    assert not Store(str(tmp_path / "out")).exists("manifest.json")
+    measure, _ = gpu_of(12)
+    on_gpu(measure)
+    run(study_path, tmp_path / "out", "seeds=4")
+    assert frozen(tmp_path / "out") == [4]
+
+
 def test_on_a_cpu_nothing_is_measured(study_path, tmp_path, monkeypatch):
     measure, jobs = gpu_of(100)
     monkeypatch.setattr(flows.study, "measure_here", measure)
@@ -105,10 +122,15 @@ def test_on_a_cpu_nothing_is_measured(study_path, tmp_path, monkeypatch):
 def test_on_a_cluster_a_task_with_a_gpu_measures(session_ray, study_path, tmp_path, monkeypatch):
     """Here the GPU is declared alone: the task finds none, and nothing follows."""
     request = flows.study.check_request(str(study_path), str(tmp_path / "out"), ())
-    job = MemoryJob(request.context, ())
-    assert measure_with(SHARES)(job) is None
+    job, interrupt = MemoryJob(request.context, ()), Interrupt()
+    measure = measure_with(SHARES, interrupt)
+    assert measure(job) is None
     monkeypatch.setattr("flows.cluster_memory.is_embedded", lambda: False)
-    assert measure_with(SHARES)(job) is None
+    assert measure(job) is None
+    monkeypatch.setattr("flows.cluster_memory.WAIT_SECONDS", 0.0)
     monkeypatch.setattr("flows.cluster_memory.PATIENCE", 0.0)
     with pytest.raises(TimeoutError, match="no GPU was free for 0 s"):
-        measure_with(SHARES)(job)
+        measure(job)
+    interrupt.received = signal.SIGINT
+    with pytest.raises(TimeoutError, match="interrupted"):
+        measure(job)
