@@ -29,7 +29,7 @@ def describe(out: str) -> str:
         counts = tasks.groupby(["kind", "status"]).size().unstack(fill_value=0)
         lines += ["", counts.to_string()]
     lines += [f"next run: {line}" for line in _superseded(study)]
-    return "\n".join([*lines, *_failures(tasks[tasks["status"] == "failed"])])
+    return "\n".join([*lines, *_reduced(tasks), *_failures(tasks[tasks["status"] == "failed"])])
 
 
 def as_json(out: str) -> str:
@@ -75,6 +75,15 @@ def _superseded(study: StudyResults) -> list[str]:
     context = Context(store.url, study.study, manifest.folder, inputs.data_key, inputs.sources)
     plan = make_plan(context, manifest.packs, inputs)
     return explained(find_superseded(store, plan, (), manifest.versions.get("lossray", "unknown"), {}))
+
+
+def _reduced(tasks: pd.DataFrame) -> list[str]:
+    """One line for each kind and way in which tasks went on after they had run out of memory."""
+    reduced = tasks.dropna(subset="reduced")
+    return [
+        f"reduced: {len(same)} {same.iloc[0]['kind']} tasks: {same.iloc[0]['reduced']}"
+        for _, same in reduced.groupby(["kind", "reduced"])
+    ]
 
 
 def _failures(tasks: pd.DataFrame) -> list[str]:

@@ -8,6 +8,7 @@ import torch
 
 import flows
 import flows.study
+from flows.status import describe
 from lossray.networks.stack import Stack
 
 STUDY = """
@@ -103,6 +104,10 @@ def test_a_study_that_runs_out_of_memory_ends_with_the_same_tables(study, tmp_pa
     said = actual["tasks"].set_index("kind")["reduced"]
     assert set(said[["training", "checkpoint", "curvature"]]) == {SAID}
     assert set(actual["tasks"]["task_key"]) == set(expected["tasks"]["task_key"])
+    assert f"reduced: {(said == SAID)['curvature'].sum()} curvature tasks: {SAID}" in describe(
+        str(tmp_path / "tight")
+    )
+    assert "reduced" not in describe(str(tmp_path / "free"))
 
 
 def test_memory_that_runs_out_in_training_costs_the_steps_since_the_last_checkpoint(
