@@ -12,7 +12,6 @@ from scipy.special import log_softmax
 import flows
 import flows.serial
 import lossray
-import tasks.run_analysis
 from flows.costs import EVALUATIONS, _logit_bytes, _retraining_steps
 from flows.freeze import decide
 from flows.plan import make_plan
@@ -83,7 +82,7 @@ def test_sections_that_are_added_extend_a_store_and_train_no_run(whole, tmp_path
     assert run(bare, other) == 0
     assert not {"connectivity", "ensemble"} & set(table(other, "tasks")["kind"])
     monkeypatch.setattr(flows.serial, "train_pack", None)
-    monkeypatch.setattr(tasks.run_analysis, "analyse_checkpoint", None)
+    monkeypatch.setattr("tasks.run_analysis.analyse_checkpoint", None)
     assert run(path, other) == 0
     helpers.assert_same_rows(other, out)
 
@@ -98,16 +97,15 @@ def test_what_fails_is_tried_again_and_what_is_done_is_not(whole, tmp_path, run,
         build_ensembles(job)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tasks.run_analysis, "build_ensembles", fail)
+        patch.setattr("tasks.run_analysis.build_ensembles", fail)
         assert run(path, other) == 1
     done = []
     monkeypatch.setattr(
-        tasks.run_analysis,
-        "build_ensembles",
+        "tasks.run_analysis.build_ensembles",
         lambda job, device=None: done.append(job.method) or build_ensembles(job),
     )
     monkeypatch.setattr(flows.serial, "train_pack", None)
-    monkeypatch.setattr(tasks.run_analysis, "connect_runs", None)
+    monkeypatch.setattr("tasks.run_analysis.connect_runs", None)
     assert run(path, other) == 0
     assert done == ["curve"] * 2
     helpers.assert_same_rows(other, out)

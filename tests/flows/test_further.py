@@ -10,7 +10,6 @@ import pytest
 import flows
 import flows.serial
 import lossray
-import tasks.run_analysis
 from lossray.errors import StoreError
 from lossray.storage.publish import derived_key
 from lossray.storage.store import Store
@@ -95,7 +94,7 @@ def test_sections_that_are_added_extend_a_store_and_train_nothing(whole, tmp_pat
     assert run(bare, other) == 0
     assert not set(kinds(other)) & set(FURTHER)
     monkeypatch.setattr(flows.serial, "train_pack", None)
-    monkeypatch.setattr(tasks.run_analysis, "analyse_checkpoint", None)
+    monkeypatch.setattr("tasks.run_analysis.analyse_checkpoint", None)
     assert run(path, other) == 0
     helpers.assert_same_rows(other, out)
 
@@ -135,13 +134,13 @@ def test_what_fails_is_recorded_and_tried_again(whole, tmp_path, monkeypatch, he
         measure_degeneracy(job)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tasks.run_analysis, "measure_degeneracy", fail_at_the_end)
+        patch.setattr("tasks.run_analysis.measure_degeneracy", fail_at_the_end)
         assert run(path, other) == 1
     assert "4 tasks failed" in capsys.readouterr().err
     failed = table(other, "tasks").query("status == 'failed'")
     assert set(failed["kind"]) == {"degeneracy"}
     monkeypatch.setattr(flows.serial, "train_pack", None)
-    monkeypatch.setattr(tasks.run_analysis, "analyse_checkpoint", None)
+    monkeypatch.setattr("tasks.run_analysis.analyse_checkpoint", None)
     assert run(path, other) == 0
     helpers.assert_same_rows(other, out)
 
@@ -157,7 +156,7 @@ def test_a_checkpoint_that_only_a_further_job_needs_is_trained_again(whole, tmp_
     shutil.rmtree(other / "tables")
     checkpoint = other / "checkpoints" / row["pack_id"] / "5.safetensors"
     checkpoint.unlink()
-    monkeypatch.setattr(tasks.run_analysis, "analyse_checkpoint", None)
+    monkeypatch.setattr("tasks.run_analysis.analyse_checkpoint", None)
     assert run(path, other) == 0
     assert checkpoint.exists()
     helpers.assert_same_rows(other, out)

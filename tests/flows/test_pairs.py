@@ -12,7 +12,6 @@ import pytest
 import flows
 import flows.serial
 import lossray
-import tasks.run_analysis
 from lossray.storage.store import Store
 from tasks.analyse_checkpoint import analyse_checkpoint
 from tasks.compare_checkpoints import compare_checkpoints
@@ -71,8 +70,8 @@ def count_jobs(monkeypatch):
         done["pair"].append(job.step)
         compare_checkpoints(job)
 
-    monkeypatch.setattr(tasks.run_analysis, "analyse_checkpoint", analyse)
-    monkeypatch.setattr(tasks.run_analysis, "compare_checkpoints", compare)
+    monkeypatch.setattr("tasks.run_analysis.analyse_checkpoint", analyse)
+    monkeypatch.setattr("tasks.run_analysis.compare_checkpoints", compare)
     return done
 
 
@@ -119,7 +118,7 @@ def test_an_interrupt_between_an_analysis_and_a_comparison_leaves_it_for_the_nex
             os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tasks.run_analysis, "analyse_checkpoint", interrupt_after)
+        patch.setattr("tasks.run_analysis.analyse_checkpoint", interrupt_after)
         assert run(study_path, fresh) == 130
     assert len(tasks(fresh, kind="curvature")) == 2
     assert len(tasks(fresh, kind="pair")) == 0
@@ -136,7 +135,7 @@ def test_neighbours_of_a_failed_analysis_are_not_compared_until_it_succeeds(
         analyse_checkpoint(job)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tasks.run_analysis, "analyse_checkpoint", fail_at_5)
+        patch.setattr("tasks.run_analysis.analyse_checkpoint", fail_at_5)
         assert run(study_path, fresh) == 1
     assert tasks(fresh, status="failed")["kind"].tolist() == ["curvature"]
     assert len(tasks(fresh, kind="pair")) == 0
@@ -148,7 +147,7 @@ def test_a_comparison_that_fails_is_recorded_and_tried_again(
     fresh, helpers, study_path, undisturbed, monkeypatch, capsys
 ):
     with monkeypatch.context() as patch:
-        patch.setattr(tasks.run_analysis, "compare_checkpoints", lambda job, device=None: 1 / 0)
+        patch.setattr("tasks.run_analysis.compare_checkpoints", lambda job, device=None: 1 / 0)
         assert run(study_path, fresh) == 1
     assert "2 tasks failed" in capsys.readouterr().err
     failed = tasks(fresh, status="failed").sort_values("step")

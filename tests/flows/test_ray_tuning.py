@@ -23,9 +23,9 @@ def test_rates_are_tuned_on_ray_by_actors_that_train_pack_after_pack(
         rounds.append((len(self.waiting), set()))
         return loop(self)
 
-    def count_actors(self, actor, plan, attempt, seen):
-        train(self, actor, plan, attempt, seen)
-        rounds[-1][1].add(actor)
+    def count_actors(self, trainer):
+        train(self, trainer)
+        rounds[-1][1].add(trainer.actor)
         at_once.add(len(self.trainers))
 
     monkeypatch.setattr(Driver, "_loop", count_rounds)

@@ -13,7 +13,6 @@ from torch import nn
 import flows
 import flows.serial
 import lossray
-import tasks.run_analysis
 from flows.estimate import dry_run
 from flows.study import run_study
 from lossray.errors import StoreError, StudyError
@@ -284,8 +283,7 @@ def test_only_what_was_recorded_since_is_analysed(own_study, out, tmp_path, monk
     train_and_record(out, (1,), seed=1, run="other")
     analysed = []
     monkeypatch.setattr(
-        tasks.run_analysis,
-        "analyse_checkpoint",
+        "tasks.run_analysis.analyse_checkpoint",
         lambda job, device=None: analysed.append((job.pack.pack_id, job.step)) or analyse_checkpoint(job),
     )
     before = files(out)
@@ -343,8 +341,7 @@ def test_an_interrupted_analysis_is_resumed(own_study, out, tmp_path, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(
-            tasks.run_analysis,
-            "analyse_checkpoint",
+            "tasks.run_analysis.analyse_checkpoint",
             lambda job, device=None: die(job) if job.step else analyse_checkpoint(job),
         )
         with pytest.raises(KeyboardInterrupt):

@@ -41,7 +41,7 @@ def abandoned(study_file, out, monkeypatch):
             raise KeyboardInterrupt
         analyse(job)
 
-    monkeypatch.setattr(tasks.run_analysis, "analyse_checkpoint", analyse_or_die)
+    monkeypatch.setattr("tasks.run_analysis.analyse_checkpoint", analyse_or_die)
     with pytest.raises(KeyboardInterrupt):
         run(study_file(), out)
     monkeypatch.undo()
@@ -135,7 +135,7 @@ def test_failures_are_named_once_for_each_reason_with_their_log(study_file, out,
     def fail(job, device=None):
         raise ValueError("no curvature today")
 
-    monkeypatch.setattr(tasks.run_analysis, "analyse_checkpoint", fail)
+    monkeypatch.setattr("tasks.run_analysis.analyse_checkpoint", fail)
     assert run(study_file(), out) == 1
     lines = describe(out).splitlines()
     (failed,) = [line for line in lines if line.startswith("failed:")]

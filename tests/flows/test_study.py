@@ -17,7 +17,6 @@ import flows
 import flows.serial
 import flows.study
 import lossray
-import tasks.run_analysis
 from flows.study import run_study
 from lossray.errors import DataError, ModelError, StoreError, StudyError
 from lossray.storage.files import LocalFiles
@@ -228,7 +227,7 @@ def test_an_interrupted_study_says_so_and_resumes(study_file, out, undisturbed, 
             os.kill(os.getpid(), number)
 
     before = signal.getsignal(number)
-    monkeypatch.setattr(tasks.run_analysis, "analyse_checkpoint", analyse_and_interrupt)
+    monkeypatch.setattr("tasks.run_analysis.analyse_checkpoint", analyse_and_interrupt)
     assert run(study_file(), out) == 130
     assert signal.getsignal(number) is before
     assert len(analysed) == 2  # what was in progress is finished, and nothing after it started
@@ -241,7 +240,7 @@ def test_an_interrupted_study_says_so_and_resumes(study_file, out, undisturbed, 
 
 def test_curvature_left_undone_is_done_without_training(study_file, out, undisturbed, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(tasks.run_analysis, "analyse_checkpoint", lambda job, device=None: 1 / 0)
+        patch.setattr("tasks.run_analysis.analyse_checkpoint", lambda job, device=None: 1 / 0)
         assert run(study_file(), out) == 1
     before = files(out)
     monkeypatch.setattr(flows.serial, "train_pack", None)
@@ -288,7 +287,7 @@ def test_a_driver_that_has_lost_its_lease_stops_and_records_no_failure(study_fil
         if json.loads(Path(self.store.url, ".lease.json").read_text())["token"] == "another":
             raise StoreError("this driver has lost its store")
 
-    monkeypatch.setattr(tasks.run_analysis, "analyse_checkpoint", steal)
+    monkeypatch.setattr("tasks.run_analysis.analyse_checkpoint", steal)
     monkeypatch.setattr("lossray.storage.lease.Lease.check", lost)
     with pytest.raises(StoreError, match="lost its store"):
         run(study_file(), out)
