@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lossray.errors import DataError
+from lossray.limits import WHOLE
 from lossray.training.data_settings import data_settings
 from lossray.training.datasets import analysis_set, load_dataset, load_whole
 from lossray.training.evaluation import evaluate_split
@@ -97,6 +98,8 @@ def test_ids_below_zero_are_no_classes():
 
 class Outputs:
     """In place of a stack: the same outputs for every member."""
+
+    limits = WHOLE
 
     def __init__(self, values):
         self.values = values
