@@ -7,6 +7,8 @@ INSTALLED := .venv/.installed
 PEERS := .venv/.peers
 # Rooms whose numbers hang on how a processor computes, and the instructions that every x86-64 processor has.
 NUMERICAL := $(addprefix tests/,spectra operators nullity geometry networks training storage study connectivity ensembles measures findings)
+# What the first of the two processes of `make test` takes, so that both are of about the same length.
+NUMBERS := $(NUMERICAL) tests/device
 OLDEST := ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41
 
 .PHONY: demo test test-numbers test-flows test-slow test-long test-rates test-oldest check docs benchmarks gpu-check clean
@@ -21,10 +23,10 @@ test: $(INSTALLED) check
 	$(MAKE) --no-print-directory -j2 test-numbers test-flows
 
 test-numbers: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -m "not slow" $(NUMERICAL)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -m "not slow" $(NUMBERS)
 
 test-flows: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(addprefix --ignore=,$(NUMERICAL))
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(addprefix --ignore=,$(NUMBERS))
 
 # Two processes side by side, of about the same length.
 test-slow: $(INSTALLED)
