@@ -9,6 +9,10 @@ PEERS := .venv/.peers
 NUMERICAL := $(addprefix tests/,spectra operators nullity geometry networks training storage study connectivity ensembles measures findings)
 # What the first of the two processes of `make test` takes, so that both are of about the same length.
 NUMBERS := $(NUMERICAL) tests/device
+# Rooms that compute with numpy and pandas alone, for which OLDEST changes nothing.
+PANDAS := $(addprefix tests/,storage study findings)
+# Slow tests of the second process of `make test-slow`.
+OTHER_SLOW := tests/findings tests/device
 OLDEST := ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41
 
 .PHONY: demo test test-numbers test-flows test-slow test-long test-rates test-oldest check docs benchmarks gpu-check clean
@@ -33,13 +37,13 @@ test-slow: $(INSTALLED)
 	$(MAKE) --no-print-directory -j2 test-long test-rates
 
 test-long: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -m slow --ignore=tests/findings
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -m slow $(addprefix --ignore=,$(OTHER_SLOW))
 
 test-rates: test-oldest
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -m slow tests/findings
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -m slow $(OTHER_SLOW)
 
 test-oldest: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(OLDEST) $(BIN)/python -m pytest -m "not slow and not ray and not cluster" $(NUMERICAL)
+	OMP_NUM_THREADS=1 $(OLDEST) $(BIN)/python -m pytest -m "not slow and not ray and not cluster" $(filter-out $(PANDAS),$(NUMERICAL))
 
 check: $(INSTALLED)
 	$(BIN)/ruff check
