@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from flows.gpu_packs import GpuPacks, GpuRoom, PackMemory, decided, kind_of, pack_size
 from flows.request import Request, Rule, plan_of
+from lossray.errors import StudyError
 from lossray.measures.pack_memory import MeasuredMemory
 from lossray.study import Pack, runs_of
 from tasks.devices import local_device
@@ -24,6 +25,9 @@ def gpu_packs(request: Request, rule: Rule, measure: Measure, *, sharing: bool) 
         rule: executor and product mode of each setting.
         measure: where the study will run.
         sharing: whether tasks may share a GPU.
+
+    Raises:
+        StudyError: no GPU has come in time.
     """
     study = request.loaded.study
     resources = study.resources
@@ -37,6 +41,8 @@ def gpu_packs(request: Request, rule: Rule, measure: Measure, *, sharing: bool) 
     trials = [trial for pack in kinds.values() for trial in _trials(pack)]
     try:
         result = measure(MemoryJob(request.context, tuple(trials)))
+    except StudyError:
+        raise
     except Exception as error:  # a user's model may raise anything on a GPU; its tasks will say more
         first_line = str(error).strip().partition("\n")[0]
         return GpuPacks(notes=(f"the memory that packs take of a GPU was not measured: {first_line}",))

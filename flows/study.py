@@ -145,7 +145,9 @@ def _gpu_packs(request: Request, rule: Rule, shares: "Shares | None", interrupt:
     else:
         from flows.cluster_memory import measure_with  # here: it loads Ray
 
-        packs = gpu_packs(request, rule, measure_with(shares, interrupt), sharing=True)
+        wait = request.loaded.study.resources.wait
+        measure = measure_with(shares, interrupt, wait=wait, say=_say)
+        packs = gpu_packs(request, rule, measure, sharing=True)
     for line in packs.notes:
         _say(f"note: {line}")
     return packs

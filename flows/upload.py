@@ -131,9 +131,7 @@ def _walk(folder: Path, ignored: list[Ignore]) -> Iterator[tuple[Path, int | Non
 def _is_output(folder: Path) -> bool:
     """Whether a folder is a store, recorded checkpoints, or a virtual environment of any name."""
     names = {entry.name for entry in folder.iterdir()}
-    return (
-        {"manifest.json", "parts"} <= names or {"recorded", "checkpoints"} <= names or "pyvenv.cfg" in names
-    )
+    return any(marks <= names for marks in OUTPUTS)
 
 
 def _pattern(path: Path) -> str:

@@ -287,8 +287,10 @@ def _default(settings: type[Settings], key: str) -> str:
     if ALL in NAMES.get((settings, key), ()):
         return f"`{toml_value(ALL)}`"
     value = field.get_default(call_default_factory=True)
-    if value is None or value == () or value == {}:
-        return "*none*" if value is None else "`[]`" if value == () else "`{}`"
+    if value is None:
+        return "*none*"
+    if value in ((), {}):
+        return "`[]`" if value == () else "`{}`"
     return "-" if isinstance(value, Settings) else f"`{toml_value(value)}`"
 
 

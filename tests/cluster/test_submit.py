@@ -46,6 +46,8 @@ def test_a_study_is_submitted_by_lossray_and_by_ray(cluster, helpers, tmp_path, 
         return {"curvature", "gather"} <= {task["name"] for task in head.listed("tasks")}
 
     helpers.wait_for(listed, "the tasks in the dashboard")
+    counted = "ray_lossray_tasks_total{"  # which stays when the study is over
+    helpers.wait_for(lambda: head.scraped(counted), "the study's metrics")
 
 
 def test_a_second_submit_is_caught_and_one_after_the_end_resumes(

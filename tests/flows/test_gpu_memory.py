@@ -6,9 +6,10 @@ import pytest
 
 import flows
 import flows.study
-from flows.capacity import Share, Shares
+from flows.capacity import Share, Shares, capacity, divided
 from flows.cluster_memory import measure_with
 from flows.interrupt import Interrupt
+from lossray.errors import StudyError
 from lossray.measures.pack_memory import MeasuredMemory, PackPeaks
 from lossray.storage.store import Store
 from lossray.study.manifest import Manifest
@@ -97,6 +98,16 @@ def test_a_measuring_that_fails_leaves_the_packs_of_a_cpu_and_a_note(study_path,
     assert "was not measured: of the model\n" in capfd.readouterr().err
 
 
+def test_a_gpu_that_does_not_come_ends_the_study_in_a_line(study_path, tmp_path, on_gpu):
+    def waits(job):
+        raise StudyError("resources.train: found 1 GPU; none came")
+
+    on_gpu(waits)
+    with pytest.raises(StudyError, match="none came"):
+        flows.run(study_path, tmp_path / "out", in_process=True)
+    assert not Store(str(tmp_path / "out")).exists("manifest.json")
+
+
 def test_an_interrupt_while_memory_is_measured_freezes_nothing(study_path, tmp_path, on_gpu):
     def interrupted(job):
         signal.raise_signal(signal.SIGTERM)
@@ -123,7 +134,8 @@ def test_on_a_cluster_a_task_with_a_gpu_measures(session_ray, study_path, tmp_pa
     """Here the GPU is declared alone: the task finds none, and nothing follows."""
     request = flows.study.check_request(str(study_path), str(tmp_path / "out"), ())
     job, interrupt = MemoryJob(request.context, ()), Interrupt()
-    measure = measure_with(SHARES, interrupt)
+    said = []
+    measure = measure_with(SHARES, interrupt, wait=60, say=said.append)
     assert measure(job) is None
     monkeypatch.setattr("flows.cluster_memory.is_embedded", lambda: False)
     assert measure(job) is None
@@ -131,6 +143,20 @@ def test_on_a_cluster_a_task_with_a_gpu_measures(session_ray, study_path, tmp_pa
     monkeypatch.setattr("flows.cluster_memory.PATIENCE", 0.0)
     with pytest.raises(TimeoutError, match="no GPU was free for 0 s"):
         measure(job)
+
+    # A cluster without GPUs is waited for; the task that waits asks an autoscaler for one.
+    text = "waiting for 1 CPU and 0.5 GPUs (the cluster has 0 CPUs and 0 GPUs)"
+    rooms = [divided(SHARES, [])] * 2
+    monkeypatch.setattr("flows.cluster_memory.PATIENCE", 60.0)
+    monkeypatch.setattr(
+        "flows.cluster_memory.capacity", lambda shares: rooms.pop() if rooms else capacity(shares)
+    )
+    assert measure(job) is None
+    assert (said, rooms) == ([text], [])
+    rooms = [divided(SHARES, [])]
+    with pytest.raises(StudyError, match=r"found 1 CPU and 0\.5 GPUs; .* in 0 s \(resources\.wait\)"):
+        measure_with(SHARES, interrupt, wait=0, say=said.append)(job)
+
     interrupt.received = signal.SIGINT
     with pytest.raises(TimeoutError, match="interrupted"):
         measure(job)

@@ -23,6 +23,8 @@ LEFT = (
     "runs/[a]! #1/manifest.json",
     "runs/[a]! #1/study.toml",
     "runs/[a]! #1/parts/tasks/k.parquet",
+    "runs/begun/manifest.json",  # a store without results yet
+    "runs/begun/study.toml",
     "runs/rec/recorded/r.json",
     "runs/rec/checkpoints/r/0.safetensors",
     "big/x.bin",
